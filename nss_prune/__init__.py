@@ -1,0 +1,12 @@
+"""Neuron-level semantic slicing for torch-pruning: fewer neurons, same semantics."""
+
+from nss_prune.importance import NSSImportance
+from nss_prune.profile import Profile, profile
+from nss_prune.pruner import NSSPruner
+from nss_prune.removal import remove
+from nss_prune.report import Report
+from nss_prune.slicing import Slice
+
+__version__ = "0.1.0"
+
+__all__ = ["NSSImportance", "NSSPruner", "Profile", "Report", "Slice", "profile", "remove"]

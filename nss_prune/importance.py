@@ -1,0 +1,69 @@
+"""Profile -> torch-pruning importance: one number for each neuron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nss_prune.errors import ModelMismatchError
+from nss_prune.profile import Profile
+from nss_prune.slicing import union_thresholds
+
+
+class NSSImportance:
+    """Semantic importance for any torch-pruning pruner's ``importance=``.
+
+    The importance of a neuron is 1 - e, with e the entry threshold of the union over the
+    categories: pruning below 1 - θ keeps what Algorithm 1 keeps at θ. torch-pruning prunes
+    everything that ties with its threshold, so ties are broken by the contribution.
+
+    Args:
+        profile: Of the model that is pruned.
+        metric: One of ``profile.metrics``; the first by default.
+    """
+
+    def __init__(self, profile: Profile, metric: str | None = None) -> None:
+        chosen = profile.metric_or_default(metric)
+        contributions = profile.contributions[chosen]
+        thresholds = union_thresholds(profile.thresholds[chosen])
+        self._scores = {
+            name: _without_ties(1 - entry, contributions[name].mean(0))
+            for name, entry in thresholds.items()
+        }
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """Importance of the neurons of a torch-pruning group, float32 ``[neurons]``.
+
+        None, which torch-pruning takes as 'leave it alone', for groups that were not profiled.
+
+        Raises:
+            ModelMismatchError: The group has another size than the profiled one.
+        """
+        graph = group._DG
+        for dependency, _ in group:
+            name = graph._module2name.get(dependency.target.module)
+            if name in self._scores and graph.is_out_channel_pruning_fn(dependency.handler):
+                break
+        else:
+            return None
+        scores, neurons = self._scores[name], group[0].root_idxs
+        if max(neurons) >= len(scores):
+            raise ModelMismatchError(
+                f"{name} has {max(neurons) + 1} neurons, {len(scores)} were profiled; profile "
+                "the model as it is now"
+            )
+        return scores[torch.as_tensor(neurons)].contiguous()
+
+
+def _without_ties(importance: Tensor, contribution: Tensor) -> Tensor:
+    """Distinct float32 values in the same order, ties ordered by contribution."""
+    order = sorted(
+        range(len(importance)), key=lambda i: (float(importance[i]), float(contribution[i]), -i)
+    )
+    values = importance.float()[order]
+    infinity = torch.tensor(float("inf"))
+    for i in range(1, len(values)):
+        values[i] = torch.maximum(values[i], torch.nextafter(values[i - 1], infinity))
+    return torch.empty_like(values).scatter(0, torch.tensor(order), values)

@@ -1,0 +1,207 @@
+"""Slice -> checked plan -> smaller model, or the model exactly as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from nss_prune.errors import NSSPruneError, RemovalError
+from nss_prune.neurons import Member, call_model, check_fits, evaluation, submodule, tensors_in
+from nss_prune.slicing import Slice
+
+Pruners = Mapping[Any, Any]
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class LayerNormPruner(tp.pruner.function.LayernormPruner):  # type: ignore[misc]
+    """torch-pruning's, with the kept weights in their order.
+
+    Its own takes them in the order in which a Python set lists them, which is not ascending for
+    sparse sets of large numbers.
+    """
+
+    def prune_out_channels(self, layer: nn.LayerNorm, idxs: list[int]) -> nn.LayerNorm:
+        """Keep all channels but ``idxs`` along the last normalized axis."""
+        gone = set(idxs)
+        kept = [i for i in range(layer.normalized_shape[-1]) if i not in gone]
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, self._prune_parameter_and_grad(parameter, kept, -1))
+        layer.normalized_shape = (*layer.normalized_shape[:-1], len(kept))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+@dataclass(frozen=True)
+class Step:
+    """Channels to remove from one side of one module (or bare parameter)."""
+
+    member: Member
+    channels: Tensor
+
+
+def plan_removal(critical: Slice, model: nn.Module) -> tuple[Step, ...]:
+    """What to remove where, checked against the model, which is not touched.
+
+    Raises:
+        ModelMismatchError: The model does not have the layers of the slice.
+        RemovalError: A module would be left without channels.
+    """
+    check_fits(critical.groups, model)
+    steps = []
+    for member, channels in critical.removed_channels().values():
+        if len(channels.unique()) != len(channels):
+            raise RemovalError(f"channels of {member.name} were to go twice: {channels.tolist()}")
+        if len(channels) >= member.width:
+            raise RemovalError(
+                f"all {member.width} channels of {member.name} were to go; use a larger theta"
+            )
+        steps.append(Step(member, channels))
+    return tuple(steps)
+
+
+def _pruning_function(module: nn.Module, customized: Pruners) -> Any:
+    """torch-pruning's functions for one module, the caller's own first."""
+    if module in customized:
+        return customized[module]
+    if type(module) in customized:
+        return customized[type(module)]
+    kind = tp.ops.module2type(module)
+    if kind == tp.ops.OPTYPE.LN:
+        return LayerNormPruner()
+    return tp.pruner.function.PrunerBox[kind]
+
+
+def remove(
+    model: nn.Module,
+    critical: Slice,
+    example_inputs: Any,
+    *,
+    customized_pruners: Pruners | None = None,
+    forward: Forward = call_model,
+) -> nn.Module:
+    """Remove everything outside the slice, in place, and check the result.
+
+    The smaller model must give what the masked one gave on the example inputs. Training modes,
+    requires_grad flags and hooks stay as they were; tensors that shrink are new ones, so build
+    optimisers afterwards.
+
+    Args:
+        example_inputs: Inputs of a call of the model; they are run twice.
+        customized_pruners: As torch-pruning takes them.
+        forward: Function of (model, example_inputs) that gives the outputs.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RemovalError: The smaller model would not run or would compute something else.
+        ModelMismatchError: The slice is of another model.
+    """
+    steps = plan_removal(critical, model)
+    with evaluation(model), torch.no_grad(), critical.masked(model):
+        expected = [tensor.clone() for tensor in tensors_in(forward(model, example_inputs))]
+    with undone_on_error(model):
+        execute(model, steps, customized_pruners or {})
+        with evaluation(model), torch.no_grad():
+            check_outputs(expected, tensors_in(_forward(model, example_inputs, forward)))
+    return model
+
+
+def _forward(model: nn.Module, example_inputs: Any, forward: Forward) -> Any:
+    try:
+        return forward(model, example_inputs)
+    except Exception as error:
+        raise RemovalError(
+            f"the smaller model does not run: {error}; the model was put back. Name the layer in "
+            "ignored_layers"
+        ) from error
+
+
+def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> None:
+    """Carry a plan out. On an error the model is left half done: see ``undone_on_error``."""
+    for step in steps:
+        name, indices = step.member.name, step.channels.tolist()
+        if step.member.axis is not None:
+            _shrink_parameter(model, step.member, indices)
+            continue
+        module = submodule(model, name)
+        flags = {key: value.requires_grad for key, value in module.named_parameters()}
+        function = _pruning_function(module, customized)
+        if step.member.side == "in":
+            function.prune_in_channels(module, indices)
+        else:
+            function.prune_out_channels(module, indices)
+        for key, value in module.named_parameters():
+            value.requires_grad_(flags[key])
+
+
+def _shrink_parameter(model: nn.Module, member: Member, indices: list[int]) -> None:
+    parent_name, _, name = member.name.rpartition(".")
+    parent = submodule(model, parent_name)
+    parameter = getattr(parent, name)
+    keep = torch.ones(parameter.shape[member.axis or 0], dtype=torch.bool)
+    keep[indices] = False
+    where = keep.nonzero().flatten().to(parameter.device)
+    smaller = parameter.detach().index_select(member.axis or 0, where)
+    setattr(parent, name, nn.Parameter(smaller, parameter.requires_grad))
+
+
+def check_outputs(expected: list[Tensor], actual: list[Tensor]) -> None:
+    """Raise RemovalError unless shapes and values agree to the precision of the dtype."""
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
+        raise RemovalError(
+            f"the outputs were {[tuple(t.shape) for t in expected]} and would become "
+            f"{[tuple(t.shape) for t in actual]}; the model was put back"
+        )
+    for wanted, found in zip(expected, actual, strict=True):
+        if not wanted.is_floating_point():
+            continue
+        allowed = 10 * torch.finfo(wanted.dtype).eps ** 0.5
+        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        difference = float((wanted - found).abs().max()) if wanted.numel() else 0.0
+        if not difference <= allowed * max(scale, torch.finfo(wanted.dtype).tiny):
+            raise RemovalError(
+                f"the smaller model's outputs differ by {difference:.3g} from the masked "
+                f"model's, which reach {scale:.3g}; the model was put back. Name the layers that "
+                "torch-pruning describes wrongly in ignored_layers"
+            )
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """If the body raises, every module gets back the very tensors and attributes it had.
+
+    Tensors are not copied: a removal replaces them and leaves the old ones as they are.
+    """
+    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException as error:
+        for module, attributes, contents in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in contents:
+                container.clear()
+                container.update(content)
+        if isinstance(error, NSSPruneError) or not isinstance(error, Exception):
+            raise
+        raise RemovalError(
+            f"the removal failed: {type(error).__name__}: {error}; the model was put back"
+        ) from error
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dicts and sets of a module with what they hold.
+
+    They are refilled and not replaced, because the handles of hooks refer to the dicts.
+    """
+    return [
+        (value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, set))
+    ]

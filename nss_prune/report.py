@@ -1,0 +1,84 @@
+"""What was removed and what it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nss_prune.neurons import call_model, evaluation
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: neurons before and after, and why it was left alone ("" where it was not)."""
+
+    layer: str
+    before: int
+    after: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model: parameters, and multiply-accumulates for the example inputs."""
+
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a pruning step; print it."""
+
+    rows: tuple[Row, ...]
+    before: Cost
+    after: Cost
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = _table(
+            ("layer", "before", "after", "left alone because"),
+            [(row.layer, str(row.before), str(row.after), row.reason) for row in self.rows],
+        )
+        lines.append("")
+        lines.append(_change("parameters", self.before.parameters, self.after.parameters))
+        lines.append(_change("MACs", self.before.macs, self.after.macs))
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def measure(model: nn.Module, example_inputs: Any, forward: Any = call_model) -> Cost:
+    """Count parameters and multiply-accumulates (half the floating-point operations that torch
+    counts in convolutions, matrix products and attention) of one call."""
+    counter = FlopCounterMode(display=False)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+    try:
+        with evaluation(model), torch.no_grad(), counter:
+            forward(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, counter.get_total_flops() // 2)
+
+
+def _change(what: str, before: int, after: int) -> str:
+    share = f" ({1 - after / before:.1%} gone)" if before else ""
+    return f"{what}: {before:,} -> {after:,}{share}"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for cells in [header, *rows]:
+        numbers = [
+            cell.rjust(width) if i in (1, 2) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join(numbers).rstrip())
+    return lines

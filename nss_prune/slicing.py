@@ -1,0 +1,218 @@
+"""Profile + θ -> Slice: which neurons are critical."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.errors import ArgumentError, ModelMismatchError
+from nss_prune.neurons import (
+    Member,
+    NeuronGroup,
+    check_fits,
+    input_axis,
+    parameter_axes,
+    submodule,
+)
+from nss_prune.profile import Profile
+
+Strategy = Literal["semantic"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The critical neurons of a model.
+
+    Attributes:
+        kept: Layer -> True where a neuron is critical, bool ``[neurons]``.
+        groups: The neuron groups that the layers' names stand for.
+    """
+
+    kept: dict[str, Tensor]
+    groups: tuple[NeuronGroup, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {group.name: group.size for group in self.groups}
+        for name, kept in self.kept.items():
+            if name not in sizes or kept.shape != (sizes[name],) or kept.dtype != torch.bool:
+                raise ModelMismatchError(
+                    f"kept[{name!r}] is {kept.dtype} {tuple(kept.shape)}; allowed are bool masks "
+                    f"over {sizes}"
+                )
+            if not kept.any():
+                raise ArgumentError(f"kept[{name!r}] keeps no neuron; keep at least one")
+
+    @property
+    def removed(self) -> dict[str, Tensor]:
+        """Layer -> indices of the neurons that are not critical, where there are any."""
+        return {
+            name: (~kept).nonzero().flatten() for name, kept in self.kept.items() if not kept.all()
+        }
+
+    def removed_channels(self) -> dict[tuple[str, str], tuple[Member, Tensor]]:
+        """(module, "out" | "in" | "both") -> a member of that side, and its channels to remove.
+
+        A side may belong to several groups (a concat); their channels are united.
+        """
+        found: dict[tuple[str, str], tuple[Member, Tensor]] = {}
+        for group in self.groups:
+            if group.name not in self.kept:
+                continue
+            gone = ~self.kept[group.name]
+            for member in group.members:
+                channels = member.channels[gone[member.neurons]]
+                key = (member.name, member.side)
+                if key in found:
+                    channels = torch.cat([found[key][1], channels])
+                found[key] = (member, channels)
+        return {
+            key: (member, channels.sort().values)
+            for key, (member, channels) in found.items()
+            if len(channels)
+        }
+
+    @contextlib.contextmanager
+    def masked(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the context, the critical neurons are all that ``model`` has.
+
+        What reads a neuron that is not critical reads zero, and a norm over the neurons sees the
+        critical ones only, so outputs equal those of the physically smaller model.
+
+        Raises:
+            ModelMismatchError: ``model`` has other layers or widths than the profiled one.
+        """
+        check_fits(self.groups, model)
+        with contextlib.ExitStack() as stack:
+            for (name, side), (member, channels) in self.removed_channels().items():
+                if member.axis is not None:
+                    continue
+                module = submodule(model, name)
+                if side == "in":
+                    hook = _zeroing_hook(module, channels)
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
+                elif isinstance(module, nn.LayerNorm):
+                    norm_hook = _norm_hook(module, channels)
+                    stack.callback(module.register_forward_hook(norm_hook).remove)
+            yield model
+
+    def compression_rate(self, model: nn.Module) -> float:
+        """Share of the parameters of ``model`` that belong to neurons outside the slice.
+
+        It equals the share that is gone after the physical removal.
+        """
+        left = parameters_left(self, model)
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        return 1 - sum(left.values()) / sum(sizes.values())
+
+
+def parameters_left(critical: Slice, model: nn.Module) -> dict[str, int]:
+    """Parameter -> number of its entries after the removal.
+
+    Raises:
+        ModelMismatchError: The model does not have the layers of the slice.
+    """
+    check_fits(critical.groups, model)
+    gone: dict[tuple[str, int], int] = {}
+    for (name, side), (member, channels) in critical.removed_channels().items():
+        if member.axis is not None:
+            gone[name, member.axis] = len(channels)
+            continue
+        for parameter, (made, read) in parameter_axes(submodule(model, name)).items():
+            axis = read if side == "in" else made
+            if axis is not None:
+                gone[f"{name}.{parameter}" if name else parameter, axis] = len(channels)
+    left = {}
+    for name, value in model.named_parameters():
+        shape = list(value.shape)
+        for axis in range(-value.dim(), value.dim()):
+            if shape[axis] > 1:
+                shape[axis] -= gone.get((name, axis), 0)
+        left[name] = int(torch.Size(shape).numel())
+    return left
+
+
+def _zeroing_hook(module: nn.Module, channels: Tensor) -> Any:
+    def zero(reader: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs = arguments[0]
+        axis = input_axis(module)
+        width = inputs.shape[axis]
+        shape = [1] * inputs.dim()
+        shape[axis] = width
+        mask = torch.ones(width, dtype=torch.bool, device=inputs.device)
+        mask[channels.to(inputs.device)] = False
+        # Not a product: a removed neuron that is infinite or NaN must vanish too.
+        zeroed = torch.where(mask.view(shape), inputs, inputs.new_zeros(()))
+        return (zeroed, *arguments[1:])
+
+    return zero
+
+
+def _norm_hook(norm: nn.LayerNorm, channels: Tensor) -> Any:
+    width = norm.normalized_shape[-1]
+    kept = torch.ones(width, dtype=torch.bool)
+    kept[channels] = False
+    positions = kept.nonzero().flatten()
+
+    def normalize(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        small = copy.copy(norm)
+        small._parameters = {
+            key: None if value is None else nn.Parameter(value[positions.to(value.device)])
+            for key, value in norm._parameters.items()
+        }
+        small.normalized_shape = (len(positions),)
+        small._forward_hooks = type(norm._forward_hooks)()
+        where = positions.to(output.device)
+        axis = 1 if arguments[0].shape[-1] != width else -1
+        normalized = small(arguments[0].index_select(axis, where))
+        return torch.zeros_like(output).index_copy(axis, where, normalized)
+
+    return normalize
+
+
+def slice_profile(
+    profile: Profile,
+    theta: float | None = None,
+    *,
+    metric: str | None = None,
+    strategy: Strategy = "semantic",
+) -> Slice:
+    """The neurons that are critical at θ: the union over the categories (paper, section 3.3).
+
+    Args:
+        theta: Similarity threshold in (0, 1]; 0.95 by default.
+        metric: One of ``profile.metrics``; the first by default.
+        strategy: "semantic", the paper's Algorithm 1.
+
+    Raises:
+        ArgumentError: θ outside (0, 1], or a metric or strategy that is not known.
+    """
+    if strategy != "semantic":
+        raise ArgumentError(f"strategy is {strategy!r}; 'semantic' is what there is")
+    theta = check_theta(0.95 if theta is None else theta)
+    chosen = profile.metric_or_default(metric)
+    lowest = union_thresholds(profile.thresholds[chosen])
+    return Slice({name: entry < theta for name, entry in lowest.items()}, profile.groups)
+
+
+def union_thresholds(thresholds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entry thresholds of the union over categories: their minimum, ``[neurons]``."""
+    return {name: values.min(0).values for name, values in thresholds.items()}
+
+
+def check_theta(theta: float) -> float:
+    """θ itself.
+
+    Raises:
+        ArgumentError: θ is outside (0, 1].
+    """
+    if not isinstance(theta, (int, float)) or not 0 < theta <= 1:
+        raise ArgumentError(
+            f"theta is {theta!r}; it is a similarity in (0, 1], in the paper 0.90 to 0.99"
+        )
+    return float(theta)

@@ -1,0 +1,294 @@
+"""The drop-in pruner as a torch-pruning user meets it."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch_pruning as tp
+import torchvision
+from networks import assert_unchanged, batches, cnn, fingerprint, mlp
+from torch import nn
+from torch.nn.utils import prune
+
+from nss_prune import NSSPruner, profile
+from nss_prune.errors import (
+    ArgumentError,
+    DataError,
+    GraphError,
+    ModelMismatchError,
+    NothingToPruneError,
+    NSSPruneError,
+    NumericalError,
+)
+
+INPUTS = torch.randn(4, 12, generator=torch.Generator().manual_seed(3)).double()
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return mlp()
+
+
+@pytest.fixture
+def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return batches(48, (12,), 3)
+
+
+def widths(model: nn.Sequential) -> list[int]:
+    return [layer.out_features for layer in model if isinstance(layer, nn.Linear)]
+
+
+def test_step_removes_what_the_slice_leaves_out(model, data) -> None:
+    pruner = NSSPruner(model, INPUTS, theta=0.8, data=data, ignored_layers=[model[5]])
+    assert isinstance(pruner, tp.pruner.BasePruner)
+    kept = {name: int(mask.sum()) for name, mask in pruner.slice.kept.items()}
+    pruner.step()
+    assert widths(model) == [kept["1"], kept["3"], 3]
+    assert widths(model)[0] < 16
+
+
+def test_report_has_a_row_per_layer(model, data) -> None:
+    pruner = NSSPruner(model, INPUTS, theta=0.8, data=data, ignored_layers=["3"])
+    before = sum(parameter.numel() for parameter in model.parameters())
+    pruner.step()
+    report = pruner.report
+    rows = {row.layer: row for row in report.rows}
+    assert list(rows) == ["1", "3", "5"]
+    assert (rows["1"].before, rows["1"].after) == (16, model[1].out_features)
+    assert (rows["3"].before, rows["3"].after, rows["3"].reason) == (11, 11, "ignored")
+    assert "output" in rows["5"].reason
+    assert report.before.parameters == before
+    assert report.after.parameters == sum(parameter.numel() for parameter in model.parameters())
+    a, b, c = widths(model)
+    assert report.after.macs == len(INPUTS) * (12 * a + a * b + b * c)
+    assert "parameters: " in str(report)
+    assert "ignored" in str(report)
+
+
+def test_interactive_groups_prune_to_the_same_model(model, data) -> None:
+    other = copy.deepcopy(model)
+    NSSPruner(model, INPUTS, theta=0.8, data=data).step()
+    for group in NSSPruner(other, INPUTS, theta=0.8, data=data).step(interactive=True):
+        assert isinstance(group, tp.dependency.Group)
+        group.prune()
+    assert torch.equal(model(INPUTS), other(INPUTS))
+
+
+def test_interactive_caller_may_skip_groups(model, data) -> None:
+    pruner = NSSPruner(model, INPUTS, theta=0.8, data=data)
+    for group in pruner.step(interactive=True):
+        if group[0].dep.target.module is model[1]:
+            group.prune()
+    assert widths(model)[0] < 16
+    assert widths(model)[1] == 11
+    model(INPUTS)
+
+
+def test_without_data_the_example_inputs_are_profiled() -> None:
+    torch.manual_seed(0)
+    model = cnn().eval()
+    inputs = torch.randn(2, 3, 12, 12).double()
+    pruner = NSSPruner(model, inputs, theta=0.95)
+    with pytest.warns(UserWarning, match=r"2 sample\(s\)"):
+        pruner.step()
+    assert model(inputs).shape == (2, 5)
+    assert model[0].out_channels < 8 or model[4].out_channels < 10
+
+
+def test_torch_pruning_script_with_one_line_changed() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(weights=None).eval()
+    example_inputs = torch.randn(1, 3, 64, 64)
+    imp = tp.importance.GroupMagnitudeImportance(p=2)
+    ignored_layers = [
+        m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000
+    ]
+    pruner = NSSPruner(
+        model, example_inputs, importance=imp, pruning_ratio=0.5, ignored_layers=ignored_layers
+    )
+    pruner.step()
+    assert model.conv1.out_channels == 32
+    assert model.layer4[1].conv2.out_channels == 256
+    assert model(example_inputs).shape == (1, 1000)
+
+
+def test_importance_ranks_as_torch_pruning_does(data) -> None:
+    torch.manual_seed(0)
+    ours, theirs = mlp(), mlp()
+    theirs.load_state_dict(ours.state_dict())
+    arguments = {"importance": tp.importance.MagnitudeImportance(), "pruning_ratio": 0.5}
+    NSSPruner(ours, INPUTS, **arguments).step()
+    tp.pruner.BasePruner(theirs, (INPUTS,), ignored_layers=[theirs[5]], **arguments).step()
+    assert torch.equal(ours(INPUTS), theirs(INPUTS))
+
+
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_pruning_ratio_uses_the_semantic_importance(model, data, global_pruning: bool) -> None:
+    pruner = NSSPruner(model, INPUTS, data=data, pruning_ratio=0.5, global_pruning=global_pruning)
+    thresholds = {
+        name: values.min(0).values for name, values in pruner.profile.thresholds["taylor"].items()
+    }
+    kept = pruner.slice.kept
+    total = sum(int(mask.sum()) for mask in kept.values())
+    if global_pruning:
+        assert total == math.floor(27 * 0.5)
+        worst = max(float(thresholds[name][kept[name]].max()) for name in kept)
+        best = min(float(thresholds[name][~kept[name]].min()) for name in kept)
+        assert worst <= best
+    else:
+        assert [int(mask.sum()) for mask in kept.values()] == [8, 5]
+        for name, mask in kept.items():
+            assert thresholds[name][mask].max() <= thresholds[name][~mask].min()
+    pruner.step()
+    assert model(INPUTS).shape == (4, 3)
+
+
+def test_iterative_steps_reach_theta_and_then_stop(model, data) -> None:
+    pruner = NSSPruner(model, INPUTS, theta=0.8, data=data, iterative_steps=3)
+    sizes = [sum(widths(model))]
+    for _ in range(3):
+        pruner.step()
+        sizes.append(sum(widths(model)))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+    with pytest.warns(UserWarning, match="steps"):
+        pruner.step()
+    assert sum(widths(model)) == sizes[-1]
+
+
+def test_iterative_ratio_counts_from_the_first_size(data) -> None:
+    torch.manual_seed(0)
+    model = mlp(hidden=(20, 10))
+    pruner = NSSPruner(
+        model,
+        INPUTS,
+        importance=tp.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        iterative_steps=2,
+    )
+    pruner.step()
+    assert widths(model) == [15, 7, 3]
+    pruner.step()
+    assert widths(model) == [10, 5, 3]
+
+
+def test_profile_can_be_reused_and_must_fit(model, data) -> None:
+    known = profile(model, data)
+    pruner = NSSPruner(model, INPUTS, theta=0.8, profile=known)
+    expected = {name: int(mask.sum()) for name, mask in known.slice(0.8).kept.items()}
+    pruner.step()
+    assert widths(model) == [expected["1"], expected["3"], 3]
+    with pytest.raises(ModelMismatchError, match="profile this model"):
+        NSSPruner(model, INPUTS, profile=known)
+
+
+def test_callers_dicts_and_lists_stay_as_they_are(model, data) -> None:
+    groups: dict[nn.Module, int] = {}
+    ignored = [model[5]]
+    NSSPruner(model, INPUTS, data=data, num_heads=groups, ignored_layers=ignored).step()
+    assert groups == {}
+    assert ignored == [model[5]]
+
+
+def test_fixed_weights_stay_fixed_and_training_mode_stays(model, data) -> None:
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    NSSPruner(model, INPUTS, theta=0.8, data=data).step()
+    assert model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def bad(x=None, y=None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    inputs = torch.randn(20, 12).double() if x is None else x
+    return [(inputs, torch.arange(len(inputs)) % 3 if y is None else y)]
+
+
+BAD_DATA = {
+    "empty": (DataError, "no batch|0 sample", []),
+    "empty batch": (DataError, "no samples", bad(torch.zeros(0, 12).double())),
+    "one sample": (DataError, "1 sample", bad(torch.zeros(1, 12).double())),
+    "label too large": (DataError, "0 to 2", bad(y=torch.full((20,), 3))),
+    "label negative": (DataError, "-1", bad(y=torch.full((20,), -1))),
+    "float labels": (DataError, "integer", bad(y=torch.zeros(20))),
+    "too few labels": (DataError, "20 samples", bad(y=torch.zeros(3, dtype=torch.long))),
+    "no labels": (DataError, "labels", [torch.randn(20, 12).double()]),
+    "three items": (DataError, "inputs, labels", [(torch.zeros(2, 12), 0, 0)]),
+    "another shape": (DataError, "refuses batch 0", bad(torch.randn(20, 13).double())),
+    "another type": (DataError, "refuses batch 0", bad(torch.randn(20, 12).float())),
+    "another device": (DataError, "on meta", bad(torch.zeros(20, 12, device="meta"))),
+    "NaN": (NumericalError, "NaN", bad(torch.full((20, 12), math.nan).double())),
+    "infinite": (NumericalError, "NaN|infinite", bad(torch.full((20, 12), math.inf).double())),
+    "second batch": (DataError, "batch 1", bad() + bad(torch.randn(20, 13).double())),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_refused_and_the_model_left_alone(model, case: str) -> None:
+    kind, message, data = BAD_DATA[case]
+    model.train()
+    before, outputs = fingerprint(model), model(INPUTS)
+    pruner = NSSPruner(model, INPUTS, data=data)
+    with pytest.raises(kind, match=message) as caught:
+        pruner.step()
+    assert isinstance(caught.value, NSSPruneError)
+    assert_unchanged(model, before)
+    assert torch.equal(model(INPUTS), outputs)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_profile_refuses_the_same_data(model, case: str) -> None:
+    kind, message, data = BAD_DATA[case]
+    before = fingerprint(model)
+    with pytest.raises(kind, match=message):
+        profile(model, data, INPUTS)
+    assert_unchanged(model, before)
+
+
+def test_nan_weights_are_refused(model, data) -> None:
+    with torch.no_grad():
+        model[1].weight[2, 3] = math.nan
+    with pytest.raises(NumericalError, match="1 reads NaN"):
+        NSSPruner(model, INPUTS, data=data).step()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+BAD_ARGUMENTS = {
+    "theta 0": (ArgumentError, "theta is 0", {"theta": 0}),
+    "theta above 1": (ArgumentError, "theta is 1.01", {"theta": 1.01}),
+    "theta NaN": (ArgumentError, "theta", {"theta": math.nan}),
+    "theta text": (ArgumentError, "theta", {"theta": "0.9"}),
+    "ratio 1": (ArgumentError, "pruning_ratio", {"pruning_ratio": 1.0}),
+    "ratio negative": (ArgumentError, "pruning_ratio", {"pruning_ratio": -0.1}),
+    "metric": (ArgumentError, "taylor", {"metric": "magnitude"}),
+    "categories": (ArgumentError, "categories", {"categories": "label"}),
+    "unknown": (ArgumentError, "BasePruner", {"prune_ratio": 0.5}),
+    "ignored name": (ArgumentError, "named_modules", {"ignored_layers": ["head"]}),
+    "ignored stranger": (ArgumentError, "not in the model", {"ignored_layers": [nn.ReLU()]}),
+    "all ignored": (NothingToPruneError, "ignored", {"ignored_layers": [nn.Linear]}),
+    "inputs": (GraphError, "could not trace", {"example_inputs": torch.zeros(2, 5).double()}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused_and_the_model_left_alone(model, data, case: str) -> None:
+    kind, message, arguments = BAD_ARGUMENTS[case]
+    model.train()
+    before, outputs = fingerprint(model), model(INPUTS)
+    with pytest.raises(kind, match=message):
+        NSSPruner(model, **{"example_inputs": INPUTS, "data": data, **arguments})
+    assert_unchanged(model, before)
+    assert torch.equal(model(INPUTS), outputs)
+
+
+def test_masked_weights_must_be_made_permanent_first(model, data) -> None:
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    with pytest.raises(ArgumentError, match="permanent"):
+        NSSPruner(model, INPUTS, data=data)
+    prune.remove(model[1], "weight")
+    NSSPruner(model, INPUTS, theta=0.8, data=data).step()

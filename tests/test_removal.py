@@ -1,0 +1,202 @@
+"""Physically removed equals masked, on every architecture; and nothing is ever half removed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from networks import (
+    Residual,
+    assert_unchanged,
+    batches,
+    cnn,
+    fingerprint,
+    mlp,
+    settled,
+)
+from torch import nn
+
+from nss_prune import NSSPruner, Slice, profile, remove
+from nss_prune.errors import ArgumentError, ModelMismatchError, RemovalError
+from nss_prune.removal import LayerNormPruner, undone_on_error
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (12,)),
+    "cnn with flatten": (cnn, (3, 12, 12)),
+    "residual, norm, concat": (Residual, (6,)),
+    "torchvision resnet18": (torchvision.models.resnet18, (3, 64, 64)),
+    "torchvision vgg11_bn": (torchvision.models.vgg11_bn, (3, 32, 32)),
+    "torchvision mobilenet_v2": (torchvision.models.mobilenet_v2, (3, 64, 64)),
+    "torchvision densenet121": (torchvision.models.densenet121, (3, 64, 64)),
+    "timm resnet18": (lambda: timm.create_model("resnet18"), (3, 64, 64)),
+    "timm efficientnet_lite0": (lambda: timm.create_model("efficientnet_lite0"), (3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_removed_equals_masked(name: str) -> None:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    inputs = torch.randn(8, *shape, dtype=torch.float64)
+    model = settled(make().double(), inputs)
+    pruner = NSSPruner(model, inputs[:2])
+    generator = torch.Generator().manual_seed(1)
+    kept = {
+        group.name: torch.rand(group.size, generator=generator) < 0.6
+        for group in pruner.neurons.groups
+    }
+    for mask in kept.values():
+        mask[0] = True
+    critical = Slice(kept, pruner.neurons.groups)
+    with torch.no_grad():
+        whole = model(inputs)
+        with critical.masked(model):
+            masked = model(inputs)
+    rate = critical.compression_rate(model)
+    before = sum(parameter.numel() for parameter in model.parameters())
+
+    remove(model, critical, inputs[:2])
+
+    with torch.no_grad():
+        removed = model(inputs)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    assert masked.abs().max() > 1e-3  # otherwise the comparison would say nothing
+    assert (whole - masked).abs().max() > 1e-3
+    assert (removed - masked).abs().max() < 1e-9
+    assert rate == pytest.approx(1 - after / before, abs=1e-12)
+    model.train()
+    model(inputs).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_flags_modes_and_hooks_survive() -> None:
+    torch.manual_seed(0)
+    model = mlp().train()
+    model[1].weight.requires_grad_(False)
+    calls: list[int] = []
+    handle = model[3].register_forward_hook(lambda *_: calls.append(1))
+    NSSPruner(model, torch.randn(2, 12).double(), theta=0.8, data=batches(48, (12,), 3)).step()
+    assert model.training
+    assert not model[1].weight.requires_grad
+    assert model[3].weight.requires_grad
+    calls.clear()
+    model(torch.randn(2, 12).double())
+    assert calls
+    handle.remove()
+    assert not model[3]._forward_hooks
+
+
+def test_slice_of_another_model_is_refused() -> None:
+    torch.manual_seed(0)
+    critical = profile(mlp(), batches(48, (12,), 3)).slice(0.8)
+    other = cnn()
+    before = fingerprint(other)
+    with pytest.raises(ModelMismatchError, match=r"no layer|channels"):
+        remove(other, critical, torch.randn(2, 3, 12, 12).double())
+    assert_unchanged(other, before)
+
+
+def test_second_removal_of_the_same_slice_is_refused() -> None:
+    torch.manual_seed(0)
+    model = mlp()
+    critical = profile(model, batches(48, (12,), 3)).slice(0.6)
+    inputs = torch.randn(2, 12).double()
+    remove(model, critical, inputs)
+    before = fingerprint(model)
+    with pytest.raises(ModelMismatchError, match="profiled"):
+        remove(model, critical, inputs)
+    assert_unchanged(model, before)
+
+
+class Stubborn(nn.Module):
+    """Does with the number of its neurons what no graph can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(inputs))
+        if hidden.shape[-1] != 8:
+            raise ValueError("8 neurons or none")
+        return self.second(hidden)
+
+
+class Drifting(Stubborn):
+    """Computes something else when it has fewer neurons, without failing."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(inputs))
+        return self.second(hidden) * self.first.out_features
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(Stubborn, "does not run"), (Drifting, "outputs differ")]
+)
+def test_a_model_that_would_break_is_put_back(make: type[nn.Module], message: str) -> None:
+    torch.manual_seed(0)
+    model = make().double().train()
+    inputs = torch.randn(40, 6).double()
+    data = [(inputs, torch.arange(40) % 3)]
+    handle = model.first.register_forward_hook(lambda *_: None)
+    pruner = NSSPruner(model, inputs[:2], theta=0.7, data=data)
+    before, outputs = fingerprint(model), model(inputs)
+    with pytest.raises(RemovalError, match=message):
+        pruner.step()
+    assert_unchanged(model, before)
+    assert torch.equal(model(inputs), outputs)
+    handle.remove()
+    assert not model.first._forward_hooks
+
+
+def test_interrupt_puts_the_model_back() -> None:
+    model = mlp()
+    before = fingerprint(model)
+
+    def interrupted() -> None:
+        with undone_on_error(model):
+            model[1].weight = nn.Parameter(torch.zeros(1, 1))
+            model[1].out_features = 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert_unchanged(model, before)
+
+
+def test_a_slice_keeps_at_least_one_neuron() -> None:
+    groups = NSSPruner(mlp(), torch.randn(2, 12).double()).neurons.groups
+    with pytest.raises(ArgumentError, match="at least one"):
+        Slice({"1": torch.zeros(16, dtype=torch.bool)}, groups)
+    with pytest.raises(ModelMismatchError, match="bool masks"):
+        Slice({"1": torch.ones(5, dtype=torch.bool)}, groups)
+
+
+def test_layer_norm_keeps_its_weights_in_order() -> None:
+    norm = nn.LayerNorm(3000)
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(3000.0))
+    keep = [2, 1024, 2049, 2999]
+    gone = [i for i in range(3000) if i not in keep]
+    LayerNormPruner().prune_out_channels(norm, gone)
+    assert norm.weight.tolist() == keep
+    assert norm.normalized_shape == (4,)
+
+
+def test_masking_leaves_nothing_behind() -> None:
+    torch.manual_seed(0)
+    model = mlp()
+    critical = profile(model, batches(48, (12,), 3)).slice(0.8)
+    inputs = torch.randn(4, 12).double()
+    expected = model(inputs)
+    with pytest.raises(ZeroDivisionError), critical.masked(model):
+        raise ZeroDivisionError
+    assert torch.equal(model(inputs), expected)
+    masked_copy = copy.deepcopy(model)
+    with critical.masked(masked_copy):
+        assert not torch.equal(masked_copy(inputs), expected)
