@@ -1,7 +1,7 @@
 """Neuron-level semantic slicing for torch-pruning: fewer neurons, same semantics."""
 
 from nss_prune.importance import NSSImportance
-from nss_prune.profile import Profile, profile
+from nss_prune.profile import PAPER, Profile, profile
 from nss_prune.pruner import NSSPruner
 from nss_prune.removal import remove
 from nss_prune.report import Report
@@ -9,4 +9,13 @@ from nss_prune.slicing import Slice
 
 __version__ = "0.1.0"
 
-__all__ = ["NSSImportance", "NSSPruner", "Profile", "Report", "Slice", "profile", "remove"]
+__all__ = [
+    "PAPER",
+    "NSSImportance",
+    "NSSPruner",
+    "Profile",
+    "Report",
+    "Slice",
+    "profile",
+    "remove",
+]

@@ -26,14 +26,19 @@ def check_categories(categories: Categories) -> None:
     )
 
 
-def assign(categories: Categories, inputs: Any, labels: Any, outputs: Any, samples: int) -> Tensor:
-    """The category of each sample, ``[samples]``, int64, on the CPU.
+def assign(
+    categories: Categories, inputs: Any, labels: Any, outputs: Any, samples: int
+) -> dict[int, Tensor]:
+    """Category -> indices of its samples in the batch, int64 on the CPU, in ascending order.
+
+    Labels are one integer for each sample, or a row of zeros and ones for several: then a sample
+    counts for each of its labels.
 
     Raises:
-        DataError: Labels are missing, or there is not one integer for each sample.
+        DataError: Labels are missing or of another form.
     """
     if categories is None:
-        return torch.zeros(samples, dtype=torch.int64)
+        return {0: torch.arange(samples)}
     if categories == "predicted":
         given: Any = class_scores(outputs).argmax(1)
     elif categories == "labels":
@@ -46,14 +51,23 @@ def assign(categories: Categories, inputs: Any, labels: Any, outputs: Any, sampl
             "categories='labels' needs (inputs, labels) batches; give labels, or "
             "categories='predicted' or None"
         )
-    assigned: Tensor = torch.as_tensor(given)
-    if assigned.shape != (samples,) or assigned.is_floating_point():
+    return members(torch.as_tensor(given).detach().cpu(), samples)
+
+
+def members(labels: Tensor, samples: int) -> dict[int, Tensor]:
+    """Category -> indices of its samples, from ``[samples]`` or ``[samples, categories]``."""
+    if labels.dim() == 2 and len(labels) == samples and ((labels == 0) | (labels == 1)).all():
+        columns = {c: labels[:, c].nonzero().flatten() for c in range(labels.shape[1])}
+        return {category: indices for category, indices in columns.items() if len(indices)}
+    if labels.shape != (samples,) or labels.is_floating_point():
         raise DataError(
-            f"the categories are {assigned.dtype} of shape {tuple(assigned.shape)}; one integer "
-            f"for each of the {samples} samples is needed. For other labels pass a function as "
-            "categories=, or categories=None for a single category"
+            f"the categories are {labels.dtype} of shape {tuple(labels.shape)}; one integer for "
+            f"each of the {samples} samples is needed, or a row of zeros and ones for each. For "
+            "other labels pass a function as categories=, or categories=None"
         )
-    return assigned.detach().cpu().long()
+    order = labels.long().argsort(stable=True)
+    present, counts = labels.unique(return_counts=True)
+    return dict(zip(present.tolist(), order.split(counts.tolist()), strict=True))
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -74,28 +88,44 @@ def class_scores(outputs: Any) -> Tensor:
     return scores
 
 
-def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """The default loss: cross entropy, summed over the samples.
+def cross_entropy(outputs: Any, labels: Any) -> Tensor:
+    """The default loss, summed over the samples.
+
+    Cross entropy with class indices ``[samples, ...]``; binary cross entropy where the labels
+    are zeros and ones of the shape of the scores (several labels for a sample).
 
     Raises:
         DataError: Labels that are not classes of the output.
     """
     scores = class_scores(outputs)
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
     labels = torch.as_tensor(labels).to(scores.device)
+    functional = torch.nn.functional
+    if labels.shape == scores.shape and ((labels == 0) | (labels == 1)).all():
+        return functional.binary_cross_entropy_with_logits(
+            scores, labels.to(scores.dtype), reduction="sum"
+        )
     if labels.is_floating_point() or labels.shape != (scores.shape[0], *scores.shape[2:]):
         raise DataError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)} for outputs "
             f"{tuple(scores.shape)}; class indices are needed, or loss=function(outputs, labels)"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= scores.shape[1]:
+    check_range(labels, scores.shape[1])
+    return functional.cross_entropy(scores, labels.long(), reduction="sum")
+
+
+def check_range(labels: Tensor, classes: int) -> None:
+    """Raise DataError unless all labels are classes; -100 is cross entropy's 'ignore'."""
+    counted = labels[labels != -100] if labels.dim() > 1 else labels
+    if counted.numel() == 0:
+        return
+    low, high = int(counted.min()), int(counted.max())
+    if low < 0 or high >= classes:
         raise DataError(
-            f"labels run from {low} to {high}, but the model has {scores.shape[1]} classes: "
-            f"0 to {scores.shape[1] - 1}; correct the labels"
+            f"labels run from {low} to {high}, but the model has {classes} classes: 0 to "
+            f"{classes - 1}; correct the labels"
         )
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    return torch.nn.functional.cross_entropy(scores, labels.long(), reduction="sum")
 
 
 def joined(counts: dict[int, int], minimum: int = MINIMUM_SAMPLES) -> dict[int, tuple[int, ...]]:

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from nss_prune.activations import Reading, Watcher
-from nss_prune.categories import (
-    MINIMUM_SAMPLES,
-    Categories,
-    assign,
-    check_categories,
-    class_scores,
-    cross_entropy,
-    joined,
-)
+from nss_prune.categories import MINIMUM_SAMPLES, Categories, check_categories, joined
+from nss_prune.collector import Collector, Loss, device_of, split_batch
 from nss_prune.contributions import Contribution, metric_named
-from nss_prune.errors import ArgumentError, DataError, NSSPruneError, NumericalError
+from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.neurons import (
     NeuronGroup,
     NeuronMap,
-    call_model,
     evaluation,
     find_neurons,
     resolve_layers,
-    tensors_in,
     trace,
 )
-from nss_prune.similarity import entry_thresholds, pixel_kernel, similarity_curve
+from nss_prune.similarity import (
+    Features,
+    Landscape,
+    check_interval,
+    entry_thresholds,
+    similarity_curve,
+)
+from nss_prune.streaming import Part, Sums, stream_parts
 
 if TYPE_CHECKING:
     from nss_prune.slicing import Slice, Strategy
 
-Loss = Callable[[Any, Any], Tensor]
-Features = Literal["pixel"]
+PAPER: dict[str, Any] = {"features": "flat", "centered": False, "positions": None}
+"""The paper's Eq. 1 and 2 to the letter: ``profile(model, data, **PAPER)``."""
+
+MEMORY_LIMIT = 2**30
+"""Bytes that the sums of all open categories may take, unless ``memory_limit`` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The sums behind a profile, kept to be merged with those of other data.
+
+    Attributes:
+        metrics: The metrics that the sums are for.
+        landscape: How the observations were made.
+        sums: Category -> sums.
+    """
+
+    metrics: tuple[Contribution, ...]
+    landscape: Landscape
+    sums: Sums
 
 
 @dataclass(frozen=True)
@@ -51,18 +67,22 @@ class Profile:
         categories: The categories compared, each the labels that count as one.
         samples: Samples in each category.
         contributions: metric -> layer -> ``[categories, neurons]``.
+        overall: metric -> layer -> contributions over all data, ``[neurons]``.
         curves: metric -> layer -> ``[categories, neurons]``, the similarity after each rank.
         interval: Neurons that Algorithm 1 adds at a time.
         notes: What a reader of the report should know.
+        statistics: The sums, where ``profile(..., keep_statistics=True)`` kept them.
     """
 
     neurons: NeuronMap
-    categories: tuple[tuple[int, ...], ...]
+    categories: tuple[Part, ...]
     samples: tuple[int, ...]
     contributions: dict[str, dict[str, Tensor]]
+    overall: dict[str, dict[str, Tensor]]
     curves: dict[str, dict[str, Tensor]]
     interval: int = 1
     notes: tuple[str, ...] = ()
+    statistics: Statistics | None = field(default=None, repr=False)
 
     @property
     def groups(self) -> tuple[NeuronGroup, ...]:
@@ -85,12 +105,14 @@ class Profile:
 
         Category c needs neuron n for θ iff ``thresholds[metric][layer][c, n] < θ``.
         """
+        return {metric: self.entry_thresholds(metric) for metric in self.metrics}
+
+    def entry_thresholds(self, metric: str, interval: int | None = None) -> dict[str, Tensor]:
+        """Layer -> entry thresholds ``[categories, neurons]`` for any interval."""
+        interval = self.interval if interval is None else check_interval(interval)
         return {
-            metric: {
-                name: entry_thresholds(curve, self.ranking(metric, name), self.interval)
-                for name, curve in curves.items()
-            }
-            for metric, curves in self.curves.items()
+            name: entry_thresholds(curve, self.ranking(metric, name), interval)
+            for name, curve in self.curves[metric].items()
         }
 
     def ranking(self, metric: str, layer: str) -> Tensor:
@@ -116,13 +138,29 @@ class Profile:
         self,
         theta: float | None = None,
         *,
+        ratio: float | None = None,
         metric: str | None = None,
         strategy: Strategy = "semantic",
+        interval: int | None = None,
     ) -> Slice:
         """The critical neurons. See :func:`nss_prune.slicing.slice_profile`."""
         from nss_prune.slicing import slice_profile
 
-        return slice_profile(self, theta, metric=metric, strategy=strategy)
+        return slice_profile(
+            self, theta, ratio=ratio, metric=metric, strategy=strategy, interval=interval
+        )
+
+    @staticmethod
+    def merge(profiles: Iterable[Profile]) -> Profile:
+        """The profile of all data, from profiles of its shards.
+
+        Every shard is profiled with the same arguments and ``keep_statistics=True``.
+
+        Raises:
+            ArgumentError: No profiles, or one without its statistics.
+            ModelMismatchError: They are of different models or arguments.
+        """
+        return merged(list(profiles))
 
 
 def ranked(contributions: Tensor) -> Tensor:
@@ -139,29 +177,41 @@ def profile(
     categories: Categories = "labels",
     features: Features = "pixel",
     centered: bool = True,
+    positions: int | None = 64,
     interval: int = 1,
     loss: Loss | None = None,
     ignored_layers: Iterable[nn.Module | nn.Parameter | type | str] = (),
+    memory_limit: int = MEMORY_LIMIT,
+    keep_statistics: bool = False,
     progress: bool | None = None,
 ) -> Profile:
     """Profile a model in one pass over labelled data.
 
+    With torch.distributed initialised, each process gives its shard of the data, and all get the
+    same profile of the whole.
+
     Args:
         model: Any model that torch-pruning can trace; it is left exactly as found.
         data: Batches of (inputs, labels) on the model's device. Inputs are a tensor, a tuple of
-            arguments or a dict of keywords; labels are class indices.
+            arguments or a dict of keywords; labels are class indices, or rows of zeros and ones
+            where a sample has several.
         example_inputs: Inputs to trace the model with; the first batch's by default.
-        metrics: Contribution metrics, by name or as objects.
+        metrics: Contribution metrics, by name or as objects, all from the same pass.
         categories: "labels", "predicted", None for a single category, or a function of
             (inputs, labels, outputs) that gives an integer for each sample. Categories with
             fewer than 8 samples join others, see ``Profile.notes``.
-        features: "pixel": every position of every sample is an observation of its own.
-        centered: Centre the activations before they are compared (CKA as Kornblith et al.,
-            2019); False is the paper's Eq. 2 to the letter.
+        features: "pixel", every position of every sample is an observation of its own;
+            "pooled", positions are averaged first; "flat", positions are features, compared
+            within each batch.
+        centered: Centre the activations before they are compared.
+        positions: With "pixel", look at this many evenly spaced positions of a map at most.
         interval: Neurons that Algorithm 1 adds at a time.
         loss: Function of (outputs, labels), summed over the samples or one value for each;
             cross entropy by default.
         ignored_layers: Modules, types or names whose neurons are not profiled.
+        memory_limit: Bytes for the sums of the categories that are open at a time. Data with
+            more categories is read in their order, or several times.
+        keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category.
         progress: Show a progress bar; by default when stderr is a terminal.
 
     Raises:
@@ -170,28 +220,37 @@ def profile(
         NumericalError: NaN or infinite activations, gradients or losses.
         GraphError, NothingToPruneError: From tracing the model.
     """
+    if example_inputs is None:
+        first, data = first_batch(data)
+        example_inputs = split_batch(first)[0]
+    graph, output_nodes = trace(model, example_inputs)
+    neurons = find_neurons(model, graph, output_nodes, resolve_layers(model, ignored_layers))
+    return profile_neurons(
+        model,
+        data,
+        neurons,
+        metrics=metrics,
+        categories=categories,
+        landscape=Landscape(features, centered, positions),
+        interval=interval,
+        loss=loss,
+        memory_limit=memory_limit,
+        keep_statistics=keep_statistics,
+        progress=progress,
+    )
+
+
+def first_batch(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and data that still has it.
+
+    Raises:
+        DataError: There is none.
+    """
     batches = iter(data)
     first = next(batches, None)
     if first is None:
         raise DataError("the data has no batch; give an iterable of (inputs, labels) batches")
-    if example_inputs is None:
-        example_inputs = split_batch(first)[0]
-    graph, output_nodes = trace(model, example_inputs)
-    neurons = find_neurons(model, graph, output_nodes, resolve_layers(model, ignored_layers))
-    total = len(data) if isinstance(data, Sized) else None
-    return profile_neurons(
-        model,
-        itertools.chain([first], batches),
-        neurons,
-        metrics=metrics,
-        categories=categories,
-        features=features,
-        centered=centered,
-        interval=interval,
-        loss=loss,
-        progress=progress,
-        batches=total,
-    )
+    return first, itertools.chain([first], batches) if batches is data else data
 
 
 def profile_neurons(
@@ -201,313 +260,163 @@ def profile_neurons(
     *,
     metrics: Sequence[str | Contribution] = ("taylor",),
     categories: Categories = "labels",
-    features: Features = "pixel",
-    centered: bool = True,
+    landscape: Landscape | None = None,
     interval: int = 1,
     loss: Loss | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    keep_statistics: bool = False,
     progress: bool | None = None,
-    batches: int | None = None,
     minimum_samples: int = 2,
 ) -> Profile:
     """:func:`profile` for neurons that are already known."""
     check_categories(categories)
-    if features != "pixel":
-        raise ArgumentError(f"features is {features!r}; 'pixel' is what there is")
-    if interval < 1:
-        raise ArgumentError(f"interval is {interval}; give a whole number of at least 1")
-    collector = Collector(
-        neurons.groups, [metric_named(metric) for metric in metrics], categories, loss
-    )
-    bar = tqdm(
-        data,
-        desc="profile",
-        unit="batch",
-        total=batches,
-        leave=False,
-        disable=None if progress is None else not progress,
-    )
+    landscape = landscape or Landscape()
+    chosen = [metric_named(metric) for metric in metrics]
+    if not chosen:
+        raise ArgumentError("metrics is empty; give at least one, for example ('taylor',)")
+    builder = ProfileBuilder(neurons, chosen, landscape, check_interval(interval), keep_statistics)
+    collector = Collector(neurons.groups, chosen, landscape, categories, loss, device_of(model))
+    room = max(1, memory_limit // sum(8 * group.size**2 for group in neurons.groups))
     with evaluation(model):
-        for number, batch in enumerate(bar):
-            collector.add(model, batch, number)
-    if collector.samples < minimum_samples:
-        raise DataError(
-            f"the data has {collector.samples} sample(s); at least {minimum_samples} are needed "
-            f"to compare, better {MINIMUM_SAMPLES} or more for each category"
-        )
-    return collector.profile(neurons, centered, interval)
+        for part, sums in stream_parts(
+            model, data, collector, room, separate=keep_statistics, progress=progress
+        ):
+            builder.add(part, sums)
+    return builder.build(minimum_samples)
 
 
-def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Inputs and labels of a batch; labels are None for a bare tensor or dict."""
-    if isinstance(batch, (Tensor, Mapping)):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    if isinstance(batch, (tuple, list)) and len(batch) == 1:
-        return batch[0], None
-    raise DataError(
-        f"a batch is a {type(batch).__name__}"
-        + (f" of {len(batch)} items" if isinstance(batch, Sized) else "")
-        + "; give (inputs, labels), with several inputs as a tuple or dict in the first place"
-    )
-
-
-@dataclass
-class Moments:
-    """Sums over the rows of one category of one group, in float64."""
-
-    second: Tensor
-    total: Tensor
-    rows: int = 0
-
-    @classmethod
-    def zeros(cls, neurons: int, device: torch.device) -> Moments:
-        """No rows yet."""
-        return cls(
-            torch.zeros(neurons, neurons, dtype=torch.float64, device=device),
-            torch.zeros(neurons, dtype=torch.float64, device=device),
-        )
-
-    def add(self, activation: Tensor) -> None:
-        """Add ``[samples, neurons, positions]``, every position a row."""
-        rows = activation.transpose(0, 1).flatten(1)
-        self.second += rows @ rows.T
-        self.total += rows.sum(1, dtype=torch.float64)
-        self.rows += rows.shape[1]
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.second + other.second, self.total + other.total, self.rows + other.rows)
-
-
-@dataclass
-class GroupSums:
-    """Everything summed for one group: category -> moments, metric -> category -> statistics."""
-
-    moments: dict[int, Moments] = field(default_factory=dict)
-    statistics: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-
-
-class Collector:
-    """Streams batches into sums; holds no batch longer than it is worked on."""
+class ProfileBuilder:
+    """Turns the sums of one category after the other into contributions and curves."""
 
     def __init__(
         self,
-        groups: Sequence[NeuronGroup],
+        neurons: NeuronMap,
         metrics: Sequence[Contribution],
-        categories: Categories,
-        loss: Loss | None,
+        landscape: Landscape,
+        interval: int,
+        keep_statistics: bool,
     ) -> None:
-        self.groups = groups
+        self.neurons = neurons
         self.metrics = metrics
-        self.categories = categories
-        self.loss = loss
-        self.counts: dict[int, int] = {}
-        self.sums = {
-            group.name: GroupSums(statistics={metric.name: {} for metric in metrics})
-            for group in groups
-        }
+        self.landscape = landscape
+        self.interval = interval
+        self.parts: dict[Part, int] = {}
+        self.kept: Sums | None = {} if keep_statistics else None
+        self._scores: dict[tuple[str, str], list[Tensor]] = {}
+        self._curves: dict[tuple[str, str], list[Tensor]] = {}
+        self._overall: dict[tuple[str, str], Tensor] = {}
 
-    @property
-    def samples(self) -> int:
-        """Samples seen so far."""
-        return sum(self.counts.values())
+    def add(self, part: Part, whole: Sums) -> None:
+        """Add categories that count as one, with all of their samples."""
+        sums = functools.reduce(operator.add, whole.values())
+        self.parts[part] = sums.samples
+        if self.kept is not None:
+            self.kept.update(whole)
+        for group in self.neurons.groups:
+            found = sums.groups[group.name]
+            kernel = found.landscape.kernel(self.landscape)
+            for metric in self.metrics:
+                key = (metric.name, group.name)
+                total = found.statistics[metric.name]
+                score = metric.score(total[:, None] / sums.samples)[0]
+                self._scores.setdefault(key, []).append(score.cpu())
+                self._curves.setdefault(key, []).append(
+                    similarity_curve(kernel, ranked(score)).cpu()
+                )
+                known = self._overall.get(key)
+                self._overall[key] = total if known is None else known + total
 
-    def add(self, model: nn.Module, batch: Any, number: int) -> None:
-        """Run one batch and add what it shows.
+    def build(self, minimum_samples: int) -> Profile:
+        """The profile.
 
         Raises:
-            DataError, NumericalError: The batch cannot be used.
+            DataError: Fewer samples than ``minimum_samples``.
         """
-        inputs, labels = split_batch(batch)
-        samples = check_inputs(model, inputs, number)
-        needs_gradient = any(metric.needs_gradient for metric in self.metrics)
-        gathered = BatchStatistics(self.metrics)
-        watcher = Watcher(self.groups, samples, gathered.add if needs_gradient else None)
-        with watcher.attached(model), torch.set_grad_enabled(needs_gradient):
-            outputs = run(model, inputs, number)
-            assigned = assign(self.categories, inputs, labels, outputs, samples)
-            self._add_moments(watcher.readings, assigned)
-            if needs_gradient:
-                self._loss(outputs, labels).backward()
-            else:
-                for reading in watcher.readings:
-                    gathered.add(reading, None)
-        self._add_statistics(gathered, assigned)
-        for category, count in zip(*assigned.unique(return_counts=True), strict=True):
-            self.counts[int(category)] = self.counts.get(int(category), 0) + int(count)
-
-    def _loss(self, outputs: Any, labels: Any) -> Tensor:
-        if labels is None and self.loss is None:
-            labels = class_scores(outputs).argmax(1)
-        value = (self.loss or cross_entropy)(outputs, labels).sum()
-        if not torch.isfinite(value):
-            raise NumericalError(
-                f"the loss is {value.item()}; check the data and the model's weights for NaN"
-            )
-        return value
-
-    def _add_moments(self, readings: Sequence[Reading], assigned: Tensor) -> None:
-        present = assigned.unique().tolist()
-        for reading in readings:
-            values = as_computed(reading.activation)
-            moments = self.sums[reading.group].moments
-            for category in present:
-                if category not in moments:
-                    moments[category] = Moments.zeros(values.shape[1], values.device)
-                where = (assigned == category).nonzero().flatten().to(values.device)
-                moments[category].add(values[where] if len(present) > 1 else values)
-                if not torch.isfinite(moments[category].total).all():
-                    raise NumericalError(
-                        f"what reads {reading.group} reads NaN or infinite values; check the "
-                        "data and the model's weights"
-                    )
-
-    def _add_statistics(self, gathered: BatchStatistics, assigned: Tensor) -> None:
-        for group in self.groups:
-            for metric in self.metrics:
-                values = gathered.per_sample(metric, group.name)
-                if values is None:
-                    values = torch.zeros(1, len(assigned), group.size, dtype=torch.float64)
-                if not torch.isfinite(values).all():
-                    raise NumericalError(
-                        f"{metric.name} of {group.name} is NaN or infinite; check the data, the "
-                        "loss and the model's weights"
-                    )
-                sums = self.sums[group.name].statistics[metric.name]
-                for category in assigned.unique().tolist():
-                    where = (assigned == category).to(values.device)
-                    added = values[:, where].sum(1)
-                    sums[category] = sums[category] + added if category in sums else added
-
-    def profile(self, neurons: NeuronMap, centered: bool, interval: int) -> Profile:
-        """Contributions and curves of everything added so far."""
-        parts = joined(self.counts)
-        contributions: dict[str, dict[str, Tensor]] = {m.name: {} for m in self.metrics}
-        curves: dict[str, dict[str, Tensor]] = {m.name: {} for m in self.metrics}
-        for group in self.groups:
-            sums = self.sums[group.name]
-            kernels = [
-                kernel_of([sums.moments[c] for c in part], centered) for part in parts.values()
-            ]
-            for metric in self.metrics:
-                means = torch.stack(
-                    [
-                        torch.stack([sums.statistics[metric.name][c] for c in part]).sum(0)
-                        / sum(self.counts[c] for c in part)
-                        for part in parts.values()
-                    ],
-                    dim=1,
-                )
-                score = metric.score(means).cpu()
-                contributions[metric.name][group.name] = score
-                curves[metric.name][group.name] = torch.stack(
-                    [
-                        similarity_curve(kernel, order)
-                        for kernel, order in zip(kernels, ranked(score), strict=True)
-                    ]
-                )
-        return Profile(
-            neurons=neurons,
-            categories=tuple(parts.values()),
-            samples=tuple(sum(self.counts[c] for c in part) for part in parts.values()),
-            contributions=contributions,
-            curves=curves,
-            interval=interval,
-            notes=self._notes(parts),
-        )
-
-    def _notes(self, parts: Mapping[int, tuple[int, ...]]) -> tuple[str, ...]:
-        few = [c for c in sorted(self.counts) if self.counts[c] < MINIMUM_SAMPLES]
-        if not few:
-            return ()
-        if len(parts) == 1 and len(self.counts) == len(few):
-            return (
-                f"every category has fewer than {MINIMUM_SAMPLES} samples: all "
-                f"{self.samples} samples count as one category",
-            )
-        names = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
-        return (
-            f"{len(few)} categories with fewer than {MINIMUM_SAMPLES} samples ({names}) "
-            "count together with others",
-        )
-
-
-class BatchStatistics:
-    """What a batch contributes, gathered over all readers before it counts by sample."""
-
-    def __init__(self, metrics: Sequence[Contribution]) -> None:
-        self.metrics = metrics
-        self.gathered: dict[tuple[str, str], Tensor] = {}
-        self.positions: dict[tuple[str, str], int] = {}
-
-    def add(self, reading: Reading, gradient: Tensor | None) -> None:
-        """Gather one reading with its gradient."""
-        activation = as_computed(reading.activation)
-        gradient = None if gradient is None else as_computed(gradient)
-        for metric in self.metrics:
-            key = (metric.name, reading.group)
-            values = metric.gather(activation, gradient)
-            self.gathered[key] = self.gathered[key] + values if key in self.gathered else values
-            self.positions[key] = self.positions.get(key, 0) + activation.shape[2]
-
-    def per_sample(self, metric: Contribution, group: str) -> Tensor | None:
-        """``[statistics, samples, neurons]``, or None where no gradient reached the group."""
-        key = (metric.name, group)
-        if key not in self.gathered:
-            return None
-        return metric.per_sample(self.gathered[key], self.positions[key])
-
-
-def kernel_of(moments: Sequence[Moments], centered: bool) -> Tensor:
-    """K of the joined categories, ``[neurons, neurons]``, on the CPU."""
-    joint = moments[0]
-    for other in moments[1:]:
-        joint = joint + other
-    return pixel_kernel(joint.second, joint.total, joint.rows, centered).cpu()
-
-
-def as_computed(values: Tensor) -> Tensor:
-    """At least float32: half precision would lose the sums."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def check_inputs(model: nn.Module, inputs: Any, number: int) -> int:
-    """Number of samples of a batch.
-
-    Raises:
-        DataError: No samples, or on another device than the model.
-    """
-    tensors = tensors_in(inputs)
-    if not tensors or any(tensor.dim() == 0 for tensor in tensors):
-        raise DataError(
-            f"batch {number} holds no input tensors; give (inputs, labels) with the samples "
-            "along the first axis"
-        )
-    if tensors[0].shape[0] == 0:
-        raise DataError(f"batch {number} has no samples; leave empty batches out")
-    home = next(itertools.chain(model.parameters(), model.buffers())).device
-    for tensor in tensors:
-        if tensor.device != home:
+        samples = sum(self.parts.values())
+        if samples < minimum_samples:
             raise DataError(
-                f"batch {number} is on {tensor.device}, the model on {home}; move the data: "
-                "((inputs.to(device), labels.to(device)) for inputs, labels in loader)"
+                f"the data has {samples} sample(s); at least {minimum_samples} are needed to "
+                f"compare, better {MINIMUM_SAMPLES} or more for each category"
             )
-    return int(tensors[0].shape[0])
+        order = sorted(range(len(self.parts)), key=lambda i: list(self.parts)[i])
+        parts = [list(self.parts)[i] for i in order]
+        return Profile(
+            neurons=self.neurons,
+            categories=tuple(parts),
+            samples=tuple(self.parts[part] for part in parts),
+            contributions=self._by_metric(self._scores, order),
+            overall={
+                metric.name: {
+                    group.name: metric.score(
+                        self._overall[metric.name, group.name][:, None] / samples
+                    )[0].cpu()
+                    for group in self.neurons.groups
+                }
+                for metric in self.metrics
+            },
+            curves=self._by_metric(self._curves, order),
+            interval=self.interval,
+            notes=notes_on(parts),
+            statistics=None
+            if self.kept is None
+            else Statistics(tuple(self.metrics), self.landscape, self.kept),
+        )
+
+    def _by_metric(
+        self, values: dict[tuple[str, str], list[Tensor]], order: Sequence[int]
+    ) -> dict[str, dict[str, Tensor]]:
+        return {
+            metric.name: {
+                group.name: torch.stack([values[metric.name, group.name][i] for i in order])
+                for group in self.neurons.groups
+            }
+            for metric in self.metrics
+        }
 
 
-def run(model: nn.Module, inputs: Any, number: int) -> Any:
-    """The model's outputs.
+def notes_on(parts: Sequence[Part]) -> tuple[str, ...]:
+    """What the report says about categories that count as one."""
+    together = [part for part in parts if len(part) > 1]
+    if not together:
+        return ()
+    names = "; ".join(
+        ", ".join(map(str, part[:8])) + (", ..." if len(part) > 8 else "") for part in together
+    )
+    return (
+        f"categories that had fewer than {MINIMUM_SAMPLES} samples count as one with others: "
+        f"{names}",
+    )
 
-    Raises:
-        DataError: The model refuses the inputs.
-    """
-    try:
-        return call_model(model, inputs)
-    except NSSPruneError:
-        raise
-    except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
-        raise DataError(
-            f"the model refuses batch {number} with inputs of shape {shapes}: {error}; give data "
-            "of the shape that the model takes"
-        ) from error
+
+def merged(profiles: Sequence[Profile]) -> Profile:
+    """See :meth:`Profile.merge`."""
+    if not profiles:
+        raise ArgumentError("no profile was given; merge at least one")
+    kept = [profile.statistics for profile in profiles]
+    statistics = [found for found in kept if found is not None]
+    if len(statistics) < len(profiles):
+        raise ArgumentError(
+            "a profile has no statistics to merge; make each with keep_statistics=True"
+        )
+    first = profiles[0]
+    for other, found in zip(profiles, statistics, strict=True):
+        names = [metric.name for metric in found.metrics]
+        if (
+            other.layers != first.layers
+            or names != [metric.name for metric in statistics[0].metrics]
+            or found.landscape != statistics[0].landscape
+        ):
+            raise ModelMismatchError(
+                "the profiles are of different models or arguments; profile every shard with "
+                "the same model, metrics, features, centered and positions"
+            )
+    total: Sums = {}
+    for found in statistics:
+        for category, sums in found.sums.items():
+            total[category] = total[category] + sums if category in total else sums
+    builder = ProfileBuilder(
+        first.neurons, statistics[0].metrics, statistics[0].landscape, first.interval, True
+    )
+    for part in joined({category: sums.samples for category, sums in total.items()}).values():
+        builder.add(part, {category: total[category] for category in part})
+    return builder.build(2)

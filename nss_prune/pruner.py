@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import nn
 
 from nss_prune.categories import Categories, check_categories
+from nss_prune.collector import Loss
 from nss_prune.contributions import Contribution, metric_named
 from nss_prune.errors import ArgumentError, GraphError, ModelMismatchError
 from nss_prune.importance import NSSImportance
@@ -25,9 +26,10 @@ from nss_prune.neurons import (
     trace,
     traceable,
 )
-from nss_prune.profile import Features, Loss, Profile, profile_neurons
+from nss_prune.profile import Profile, profile_neurons
 from nss_prune.removal import remove
 from nss_prune.report import Cost, Report, Row, measure
+from nss_prune.similarity import Features, Landscape
 from nss_prune.slicing import Slice, Strategy, check_theta
 
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
@@ -98,7 +100,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.data = data
         self.strategy = strategy
         self.categories = categories
-        self.features = features
+        self.landscape = Landscape(features)
         self.loss = loss
         self.progress = progress
         self.report: Report | None = None
@@ -186,15 +188,14 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _profile_data(self) -> Profile:
         assert self.data is not None
-        batches = len(self.data) if isinstance(self.data, Sized) else None
-        return self._profile_of(self.data, self.categories, batches, minimum_samples=2)
+        return self._profile_of(self.data, self.categories, minimum_samples=2)
 
     def _profile_inputs(self) -> Profile:
         inputs = self._example_inputs
         if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
             inputs = inputs[0]
         categories = "predicted" if self.categories == "labels" else self.categories
-        profile = self._profile_of([(inputs, None)], categories, 1, minimum_samples=1)
+        profile = self._profile_of([(inputs, None)], categories, minimum_samples=1)
         warnings.warn(
             f"no data was given: the example inputs ({sum(profile.samples)} sample(s)) are "
             "profiled, with the model's predictions as categories; pass data=, batches of "
@@ -204,11 +205,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return profile
 
     def _profile_of(
-        self,
-        data: Iterable[Any],
-        categories: Categories,
-        batches: int | None,
-        minimum_samples: int,
+        self, data: Iterable[Any], categories: Categories, minimum_samples: int
     ) -> Profile:
         return profile_neurons(
             self.model,
@@ -216,10 +213,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.neurons,
             metrics=(self.metric,),
             categories=categories,
-            features=self.features,
+            landscape=self.landscape,
             loss=self.loss,
             progress=self.progress,
-            batches=batches,
             minimum_samples=minimum_samples,
         )
 

@@ -8,27 +8,115 @@ emits), without another look at the data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from nss_prune.errors import ArgumentError
 
+Features = Literal["pixel", "pooled", "flat"]
+FEATURES = ("pixel", "pooled", "flat")
 
-def pixel_kernel(second: Tensor, total: Tensor, rows: int, centered: bool = True) -> Tensor:
-    """K when every (sample, position) is a row.
 
-    Args:
-        second: Σ x_a x_b over the rows, ``[neurons, neurons]``, float64.
-        total: Σ x_a over the rows, ``[neurons]``, float64.
-        rows: Number of rows.
-        centered: Subtract each neuron's mean first.
+@dataclass(frozen=True)
+class Landscape:
+    """How a landscape is made of activations.
 
-    Returns:
-        ``[neurons, neurons]``, not negative.
+    Attributes:
+        features: "pixel", every (sample, position) is an observation; "pooled", a sample is one,
+            averaged over its positions; "flat", a sample is one with all its positions as
+            features, compared within each batch (paper, Eq. 1).
+        centered: Centre the observations (CKA as Kornblith et al., 2019); False is the paper's
+            Eq. 2 to the letter. With "flat" each batch is centred by itself.
+        positions: "pixel" looks at this many evenly spaced positions of a map at most, because
+            neighbours say nearly the same; None for all.
     """
-    if centered:
-        second = second - torch.outer(total, total) / rows
-    return second.square()
+
+    features: Features = "pixel"
+    centered: bool = True
+    positions: int | None = 64
+
+    def __post_init__(self) -> None:
+        if self.features not in FEATURES:
+            raise ArgumentError(f"features is {self.features!r}; use one of {FEATURES}")
+        if self.positions is not None and self.positions < 1:
+            raise ArgumentError(f"positions is {self.positions}; give at least 1, or None for all")
+
+    def observations(self, activation: Tensor) -> Tensor:
+        """What is observed of ``[samples, neurons, positions]``: ``[neurons, samples, seen]``."""
+        by_neuron = activation.transpose(0, 1)
+        if self.features == "pooled":
+            return by_neuron.mean(2, keepdim=True)
+        available = by_neuron.shape[2]
+        if self.features == "flat" or self.positions is None or available <= self.positions:
+            return by_neuron.contiguous()
+        return by_neuron[:, :, evenly_spaced(available, self.positions).to(activation.device)]
+
+
+def evenly_spaced(available: int, wanted: int) -> Tensor:
+    """``wanted`` of the positions 0 .. available - 1, each in the middle of its share."""
+    return ((torch.arange(wanted, dtype=torch.float64) + 0.5) * available / wanted).long()
+
+
+@dataclass
+class LandscapeSums:
+    """What one category of one group adds up to, in float64.
+
+    Attributes:
+        matrix: Σ x_a x_b over the observations; with "flat" Σ <M_a, M_b> over the batches,
+            ``[neurons, neurons]``.
+        total: Σ x_a over the observations, ``[neurons]``.
+        rows: Number of observations.
+    """
+
+    matrix: Tensor
+    total: Tensor
+    rows: int = 0
+
+    @classmethod
+    def zeros(cls, neurons: int, device: torch.device | str = "cpu") -> LandscapeSums:
+        """No observations yet."""
+        matrix = torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
+        return cls(matrix, torch.zeros(neurons, dtype=torch.float64, device=device))
+
+    def add(self, landscape: Landscape, observed: Sequence[Tensor]) -> None:
+        """Add what all readers of a batch observed, each ``[neurons, samples, seen]``."""
+        if landscape.features == "flat":
+            self._add_flat(landscape, observed)
+            return
+        for values in observed:
+            rows = values.flatten(1)
+            self.matrix += rows @ rows.T
+            self.total += rows.sum(1, dtype=torch.float64)
+            self.rows += rows.shape[1]
+
+    def _add_flat(self, landscape: Landscape, observed: Sequence[Tensor]) -> None:
+        grams: Tensor | None = None
+        for values in observed:
+            if landscape.centered:
+                values = values - values.mean(1, keepdim=True)
+            gram = values @ values.transpose(1, 2)
+            grams = gram if grams is None else grams + gram
+        if grams is not None:
+            landscapes = grams.flatten(1)
+            self.matrix += landscapes @ landscapes.T
+            self.rows += observed[0].shape[1]
+
+    def __add__(self, other: LandscapeSums) -> LandscapeSums:
+        return LandscapeSums(
+            self.matrix + other.matrix, self.total + other.total, self.rows + other.rows
+        )
+
+    def kernel(self, landscape: Landscape) -> Tensor:
+        """K, ``[neurons, neurons]``, not negative."""
+        if landscape.features == "flat":
+            return self.matrix
+        if not landscape.centered or self.rows == 0:
+            return self.matrix.square()
+        return (self.matrix - torch.outer(self.total, self.total) / self.rows).square_()
 
 
 def similarity_curve(kernel: Tensor, order: Tensor) -> Tensor:
@@ -72,10 +160,20 @@ def entry_thresholds(curve: Tensor, order: Tensor, interval: int = 1) -> Tensor:
     Raises:
         ArgumentError: ``interval`` is below 1.
     """
-    if interval < 1:
-        raise ArgumentError(f"interval is {interval}; give a whole number of at least 1")
+    check_interval(interval)
     ranks = torch.arange(curve.shape[-1], device=curve.device)
     checked = torch.where((ranks + 1) % interval == 0, curve, torch.zeros_like(curve))
     highest = checked.cummax(-1).values
     before = torch.cat([torch.zeros_like(highest[..., :1]), highest[..., :-1]], dim=-1)
     return torch.empty_like(before).scatter(-1, order, before)
+
+
+def check_interval(interval: int) -> int:
+    """``interval`` itself.
+
+    Raises:
+        ArgumentError: It is below 1.
+    """
+    if interval < 1:
+        raise ArgumentError(f"interval is {interval}; give a whole number of at least 1")
+    return interval

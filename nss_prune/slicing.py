@@ -20,9 +20,10 @@ from nss_prune.neurons import (
     parameter_axes,
     submodule,
 )
-from nss_prune.profile import Profile
+from nss_prune.profile import Profile, ranked
 
-Strategy = Literal["semantic"]
+Strategy = Literal["semantic", "category", "global"]
+STRATEGIES = ("semantic", "category", "global")
 
 
 @dataclass(frozen=True)
@@ -179,25 +180,55 @@ def slice_profile(
     profile: Profile,
     theta: float | None = None,
     *,
+    ratio: float | None = None,
     metric: str | None = None,
     strategy: Strategy = "semantic",
+    interval: int | None = None,
 ) -> Slice:
-    """The neurons that are critical at θ: the union over the categories (paper, section 3.3).
+    """The critical neurons of a profile, without another look at the data.
 
     Args:
-        theta: Similarity threshold in (0, 1]; 0.95 by default.
+        theta: For "semantic": the similarity threshold in (0, 1]; 0.95 by default.
+        ratio: Share of each layer's neurons to take, in (0, 1]: the best of each category and
+            their union ("category"), the best over all data ("global"), or those with the
+            lowest entry thresholds ("semantic", in place of theta). At least one is taken.
         metric: One of ``profile.metrics``; the first by default.
-        strategy: "semantic", the paper's Algorithm 1.
+        strategy: "semantic", Algorithm 1 for each category and their union (paper, section
+            3.3); "category" or "global", the paper's section 2.3.
+        interval: Neurons that Algorithm 1 adds at a time; the profile's own by default.
 
     Raises:
-        ArgumentError: θ outside (0, 1], or a metric or strategy that is not known.
+        ArgumentError: An argument is outside what it may be, or θ and ratio do not suit the
+            strategy.
     """
-    if strategy != "semantic":
-        raise ArgumentError(f"strategy is {strategy!r}; 'semantic' is what there is")
-    theta = check_theta(0.95 if theta is None else theta)
+    if strategy not in STRATEGIES:
+        raise ArgumentError(f"strategy is {strategy!r}; use one of {STRATEGIES}")
     chosen = profile.metric_or_default(metric)
-    lowest = union_thresholds(profile.thresholds[chosen])
-    return Slice({name: entry < theta for name, entry in lowest.items()}, profile.groups)
+    if ratio is None and strategy == "semantic":
+        theta = check_theta(0.95 if theta is None else theta)
+        lowest = union_thresholds(profile.entry_thresholds(chosen, interval))
+        return Slice({name: entry < theta for name, entry in lowest.items()}, profile.groups)
+    if theta is not None or ratio is None or not 0 < ratio <= 1:
+        raise ArgumentError(
+            f"theta is {theta!r} and ratio {ratio!r} with strategy {strategy!r}; 'semantic' takes "
+            "theta or a ratio in (0, 1], the others a ratio"
+        )
+    if strategy == "semantic":
+        lowest = union_thresholds(profile.entry_thresholds(chosen, interval))
+        scores = {name: -entry[None] for name, entry in lowest.items()}
+    elif strategy == "category":
+        scores = profile.contributions[chosen]
+    else:
+        scores = {name: values[None] for name, values in profile.overall[chosen].items()}
+    kept = {name: top_share(values, ratio).any(0) for name, values in scores.items()}
+    return Slice(kept, profile.groups)
+
+
+def top_share(scores: Tensor, ratio: float) -> Tensor:
+    """True for the best ``ratio`` of the last axis, at least one; ties by position."""
+    count = max(1, round(ratio * scores.shape[-1]))
+    best = ranked(scores)[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
 
 def union_thresholds(thresholds: Mapping[str, Tensor]) -> dict[str, Tensor]:

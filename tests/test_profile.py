@@ -143,7 +143,7 @@ def test_small_categories_join_and_the_notes_say_so() -> None:
     labels = torch.tensor([0] * 14 + [1] * 14 + [2] * 2)
     result = profile(model, [(inputs, labels)])
     assert result.categories == ((0, 2), (1,)) or result.categories == ((0,), (1, 2))
-    assert "count together" in result.notes[0]
+    assert "count as one" in result.notes[0]
 
 
 def test_model_and_gradients_are_left_as_found() -> None:

@@ -7,11 +7,15 @@ import torch
 from reference import algorithm_1, landscape_similarity
 
 from nss_prune.errors import ArgumentError
-from nss_prune.similarity import entry_thresholds, pixel_kernel, similarity_curve
+from nss_prune.similarity import Landscape, LandscapeSums, entry_thresholds, similarity_curve
 
 
-def kernel_of(activations: torch.Tensor) -> torch.Tensor:
-    return pixel_kernel(activations.T @ activations, activations.sum(0), len(activations))
+def kernel_of(activations: torch.Tensor, landscape: Landscape | None = None) -> torch.Tensor:
+    """K of activations [samples, neurons]."""
+    landscape = landscape or Landscape()
+    sums = LandscapeSums.zeros(activations.shape[1])
+    sums.add(landscape, [landscape.observations(activations[:, :, None])])
+    return sums.kernel(landscape)
 
 
 @pytest.fixture
@@ -32,10 +36,7 @@ def test_curve_is_the_similarity_of_every_prefix(activations: torch.Tensor) -> N
 
 
 def test_uncentred_kernel_is_the_papers_equation(activations: torch.Tensor) -> None:
-    kernel = pixel_kernel(
-        activations.T @ activations, activations.sum(0), len(activations), centered=False
-    )
-    curve = similarity_curve(kernel, torch.arange(23))
+    curve = similarity_curve(kernel_of(activations, Landscape(centered=False)), torch.arange(23))
     expected = landscape_similarity(activations[:, :5], activations)
     assert curve[4].item() == pytest.approx(expected, abs=1e-13)
 

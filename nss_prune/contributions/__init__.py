@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from nss_prune.contributions.average import Average
+from nss_prune.contributions.ensemble import Ensemble
 from nss_prune.contributions.protocol import Contribution, metric_named, register_metric
 from nss_prune.contributions.taylor import Taylor
+from nss_prune.contributions.variance import Variance
 
-register_metric(Taylor())
+for metric in (Average(), Variance(), Ensemble(), Taylor()):
+    register_metric(metric)
 
-__all__ = ["Contribution", "Taylor", "metric_named", "register_metric"]
+__all__ = [
+    "Average",
+    "Contribution",
+    "Ensemble",
+    "Taylor",
+    "Variance",
+    "metric_named",
+    "register_metric",
+]

@@ -1,0 +1,348 @@
+"""Batches in, sums out: what one pass over the data adds up to for every group and category."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.activations import Reading, Watcher
+from nss_prune.categories import Categories, assign, class_scores, cross_entropy
+from nss_prune.contributions import Contribution
+from nss_prune.errors import DataError, NSSPruneError, NumericalError
+from nss_prune.neurons import NeuronGroup, call_model, tensors_in
+from nss_prune.similarity import Landscape, LandscapeSums
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class GroupSums:
+    """Sums of one category of one group.
+
+    Attributes:
+        landscape: For the kernel.
+        statistics: metric -> Σ over samples, float64 ``[statistics, neurons]``.
+    """
+
+    landscape: LandscapeSums
+    statistics: dict[str, Tensor]
+
+    def __add__(self, other: GroupSums) -> GroupSums:
+        return GroupSums(
+            self.landscape + other.landscape,
+            {name: values + other.statistics[name] for name, values in self.statistics.items()},
+        )
+
+
+@dataclass
+class CategorySums:
+    """Sums of one category.
+
+    Attributes:
+        samples: Number of samples.
+        groups: Layer -> its sums.
+    """
+
+    samples: int = 0
+    groups: dict[str, GroupSums] = field(default_factory=dict)
+
+    def __add__(self, other: CategorySums) -> CategorySums:
+        return CategorySums(
+            self.samples + other.samples,
+            {name: sums + other.groups[name] for name, sums in self.groups.items()},
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the sums, in an order that depends on the groups and metrics alone."""
+        found = []
+        for sums in self.groups.values():
+            found += [sums.landscape.matrix, sums.landscape.total, *sums.statistics.values()]
+        return found
+
+
+class Collector:
+    """Streams batches into sums; holds no batch longer than it is worked on.
+
+    Args:
+        groups: The neurons.
+        metrics: Contribution metrics.
+        landscape: How observations are made of activations.
+        categories: Which category a sample counts for.
+        loss: Function of (outputs, labels); cross entropy by default.
+        device: Where the sums are kept: that of the model.
+
+    Attributes:
+        sums: Category -> its sums.
+        counts_as: Category -> the one under which its samples are summed, where they differ.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[NeuronGroup],
+        metrics: Sequence[Contribution],
+        landscape: Landscape,
+        categories: Categories,
+        loss: Loss | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.groups = groups
+        self.metrics = metrics
+        self.landscape = landscape
+        self.categories = categories
+        self.loss = loss
+        self.device = torch.device(device)
+        self.sums: dict[int, CategorySums] = {}
+        self.counts_as: dict[int, int] = {}
+
+    def empty(self) -> CategorySums:
+        """Sums of a category without samples."""
+        statistics = {
+            metric.name: metric.per_sample(torch.zeros(1, 1, 1), 1).shape[0]
+            for metric in self.metrics
+        }
+        return CategorySums(
+            groups={
+                group.name: GroupSums(
+                    LandscapeSums.zeros(group.size, self.device),
+                    {
+                        name: torch.zeros(
+                            count, group.size, dtype=torch.float64, device=self.device
+                        )
+                        for name, count in statistics.items()
+                    },
+                )
+                for group in self.groups
+            }
+        )
+
+    def add(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        labels: Any,
+        number: int,
+        admitted: Collection[int] | None = None,
+    ) -> None:
+        """Run one batch and add what it shows.
+
+        Args:
+            number: Of the batch, for messages.
+            admitted: Categories to add to; all by default.
+
+        Raises:
+            DataError, NumericalError: The batch cannot be used.
+        """
+        samples = check_inputs(model, inputs, number)
+        with_gradient = [metric for metric in self.metrics if metric.needs_gradient]
+        gathered = BatchStatistics(with_gradient)
+        watcher = Watcher(self.groups, samples, gathered.add if with_gradient else None)
+        with watcher.attached(model), torch.set_grad_enabled(bool(with_gradient)):
+            outputs = run(model, inputs, number)
+            membership = assign(self.categories, inputs, labels, outputs, samples)
+            if admitted is not None:
+                membership = {c: membership[c] for c in membership if c in admitted}
+            membership = self._joined(membership)
+            for category in membership:
+                if category not in self.sums:
+                    self.sums[category] = self.empty()
+            self._add_landscapes(watcher.readings, membership)
+            self._add_statistics(self._ungraded(watcher.readings), membership)
+            if with_gradient:
+                watcher.readings.clear()
+                self._loss(outputs, labels).backward()
+                self._add_statistics(gathered, membership)
+        for category, indices in membership.items():
+            self.sums[category].samples += len(indices)
+
+    def join(self, part: Sequence[int]) -> None:
+        """Sum all categories of a part under its first from now on, those summed so far too."""
+        first = part[0]
+        self.counts_as.update(dict.fromkeys(part[1:], first))
+        for category in part[1:]:
+            if category in self.sums:
+                other = self.sums.pop(category)
+                self.sums[first] = self.sums[first] + other if first in self.sums else other
+
+    def _joined(self, membership: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        found: dict[int, list[Tensor]] = {}
+        for category, indices in membership.items():
+            found.setdefault(self.counts_as.get(category, category), []).append(indices)
+        return {category: torch.cat(parts) for category, parts in found.items()}
+
+    def _ungraded(self, readings: Sequence[Reading]) -> BatchStatistics:
+        statistics = BatchStatistics([m for m in self.metrics if not m.needs_gradient])
+        for reading in readings:
+            statistics.add(reading, None)
+        return statistics
+
+    def _loss(self, outputs: Any, labels: Any) -> Tensor:
+        if labels is None and self.loss is None:
+            labels = class_scores(outputs).argmax(1)
+        value = (self.loss or cross_entropy)(outputs, labels).sum()
+        if not torch.isfinite(value):
+            raise NumericalError(
+                f"the loss is {value.item()}; check the data and the model's weights for NaN"
+            )
+        return value
+
+    def _add_landscapes(
+        self, readings: Sequence[Reading], membership: Mapping[int, Tensor]
+    ) -> None:
+        by_group: dict[str, list[Tensor]] = {group.name: [] for group in self.groups}
+        for reading in readings:
+            values = self.landscape.observations(as_computed(reading.activation))
+            if not torch.isfinite(values.sum(dtype=torch.float64)):
+                raise NumericalError(
+                    f"what reads {reading.group} reads NaN or infinite values; check the data "
+                    "and the model's weights"
+                )
+            by_group[reading.group].append(values)
+        for group in self.groups:
+            observed = by_group[group.name]
+            for category, indices in membership.items():
+                sums = self.sums[category].groups[group.name]
+                sums.landscape.add(self.landscape, [_of_samples(v, indices) for v in observed])
+
+    def _add_statistics(self, gathered: BatchStatistics, membership: Mapping[int, Tensor]) -> None:
+        for metric in gathered.metrics:
+            for group in self.groups:
+                values = gathered.per_sample(metric, group.name)
+                if values is None:  # no gradient reached what reads the group
+                    continue
+                if not torch.isfinite(values.sum()):
+                    raise NumericalError(
+                        f"{metric.name} of {group.name} is NaN or infinite; check the data, the "
+                        "loss and the model's weights"
+                    )
+                for category, indices in membership.items():
+                    sums = self.sums[category].groups[group.name].statistics
+                    sums[metric.name] += values[:, indices.to(values.device)].sum(1)
+
+
+class BatchStatistics:
+    """What a batch contributes, gathered over all readers before it counts by sample."""
+
+    def __init__(self, metrics: Sequence[Contribution]) -> None:
+        self.metrics = metrics
+        self._gathered: dict[tuple[Any, str], Tensor] = {}
+        self._positions: dict[str, int] = {}
+        # Metrics that share a gather function (average, variance, ensemble) share its result.
+        self._gathers = {type(metric).gather: metric.gather for metric in metrics}
+
+    def add(self, reading: Reading, gradient: Tensor | None) -> None:
+        """Gather one reading with its gradient, both ``[samples, neurons, positions]``."""
+        activation = as_computed(reading.activation)
+        gradient = None if gradient is None else as_computed(gradient)
+        for function, gather in self._gathers.items():
+            key = (function, reading.group)
+            values = gather(activation, gradient)
+            known = self._gathered.get(key)
+            self._gathered[key] = values if known is None else known + values
+        seen = self._positions.get(reading.group, 0)
+        self._positions[reading.group] = seen + activation.shape[2]
+
+    def per_sample(self, metric: Contribution, group: str) -> Tensor | None:
+        """``[statistics, samples, neurons]``, or None where nothing was gathered."""
+        gathered = self._gathered.get((type(metric).gather, group))
+        return None if gathered is None else metric.per_sample(gathered, self._positions[group])
+
+
+def _of_samples(observed: Tensor, indices: Tensor) -> Tensor:
+    if len(indices) == observed.shape[1]:
+        return observed
+    return observed.index_select(1, indices.to(observed.device))
+
+
+def as_computed(values: Tensor) -> Tensor:
+    """At least float32: half precision would lose the sums."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Inputs and labels of a batch; labels are None for a bare tensor or dict.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if isinstance(batch, (Tensor, Mapping)):
+        return batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return batch[0], None
+    items = f" of {len(batch)} items" if isinstance(batch, (tuple, list)) else ""
+    raise DataError(
+        f"a batch is a {type(batch).__name__}{items}; give (inputs, labels), with several inputs "
+        "as a tuple or dict in the first place"
+    )
+
+
+def pick_samples(value: Any, indices: Tensor) -> Any:
+    """The same nested structure with only some samples of every tensor."""
+    if isinstance(value, Tensor):
+        return value[indices.to(value.device)]
+    if isinstance(value, Mapping):
+        return {key: pick_samples(item, indices) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(pick_samples(item, indices) for item in value)
+    return value
+
+
+def check_inputs(model: nn.Module, inputs: Any, number: int) -> int:
+    """Number of samples of a batch.
+
+    Raises:
+        DataError: No samples, or on another device than the model.
+    """
+    tensors = tensors_in(inputs)
+    if not tensors or any(tensor.dim() == 0 for tensor in tensors):
+        raise DataError(
+            f"batch {number} holds no input tensors; give (inputs, labels) with the samples "
+            "along the first axis"
+        )
+    if tensors[0].shape[0] == 0:
+        raise DataError(f"batch {number} has no samples; leave empty batches out")
+    home = device_of(model)
+    for tensor in tensors:
+        if tensor.device != home:
+            raise DataError(
+                f"batch {number} is on {tensor.device}, the model on {home}; move the data: "
+                "((inputs.to(device), labels.to(device)) for inputs, labels in loader)"
+            )
+    return int(tensors[0].shape[0])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU where there is none."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def run(model: nn.Module, inputs: Any, number: int) -> Any:
+    """The model's outputs.
+
+    Raises:
+        DataError: The model refuses the inputs.
+    """
+    try:
+        return call_model(model, inputs)
+    except NSSPruneError:
+        raise
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
+        raise DataError(
+            f"the model refuses batch {number} with inputs of shape {shapes}: {error}; give data "
+            "of the shape that the model takes"
+        ) from error
+
+
+def batches_of(data: Iterable[Any]) -> Iterable[tuple[int, Any, Any]]:
+    """(number, inputs, labels) of every batch."""
+    for number, batch in enumerate(data):
+        yield (number, *split_batch(batch))

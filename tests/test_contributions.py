@@ -1,0 +1,127 @@
+"""Each metric against its definition, sample by sample, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from networks import batches, cnn, hand_weighted, mlp
+from torch import Tensor, nn
+
+from nss_prune import profile
+from nss_prune.contributions import Average, metric_named, register_metric
+
+# What each neuron emits for a sample: the mean over positions, [samples, neurons].
+
+
+def average(emitted: Tensor) -> list[float]:
+    return [sum(column) / len(column) for column in emitted.T.tolist()]
+
+
+def variance(emitted: Tensor) -> list[float]:
+    return [
+        sum((value - mean) ** 2 for value in column) / len(column)
+        for column, mean in zip(emitted.T.tolist(), average(emitted), strict=True)
+    ]
+
+
+def scaled(values: list[float]) -> list[float]:
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) for value in values]
+
+
+def ensemble(emitted: Tensor) -> list[float]:
+    pairs = zip(scaled(average(emitted)), scaled(variance(emitted)), strict=True)
+    return [first + second for first, second in pairs]
+
+
+ORACLES = {"avg": average, "var": variance, "ens": ensemble}
+
+
+@pytest.mark.parametrize("metric", ORACLES)
+def test_on_paper(metric: str) -> None:
+    model = hand_weighted()
+    inputs = torch.tensor([[1.0, 0], [0, 3]] * 8, dtype=torch.float64)
+    result = profile(model, [(inputs, torch.zeros(16, dtype=torch.long))], metrics=(metric,))
+    # The neurons emit 1, 0, 1, 0 for the first input and 0, 3, 3, 0 for the second.
+    expected = {
+        "avg": [0.5, 1.5, 2.0, 0.0],
+        "var": [0.25, 2.25, 1.0, 0.0],
+        "ens": [0.25 + 0.25 / 2.25, 0.75 + 1.0, 1.0 + 1.0 / 2.25, 0.0],
+    }
+    assert result.contributions[metric]["0"][0].tolist() == pytest.approx(expected[metric])
+
+
+@pytest.mark.parametrize("metric", ORACLES)
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (12,)), (cnn, (3, 12, 12))])
+def test_against_loops(metric: str, make, shape) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    data = batches(54, shape, 3, size=10)
+    result = profile(model, data, metrics=(metric,))
+    inputs, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    readers = [i for i, layer in enumerate(model) if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    for layer, reader in itertools.pairwise(readers):
+        size = result.layers[str(layer)]
+        read = model[:reader](inputs).detach()
+        emitted = read.reshape(len(read), size, -1).mean(2)
+        for category in range(3):
+            assert result.contributions[metric][str(layer)][category].tolist() == pytest.approx(
+                ORACLES[metric](emitted[labels == category]), abs=1e-12
+            )
+        assert result.overall[metric][str(layer)].tolist() == pytest.approx(
+            ORACLES[metric](emitted), abs=1e-12
+        )
+
+
+def test_all_in_one_pass_are_the_same_as_one_by_one() -> None:
+    torch.manual_seed(0)
+    model, data = cnn(), batches(54, (3, 12, 12), 3, size=10)
+    names = ("avg", "var", "ens", "taylor")
+    together = profile(model, data, metrics=names)
+    assert together.metrics == names
+    for metric in names:
+        alone = profile(model, data, metrics=(metric,))
+        for name in alone.layers:
+            torch.testing.assert_close(
+                together.contributions[metric][name], alone.contributions[metric][name]
+            )
+            torch.testing.assert_close(together.curves[metric][name], alone.curves[metric][name])
+
+
+def test_metrics_without_gradient_work_where_there_is_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*mlp(), nn.Threshold(1e9, 0.0))  # the output is constant
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs = self.body(inputs)
+            return outputs if torch.is_grad_enabled() else outputs.detach()
+
+    result = profile(Cut(), batches(48, (12,), 3), metrics=("avg",))
+    assert result.contributions["avg"]["body.1"].abs().sum() > 0
+
+
+def test_a_users_metric_needs_a_class_and_a_name() -> None:
+    class Peak(Average):
+        """Largest mean activation, negated, to be unlike every other metric."""
+
+        name = "negated"
+
+        def score(self, means: Tensor) -> Tensor:
+            return -means[0]
+
+    torch.manual_seed(0)
+    model, data = mlp(), batches(48, (12,), 3)
+    by_object = profile(model, data, metrics=(Peak(), "avg"))
+    assert torch.equal(
+        by_object.contributions["negated"]["1"], -by_object.contributions["avg"]["1"]
+    )
+    register_metric(Peak())
+    assert metric_named("negated").name == "negated"
+    assert profile(model, data, metrics=("negated",)).metrics == ("negated",)
