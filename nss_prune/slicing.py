@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nss_prune.errors import ArgumentError, ModelMismatchError
+from nss_prune.files import read_file, write_file
+from nss_prune.layout import decode_groups, encode_groups
 from nss_prune.neurons import (
     Member,
     NeuronGroup,
@@ -21,6 +25,8 @@ from nss_prune.neurons import (
     submodule,
 )
 from nss_prune.profile import Profile, ranked
+
+KIND = "nss_prune slice"
 
 Strategy = Literal["semantic", "category", "global"]
 STRATEGIES = ("semantic", "category", "global")
@@ -101,6 +107,36 @@ class Slice:
                     norm_hook = _norm_hook(module, channels)
                     stack.callback(module.register_forward_hook(norm_hook).remove)
             yield model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the slice as safetensors, one bit a neuron, whole or not at all.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        tensors, groups = encode_groups(self.groups)
+        for name, kept in self.kept.items():
+            tensors[f"kept/{name}"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
+        write_file(path, KIND, tensors, {"groups": groups, "kept": list(self.kept)})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Slice:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: The file is damaged, foreign, or of a newer version.
+            OSError: The file cannot be read.
+        """
+        tensors, notes = read_file(path, KIND)
+        groups = decode_groups(tensors, notes["groups"])
+        sizes = {group.name: group.size for group in groups}
+        kept = {
+            name: torch.from_numpy(
+                np.unpackbits(tensors[f"kept/{name}"].numpy(), count=sizes[name])
+            ).bool()
+            for name in notes["kept"]
+        }
+        return Slice(kept, groups)
 
     def compression_rate(self, model: nn.Module) -> float:
         """Share of the parameters of ``model`` that belong to neurons outside the slice.
