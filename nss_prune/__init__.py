@@ -6,6 +6,7 @@ from nss_prune.pruner import NSSPruner
 from nss_prune.removal import remove
 from nss_prune.report import Report
 from nss_prune.slicing import Slice
+from nss_prune.unstructured import sparsify
 
 __version__ = "0.1.0"
 
@@ -18,4 +19,5 @@ __all__ = [
     "Slice",
     "profile",
     "remove",
+    "sparsify",
 ]

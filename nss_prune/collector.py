@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from nss_prune.activations import Reading, Watcher
 from nss_prune.categories import Categories, assign, class_scores, cross_entropy
-from nss_prune.contributions import Contribution
+from nss_prune.contributions import Contribution, needs_reference
+from nss_prune.contributions.deeplift import difference, target_scores, with_reference
+from nss_prune.contributions.rescale import RescaleRule
 from nss_prune.errors import DataError, NSSPruneError, NumericalError
-from nss_prune.neurons import NeuronGroup, call_model, tensors_in
+from nss_prune.neurons import NeuronGroup, call_model, map_tensors, tensors_in
 from nss_prune.similarity import Landscape, LandscapeSums
 
 Loss = Callable[[Any, Any], Tensor]
@@ -75,10 +77,12 @@ class Collector:
         categories: Which category a sample counts for.
         loss: Function of (outputs, labels); cross entropy by default.
         device: Where the sums are kept: that of the model.
+        baseline: The reference of metrics that compare with one.
 
     Attributes:
         sums: Category -> its sums.
         counts_as: Category -> the one under which its samples are summed, where they differ.
+        uncovered: Functions that kept their plain gradient where a multiplier was wanted.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Collector:
         categories: Categories,
         loss: Loss | None = None,
         device: torch.device | str = "cpu",
+        baseline: Any = "zeros",
     ) -> None:
         self.groups = groups
         self.metrics = metrics
@@ -98,6 +103,8 @@ class Collector:
         self.device = torch.device(device)
         self.sums: dict[int, CategorySums] = {}
         self.counts_as: dict[int, int] = {}
+        self.baseline = baseline
+        self.uncovered: set[str] = set()
 
     def empty(self) -> CategorySums:
         """Sums of a category without samples."""
@@ -138,7 +145,10 @@ class Collector:
             DataError, NumericalError: The batch cannot be used.
         """
         samples = check_inputs(model, inputs, number)
-        with_gradient = [metric for metric in self.metrics if metric.needs_gradient]
+        compared = [metric for metric in self.metrics if needs_reference(metric)]
+        with_gradient = [
+            metric for metric in self.metrics if metric.needs_gradient and metric not in compared
+        ]
         gathered = BatchStatistics(with_gradient)
         watcher = Watcher(self.groups, samples, gathered.add if with_gradient else None)
         with watcher.attached(model), torch.set_grad_enabled(bool(with_gradient)):
@@ -156,6 +166,10 @@ class Collector:
                 watcher.readings.clear()
                 self._loss(outputs, labels).backward()
                 self._add_statistics(gathered, membership)
+        if compared:
+            targets = labels if labels is not None or self.loss else predictions(outputs)
+            differences = self._against_reference(model, inputs, targets, compared, number)
+            self._add_statistics(differences, membership)
         for category, indices in membership.items():
             self.sums[category].samples += len(indices)
 
@@ -174,6 +188,31 @@ class Collector:
             found.setdefault(self.counts_as.get(category, category), []).append(indices)
         return {category: torch.cat(parts) for category, parts in found.items()}
 
+    def _against_reference(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Any,
+        metrics: Sequence[Contribution],
+        number: int,
+    ) -> BatchStatistics:
+        """Differences and multipliers of the batch against its references."""
+        samples = len(tensors_in(inputs)[0])
+        gathered = BatchStatistics(metrics)
+
+        def gather(reading: Reading, gradient: Tensor) -> None:
+            differences = Reading(reading.group, difference(reading.activation))
+            gathered.add(differences, gradient[:samples])
+
+        watcher = Watcher(self.groups, 2 * samples, gather)
+        rule = RescaleRule(samples)
+        with watcher.attached(model), torch.enable_grad(), rule:
+            outputs = run(model, with_reference(inputs, self.baseline), number)
+            watcher.readings.clear()
+            target_scores(outputs, targets, samples).backward()
+        self.uncovered |= rule.uncovered
+        return gathered
+
     def _ungraded(self, readings: Sequence[Reading]) -> BatchStatistics:
         statistics = BatchStatistics([m for m in self.metrics if not m.needs_gradient])
         for reading in readings:
@@ -182,7 +221,7 @@ class Collector:
 
     def _loss(self, outputs: Any, labels: Any) -> Tensor:
         if labels is None and self.loss is None:
-            labels = class_scores(outputs).argmax(1)
+            labels = predictions(outputs)
         value = (self.loss or cross_entropy)(outputs, labels).sum()
         if not torch.isfinite(value):
             raise NumericalError(
@@ -222,6 +261,11 @@ class Collector:
                 for category, indices in membership.items():
                     sums = self.sums[category].groups[group.name].statistics
                     sums[metric.name] += values[:, indices.to(values.device)].sum(1)
+
+
+def predictions(outputs: Any) -> Tensor:
+    """The class with the highest score, ``[samples, ...]``."""
+    return class_scores(outputs).argmax(1)
 
 
 class BatchStatistics:
@@ -283,14 +327,8 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def pick_samples(value: Any, indices: Tensor) -> Any:
-    """The same nested structure with only some samples of every tensor."""
-    if isinstance(value, Tensor):
-        return value[indices.to(value.device)]
-    if isinstance(value, Mapping):
-        return {key: pick_samples(item, indices) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(pick_samples(item, indices) for item in value)
-    return value
+    """The same nest with only some samples of every tensor."""
+    return map_tensors(lambda tensor: tensor[indices.to(tensor.device)], value)
 
 
 def check_inputs(model: nn.Module, inputs: Any, number: int) -> int:

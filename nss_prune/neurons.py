@@ -119,6 +119,17 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nest with ``function`` of every tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
 @contextlib.contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
     """Put training modes and requires_grad flags back as they were, whatever the body does."""

@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nss_prune.categories import MINIMUM_SAMPLES, Categories, check_categories, joined
 from nss_prune.collector import CategorySums, Collector, GroupSums, Loss, device_of, split_batch
-from nss_prune.contributions import Contribution, metric_named
+from nss_prune.contributions import Contribution, metric_named, needs_reference
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.files import read_file, write_file
 from nss_prune.layout import decode_groups, encode_groups
@@ -24,7 +24,9 @@ from nss_prune.neurons import (
     NeuronMap,
     evaluation,
     find_neurons,
+    map_tensors,
     resolve_layers,
+    tensors_in,
     trace,
 )
 from nss_prune.similarity import (
@@ -296,6 +298,7 @@ def profile(
     positions: int | None = 64,
     interval: int = 1,
     loss: Loss | None = None,
+    baseline: Any = "zeros",
     ignored_layers: Iterable[nn.Module | nn.Parameter | type | str] = (),
     memory_limit: int = MEMORY_LIMIT,
     keep_statistics: bool = False,
@@ -324,6 +327,8 @@ def profile(
         interval: Neurons that Algorithm 1 adds at a time.
         loss: Function of (outputs, labels), summed over the samples or one value for each;
             cross entropy by default.
+        baseline: The reference of "deeplift": "zeros", "mean" (of the data, in a pass before),
+            or a tensor that broadcasts to one sample, nested like the inputs where these are.
         ignored_layers: Modules, types or names whose neurons are not profiled.
         memory_limit: Bytes for the sums of the categories that are open at a time. Data with
             more categories is read in their order, or several times.
@@ -350,6 +355,7 @@ def profile(
         landscape=Landscape(features, centered, positions),
         interval=interval,
         loss=loss,
+        baseline=baseline,
         memory_limit=memory_limit,
         keep_statistics=keep_statistics,
         progress=progress,
@@ -379,6 +385,7 @@ def profile_neurons(
     landscape: Landscape | None = None,
     interval: int = 1,
     loss: Loss | None = None,
+    baseline: Any = "zeros",
     memory_limit: int = MEMORY_LIMIT,
     keep_statistics: bool = False,
     progress: bool | None = None,
@@ -391,14 +398,18 @@ def profile_neurons(
     if not chosen:
         raise ArgumentError("metrics is empty; give at least one, for example ('taylor',)")
     builder = ProfileBuilder(neurons, chosen, landscape, check_interval(interval), keep_statistics)
-    collector = Collector(neurons.groups, chosen, landscape, categories, loss, device_of(model))
+    if any(needs_reference(metric) for metric in chosen) and isinstance(baseline, str):
+        baseline = mean_inputs(data) if baseline == "mean" else baseline
+    collector = Collector(
+        neurons.groups, chosen, landscape, categories, loss, device_of(model), baseline
+    )
     room = max(1, memory_limit // sum(8 * group.size**2 for group in neurons.groups))
     with evaluation(model):
         for part, sums in stream_parts(
             model, data, collector, room, separate=keep_statistics, progress=progress
         ):
             builder.add(part, sums)
-    return builder.build(minimum_samples)
+    return builder.build(minimum_samples, notes_on_rule(collector.uncovered))
 
 
 class ProfileBuilder:
@@ -442,8 +453,8 @@ class ProfileBuilder:
                 known = self._overall.get(key)
                 self._overall[key] = total if known is None else known + total
 
-    def build(self, minimum_samples: int) -> Profile:
-        """The profile.
+    def build(self, minimum_samples: int, notes: tuple[str, ...] = ()) -> Profile:
+        """The profile, with further notes.
 
         Raises:
             DataError: Fewer samples than ``minimum_samples``.
@@ -472,7 +483,7 @@ class ProfileBuilder:
             },
             curves=self._by_metric(self._curves, order),
             interval=self.interval,
-            notes=notes_on(parts),
+            notes=(*notes_on(parts), *notes),
             statistics=None
             if self.kept is None
             else Statistics(tuple(self.metrics), self.landscape, self.kept),
@@ -502,6 +513,47 @@ def notes_on(parts: Sequence[Part]) -> tuple[str, ...]:
         f"categories that had fewer than {MINIMUM_SAMPLES} samples count as one with others: "
         f"{names}",
     )
+
+
+def notes_on_rule(uncovered: Collection[str]) -> tuple[str, ...]:
+    """What the report says about functions that DeepLIFT's rule does not cover."""
+    if not uncovered:
+        return ()
+    return (
+        "deeplift used the plain gradient of " + ", ".join(sorted(uncovered)) + ": there its "
+        "contributions do not add up to the change of the output",
+    )
+
+
+def mean_inputs(data: Iterable[Any]) -> Any:
+    """The mean sample of the inputs, nested as they are.
+
+    Raises:
+        DataError: The data can be iterated only once, or its inputs have no mean.
+    """
+    if iter(data) is data:
+        raise DataError(
+            "baseline='mean' needs a pass of its own, but the data can be iterated only once; "
+            "give a list or a DataLoader, or the mean as a tensor"
+        )
+    total: Any = None
+    samples = 0
+    for batch in data:
+        inputs = split_batch(batch)[0]
+        if not all(tensor.is_floating_point() for tensor in tensors_in(inputs)):
+            raise DataError("baseline='mean' needs inputs of real numbers; give a tensor instead")
+        summed = map_tensors(lambda tensor: tensor.sum(0, keepdim=True), inputs)
+        total = summed if total is None else add_nested(total, summed)
+        samples += len(tensors_in(inputs)[0])
+    if total is None:
+        raise DataError("the data has no batch; give an iterable of (inputs, labels) batches")
+    return map_tensors(lambda tensor: tensor / samples, total)
+
+
+def add_nested(first: Any, second: Any) -> Any:
+    """The sum of two nests of tensors of the same structure."""
+    others = iter(tensors_in(second))
+    return map_tensors(lambda tensor: tensor + next(others), first)
 
 
 def merged(profiles: Sequence[Profile]) -> Profile:

@@ -125,3 +125,38 @@ def test_a_users_metric_needs_a_class_and_a_name() -> None:
     register_metric(Peak())
     assert metric_named("negated").name == "negated"
     assert profile(model, data, metrics=("negated",)).metrics == ("negated",)
+
+
+def test_deeplift_of_the_profile_is_complete_and_streams() -> None:
+    torch.manual_seed(0)
+    model, data = cnn().eval(), batches(54, (3, 12, 12), 3, size=10)
+    inputs, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    for baseline in ("zeros", "mean", torch.full((3, 12, 12), 0.3).double()):
+        result = profile(model, data, metrics=("taylor", "deeplift"), baseline=baseline)
+        if isinstance(baseline, Tensor):
+            reference = baseline[None]
+        else:
+            reference = inputs.mean(0, keepdim=True) * (baseline == "mean")
+        with torch.no_grad():
+            change = (model(inputs) - model(reference))[torch.arange(54), labels]
+        for category in range(3):
+            expected = change[labels == category].mean()
+            for name in result.layers:
+                total = result.contributions["deeplift"][name][category].sum()
+                torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-9)
+        alone = profile(model, data, metrics=("taylor",))
+        for name in result.layers:
+            assert torch.equal(
+                result.contributions["taylor"][name], alone.contributions["taylor"][name]
+            )
+
+
+def test_deeplift_says_what_it_does_not_cover() -> None:
+    torch.manual_seed(0)
+    norm = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.LayerNorm(9), nn.ReLU(), nn.Linear(9, 3)
+    ).double()
+    result = profile(norm, batches(48, (6,), 3), metrics=("deeplift",))
+    assert any("layer_norm" in note for note in result.notes)
+    plain = profile(mlp(), batches(48, (12,), 3), metrics=("deeplift",))
+    assert plain.notes == ()

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from nss_prune.contributions.average import Average
+from nss_prune.contributions.deeplift import DeepLift
 from nss_prune.contributions.ensemble import Ensemble
-from nss_prune.contributions.protocol import Contribution, metric_named, register_metric
+from nss_prune.contributions.protocol import (
+    Contribution,
+    metric_named,
+    metrics_known,
+    needs_reference,
+    register_metric,
+)
 from nss_prune.contributions.taylor import Taylor
 from nss_prune.contributions.variance import Variance
 
-for metric in (Average(), Variance(), Ensemble(), Taylor()):
+for metric in (Average(), Variance(), Ensemble(), DeepLift(), Taylor()):
     register_metric(metric)
 
 __all__ = [
     "Average",
     "Contribution",
+    "DeepLift",
     "Ensemble",
     "Taylor",
     "Variance",
     "metric_named",
+    "metrics_known",
+    "needs_reference",
     "register_metric",
 ]

@@ -16,6 +16,10 @@ class Contribution(Protocol):
     ``gather`` is added over all inputs that read a neuron, ``per_sample`` then sees the whole
     sample, its values are averaged over the samples of a category, and ``score`` makes the
     contribution out of these averages.
+
+    A metric with an attribute ``needs_reference = True`` is gathered from a pass of its own under
+    DeepLIFT's rescale rule: its activation is the difference from the reference, its gradient
+    the multiplier.
     """
 
     name: str
@@ -43,6 +47,16 @@ _METRICS: dict[str, Contribution] = {}
 def register_metric(metric: Contribution) -> None:
     """Make a metric known under its name, for ``metric="name"``."""
     _METRICS[metric.name] = metric
+
+
+def needs_reference(metric: Contribution) -> bool:
+    """Whether the metric compares with a reference input."""
+    return bool(getattr(metric, "needs_reference", False))
+
+
+def metrics_known() -> tuple[str, ...]:
+    """Names of the registered metrics, in the order of their registration."""
+    return tuple(_METRICS)
 
 
 def metric_named(metric: str | Contribution) -> Contribution:
