@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nss_prune.neurons import call_model, evaluation
@@ -57,9 +58,10 @@ def measure(model: nn.Module, example_inputs: Any, forward: Any = call_model) ->
     counts in convolutions, matrix products and attention) of one call."""
     counter = FlopCounterMode(display=False)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is not counted
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluation(model), torch.no_grad(), counter:
+        # The fused kernels of attention are not counted on every device, their parts are.
+        with evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             forward(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

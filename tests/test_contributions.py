@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from networks import batches, cnn, hand_weighted, mlp
 from torch import Tensor, nn
 
+from networks import batches, cnn, hand_weighted, mlp
 from nss_prune import profile
-from nss_prune.contributions import Average, metric_named, register_metric
+from nss_prune.contributions import Average, metric_named, protocol, register_metric
 
 # What each neuron emits for a sample: the mean over positions, [samples, neurons].
 
@@ -107,7 +107,9 @@ def test_metrics_without_gradient_work_where_there_is_none() -> None:
     assert result.contributions["avg"]["body.1"].abs().sum() > 0
 
 
-def test_a_users_metric_needs_a_class_and_a_name() -> None:
+def test_a_users_metric_needs_a_class_and_a_name(monkeypatch) -> None:
+    monkeypatch.setattr(protocol, "_METRICS", dict(protocol._METRICS))
+
     class Peak(Average):
         """Largest mean activation, negated, to be unlike every other metric."""
 

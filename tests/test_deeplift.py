@@ -12,10 +12,10 @@ import timm
 import torch
 import torchvision
 from captum.attr import LayerDeepLift
-from networks import assert_unchanged, fingerprint, hand_weighted, settled
 from torch import Tensor, nn
 from torch.nn import functional
 
+from networks import assert_unchanged, fingerprint, hand_weighted, settled
 from nss_prune.activations import Reading, Watcher
 from nss_prune.contributions import Contribution
 from nss_prune.contributions.deeplift import (

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from networks import Residual, batches, cnn, mlp
 from safetensors.torch import save_file
-from test_streaming import same
 
+from networks import Residual, batches, cnn, mlp
 from nss_prune import Profile, Slice, files, profile
 from nss_prune.errors import ArgumentError, FileFormatError
+from test_streaming import same
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from networks import batches, cnn, hand_weighted, mlp
-from reference import algorithm_1, taylor
 from torch import nn
 
+from networks import batches, cnn, hand_weighted, mlp
 from nss_prune import profile
 from nss_prune.categories import joined
 from nss_prune.errors import ArgumentError
+from reference import algorithm_1, taylor
 
 
 def whole(data: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch_pruning as tp
 import torchvision
-from networks import assert_unchanged, batches, cnn, fingerprint, mlp
 from torch import nn
 from torch.nn.utils import prune
 
+from networks import assert_unchanged, batches, cnn, fingerprint, mlp
 from nss_prune import NSSPruner, profile
 from nss_prune.errors import (
     ArgumentError,

@@ -9,6 +9,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
+
 from networks import (
     Residual,
     assert_unchanged,
@@ -18,8 +20,6 @@ from networks import (
     mlp,
     settled,
 )
-from torch import nn
-
 from nss_prune import NSSPruner, Slice, profile, remove
 from nss_prune.errors import ArgumentError, ModelMismatchError, RemovalError
 from nss_prune.removal import LayerNormPruner, undone_on_error

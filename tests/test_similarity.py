@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import algorithm_1, landscape_similarity
 
 from nss_prune.errors import ArgumentError
 from nss_prune.similarity import Landscape, LandscapeSums, entry_thresholds, similarity_curve
+from reference import algorithm_1, landscape_similarity
 
 
 def kernel_of(activations: torch.Tensor, landscape: Landscape | None = None) -> torch.Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import batches, cnn, mlp
-from reference import algorithm_1, landscape_similarity
 from torch import nn
 
+from networks import batches, cnn, mlp
 from nss_prune import PAPER, Profile, profile
 from nss_prune.errors import ArgumentError
+from reference import algorithm_1, landscape_similarity
 
 
 @pytest.fixture(scope="module")

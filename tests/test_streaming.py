@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from networks import batches, cnn, mlp
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from networks import batches, cnn, mlp
 from nss_prune import Profile, profile
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.streaming import dataset_labels

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
+from nss_prune.errors import ArgumentError, NothingToPruneError
+from nss_prune.unstructured.allocation import METHODS, allocate, erk, proportional, uniform_plus
+from nss_prune.unstructured.sparsify import sparsify
+from nss_prune.unstructured.weights import prunable_layers
 from reference_unstructured import (
     convolutional,
     erk_budgets,
@@ -11,12 +17,6 @@ from reference_unstructured import (
     perceptron,
     uniform_plus_budgets,
 )
-from torch import nn
-
-from nss_prune.errors import ArgumentError, NothingToPruneError
-from nss_prune.unstructured.allocation import METHODS, allocate, erk, proportional, uniform_plus
-from nss_prune.unstructured.sparsify import sparsify
-from nss_prune.unstructured.weights import prunable_layers
 
 
 def resnet_like() -> nn.Sequential:

@@ -4,14 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_unstructured import (
-    Tied,
-    assert_as_it_was,
-    fresh,
-    perceptron,
-    registered_masks,
-    snapshot,
-)
 from torch import nn
 
 from nss_prune.errors import (
@@ -30,6 +22,14 @@ from nss_prune.unstructured import (
     iterative_sparsify,
     sparsify,
     weight_count,
+)
+from reference_unstructured import (
+    Tied,
+    assert_as_it_was,
+    fresh,
+    perceptron,
+    registered_masks,
+    snapshot,
 )
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference_unstructured import largest
 
 from nss_prune.unstructured import magnitudes as module
 from nss_prune.unstructured.magnitudes import SUPPORTED_TYPES, Magnitudes
+from reference_unstructured import largest
 
 
 @pytest.fixture(autouse=True)

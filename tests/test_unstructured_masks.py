@@ -7,6 +7,13 @@ import io
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from nss_prune.unstructured import masks as module
+from nss_prune.unstructured.masks import make_permanent, masks_of, refresh, set_masks
+from nss_prune.unstructured.sparsify import sparsify
+from nss_prune.unstructured.weights import prunable_layers
 from reference_unstructured import (
     Reader,
     Tied,
@@ -16,13 +23,6 @@ from reference_unstructured import (
     perceptron,
     snapshot,
 )
-from torch import nn
-from torch.nn.utils import prune
-
-from nss_prune.unstructured import masks as module
-from nss_prune.unstructured.masks import make_permanent, masks_of, refresh, set_masks
-from nss_prune.unstructured.sparsify import sparsify
-from nss_prune.unstructured.weights import prunable_layers
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference_unstructured import lamp_scores, magnitudes, ranked
 from torch import nn
 
 from nss_prune.unstructured.allocation import global_magnitude, lamp
 from nss_prune.unstructured.weights import prunable_layers
+from reference_unstructured import lamp_scores, magnitudes, ranked
 
 ORACLES = [(lamp, lamp_scores), (global_magnitude, magnitudes)]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_unstructured import Tied, convolutional, fresh, perceptron
 from torch import nn
 
 from nss_prune.unstructured import make_permanent, sparsify, sparsity_report
 from nss_prune.unstructured.report import LayerSparsity
+from reference_unstructured import Tied, convolutional, fresh, perceptron
 
 
 def test_bytes_of_a_small_layer():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_unstructured import assert_as_it_was, fresh, snapshot
 from torch import nn
 
 from nss_prune.errors import ArgumentError, NothingToPruneError, NumericalError
 from nss_prune.unstructured import magnitudes as magnitudes_module
 from nss_prune.unstructured import n_m, sparsify, to_semi_structured
+from reference_unstructured import assert_as_it_was, fresh, snapshot
 
 
 @pytest.fixture(autouse=True)

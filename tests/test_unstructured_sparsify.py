@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from nss_prune.errors import ArgumentError, NothingToPruneError, NumericalError
+from nss_prune.unstructured import METHODS, compression_rate, sparsify, weight_count
 from reference_unstructured import (
     Tied,
     assert_as_it_was,
@@ -17,11 +22,6 @@ from reference_unstructured import (
     registered_masks,
     snapshot,
 )
-from torch import nn
-from torch.nn.utils import prune
-
-from nss_prune.errors import ArgumentError, NothingToPruneError, NumericalError
-from nss_prune.unstructured import METHODS, compression_rate, sparsify, weight_count
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
 

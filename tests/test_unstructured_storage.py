@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nss_prune import files
+from nss_prune.errors import FileFormatError, ModelMismatchError, NothingToPruneError
+from nss_prune.files import read_file, write_file
+from nss_prune.unstructured import load_masks, n_m, save_masks, sparsify
+from nss_prune.unstructured.storage import pack, shapes, unpack
 from reference_unstructured import (
     Reader,
     Tied,
@@ -14,14 +22,6 @@ from reference_unstructured import (
     registered_masks,
     snapshot,
 )
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-from nss_prune import files
-from nss_prune.errors import FileFormatError, ModelMismatchError, NothingToPruneError
-from nss_prune.files import read_file, write_file
-from nss_prune.unstructured import load_masks, n_m, save_masks, sparsify
-from nss_prune.unstructured.storage import pack, shapes, unpack
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (4, 3, 2, 3)])

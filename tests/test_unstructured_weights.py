@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_unstructured import Tied, convolutional, fresh, perceptron
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -16,6 +15,7 @@ from nss_prune.unstructured.weights import (
     readable_layers,
     weight_count,
 )
+from reference_unstructured import Tied, convolutional, fresh, perceptron
 
 
 def names(model, ignored=()):

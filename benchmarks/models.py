@@ -1,0 +1,65 @@
+"""The architectures of the benchmarks, as the paper has them (parameters for ten classes).
+
+mlp(784, 512, 256, 10) 535,818; alexnet_cifar10 19,076,170; vgg16_bn 14,728,266. The paper does
+not pin the other two: resnet101_cifar is torchvision's with the usual stem for 32 x 32 pictures
+(42,512,970), vgg19_bn has the head of vgg16_bn (20,040,522).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torchvision
+from torch import nn
+
+VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool",
+         512, 512, 512, "pool")  # fmt: skip
+VGG19 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool",
+         512, 512, 512, 512, "pool")  # fmt: skip
+ALEXNET = (64, "pool", 192, "pool", 384, 256, 256, "pool")
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Fully connected layers between `widths`, with ReLU between them; pictures are flattened."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def alexnet_cifar10(classes: int = 10) -> nn.Sequential:
+    """Five 3 x 3 convolutions with batch norm, then 4096-4096-`classes` (3 x 32 x 32 in)."""
+    head = [nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, classes)]
+    return nn.Sequential(*convolutions(ALEXNET), nn.Flatten(), *head)
+
+
+def vgg16_bn(classes: int = 10) -> nn.Sequential:
+    """13 convolutions with batch norm and one fully connected layer (3 x 32 x 32 in)."""
+    return nn.Sequential(*convolutions(VGG16), nn.Flatten(), nn.Linear(512, classes))
+
+
+def vgg19_bn(classes: int = 10) -> nn.Sequential:
+    """16 convolutions with batch norm and one fully connected layer (3 x 32 x 32 in)."""
+    return nn.Sequential(*convolutions(VGG19), nn.Flatten(), nn.Linear(512, classes))
+
+
+def resnet101_cifar(classes: int = 10) -> nn.Module:
+    """torchvision's resnet101 whose stem is one 3 x 3 convolution without pooling."""
+    model: nn.Module = torchvision.models.resnet101(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def convolutions(plan: Sequence[int | str]) -> Iterator[nn.Module]:
+    """3 x 3 convolution, batch norm and ReLU for each width of `plan`; max pooling at "pool"."""
+    channels = 3
+    for width in plan:
+        if isinstance(width, str):
+            yield nn.MaxPool2d(2)
+        else:
+            yield nn.Conv2d(channels, width, 3, padding=1)
+            yield nn.BatchNorm2d(width)
+            yield nn.ReLU()
+            channels = width

@@ -1,0 +1,329 @@
+"""RQ1, slicing itself: accuracy against compression for semantic, category-wise and global slicing.
+
+    python benchmarks/rq1.py                                           a minute, no download
+    python benchmarks/rq1.py --settings mlp-mnist,mlp-fmnist --data DIR --seeds 5
+
+For every setting and seed a model is trained (or taken from the cache) and profiled once, with
+all metrics. From that profile come the semantic slices (theta 0.90 .. 0.99) and the category-wise
+and global ones (the best 10 % .. 100 % of each layer). Everything outside a slice is masked,
+nothing is trained, and the accuracy is measured on the test data (paper, section 5.2, Figure 5).
+
+    CR    compression rate: share of the model's parameters that belong to masked neurons
+    loss  points of accuracy lost against the whole model
+
+Strategies are compared at equal compression: `mean` is the mean accuracy over the compression
+rates that all three reach (the area under the curve, divided by its width), and `lead` the
+semantic strategy's mean minus the better of the other two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from matplotlib import pyplot
+from torch import nn
+
+import results
+import targets
+from data import Data, Split, load
+from nss_prune import Profile, Slice, profile
+from nss_prune.contributions import metrics_known
+from nss_prune.errors import ArgumentError, NSSPruneError
+from results import Cell, Column, spread
+from settings import SETTINGS, Setting, chosen
+from storage import DEFAULT_CACHE
+from training import accuracy, trained
+
+STRATEGIES = ("semantic", "category", "global")
+THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
+RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 11))
+
+COLUMNS = (
+    Column("metric", "Metric"),
+    Column("strategy", "Strategy"),
+    Column("mean", "mean accuracy %"),
+    Column("lead", "lead, points"),
+    Column("loss_30", "loss at CR 30 %"),
+    Column("loss_50", "loss at CR 50 %"),
+    Column("loss_70", "loss at CR 70 %"),
+)
+THETA_COLUMNS = (
+    Column("metric", "Metric"),
+    Column("theta", "theta"),
+    Column("CR", "CR %"),
+    Column("accuracy", "accuracy %"),
+    Column("loss", "loss, points"),
+)
+PAPER_COLUMNS = (
+    Column("metric", "Metric"),
+    Column("CR", "CR %"),
+    Column("paper_loss", "paper's loss"),
+    Column("loss", "our loss"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One slice of one model.
+
+    knob: theta of a semantic slice, ratio of the others.
+    compression_rate, accuracy, dense: shares, 0 to 1; dense is the whole model's accuracy.
+    """
+
+    seed: int
+    metric: str
+    strategy: str
+    knob: float
+    compression_rate: float
+    accuracy: float
+    dense: float
+
+
+def run_setting(
+    setting: Setting,
+    data: Data,
+    seeds: Sequence[int],
+    metrics: Sequence[str],
+    *,
+    evaluated: int | None,
+    cache: Path,
+) -> list[Point]:
+    """All slices of a setting, seed by seed; prints a line on each seed."""
+    points: list[Point] = []
+    test = data.test if evaluated is None else data.test.per_category(evaluated)
+    for seed in seeds:
+        device = data.train.labels.device
+        found = trained(setting.name, setting.build, data, setting.recipe, seed, cache, device)
+        known = profile(found.model, profiled_batches(setting, data), metrics=tuple(metrics))
+        dense = accuracy(found.model, test)
+        for metric in metrics:
+            points += slices(known, found.model, test, metric, seed, dense)
+        origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
+        print(f"{setting.name}, seed {seed}: trained {origin}, {100 * dense:.2f} %", flush=True)
+    return points
+
+
+def profiled_batches(setting: Setting, data: Data) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The labelled batches that a setting's models are profiled with."""
+    return list(data.train.per_category(setting.profiled).batches(500))
+
+
+def slices(
+    known: Profile, model: nn.Module, test: Split, metric: str, seed: int, dense: float
+) -> list[Point]:
+    """Every slice by one metric, measured."""
+
+    def point(strategy: str, knob: float, critical: Slice) -> Point:
+        with critical.masked(model):
+            measured = accuracy(model, test)
+        rate = critical.compression_rate(model)
+        return Point(seed, metric, strategy, knob, rate, measured, dense)
+
+    semantic = [point("semantic", t, known.slice(t, metric=metric)) for t in THETAS]
+    return semantic + [
+        point(strategy, ratio, known.slice(ratio=ratio, strategy=strategy, metric=metric))
+        for strategy in ("category", "global")
+        for ratio in RATIOS
+    ]
+
+
+def curve(points: Sequence[Point], strategy: str) -> tuple[np.ndarray, np.ndarray]:
+    """Compression rates in ascending order, from 0 (the whole model) on, and accuracies."""
+    mine = sorted(
+        [(p.compression_rate, p.accuracy) for p in points if p.strategy == strategy]
+        + [(0.0, points[0].dense)]
+    )
+    rates, accuracies = np.array(mine).T
+    return rates, accuracies
+
+
+def at_rate(points: Sequence[Point], strategy: str, rate: float) -> float | None:
+    """Accuracy at a compression rate, between measured ones; None beyond them."""
+    rates, accuracies = curve(points, strategy)
+    return float(np.interp(rate, rates, accuracies)) if rate <= rates[-1] else None
+
+
+def means(points: Sequence[Point]) -> dict[str, float]:
+    """Strategy -> mean accuracy over the compression rates that all strategies reach."""
+    curves = {strategy: curve(points, strategy) for strategy in STRATEGIES}
+    end = min(rates[-1] for rates, _ in curves.values())
+    grid = np.linspace(0, end, 501)
+    return {s: float(np.interp(grid, *found).mean()) for s, found in curves.items()}
+
+
+def table_rows(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, Cell]]:
+    """A row for each metric and strategy, over seeds."""
+    rows = []
+    for metric in metrics:
+        by_seed = seeds_of(points, metric)
+        averages = [means(same) for same in by_seed]
+        for strategy in STRATEGIES:
+            lead = [m["semantic"] - max(m["category"], m["global"]) for m in averages]
+            row: dict[str, Cell] = {
+                "metric": metric,
+                "strategy": strategy,
+                "mean": spread([100 * m[strategy] for m in averages]),
+                "lead": spread([100 * value for value in lead]) if strategy == "semantic" else None,
+            }
+            for percent in (30, 50, 70):
+                row[f"loss_{percent}"] = loss_at(by_seed, strategy, percent / 100)
+            rows.append(row)
+    return rows
+
+
+def seeds_of(points: Sequence[Point], metric: str) -> list[list[Point]]:
+    mine = [point for point in points if point.metric == metric]
+    return [[p for p in mine if p.seed == seed] for seed in sorted({p.seed for p in mine})]
+
+
+def loss_at(by_seed: Sequence[Sequence[Point]], strategy: str, rate: float) -> Cell:
+    found = [at_rate(points, strategy, rate) for points in by_seed]
+    reached = [
+        100 * (points[0].dense - value)
+        for points, value in zip(by_seed, found, strict=True)
+        if value is not None
+    ]
+    return spread(reached) if len(reached) == len(found) else None
+
+
+def theta_rows(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, Cell]]:
+    """What each theta removes and costs."""
+    rows: list[dict[str, Cell]] = []
+    for metric in metrics:
+        for theta in THETAS:
+            same = [
+                p
+                for p in points
+                if p.metric == metric and p.strategy == "semantic" and p.knob == theta
+            ]
+            rows.append(
+                {
+                    "metric": metric,
+                    "theta": theta,
+                    "CR": spread([100 * p.compression_rate for p in same]),
+                    "accuracy": spread([100 * p.accuracy for p in same]),
+                    "loss": spread([100 * (p.dense - p.accuracy) for p in same]),
+                }
+            )
+    return rows
+
+
+def paper_rows(setting: str, points: Sequence[Point]) -> list[dict[str, Cell]]:
+    """The paper's losses at its compression rates beside ours."""
+    return [
+        {
+            "metric": metric,
+            "CR": rate,
+            "paper_loss": loss,
+            "loss": loss_at(by_seed, "semantic", rate / 100),
+        }
+        for metric, rate, loss in targets.FIGURE_5.get(setting, ())
+        if (by_seed := seeds_of(points, metric))
+    ]
+
+
+def plot(setting: str, points: Sequence[Point], metrics: Sequence[str], path: Path) -> None:
+    """A panel for each metric: accuracy against compression rate, a colour for each strategy."""
+    figure, panels = pyplot.subplots(
+        1, len(metrics), figsize=(3.6 * len(metrics), 3.6), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, metric in zip(panels[0], metrics, strict=True):
+        for same in seeds_of(points, metric):
+            for number, strategy in enumerate(STRATEGIES):
+                rates, accuracies = curve(same, strategy)
+                label = strategy if same[0].seed == points[0].seed else None
+                panel.plot(
+                    100 * rates, 100 * accuracies, ".-", color=f"C{number}", alpha=0.6, label=label
+                )
+        panel.set(title=metric, xlabel="compression rate, %")
+        panel.grid(alpha=0.3)
+    panels[0][0].set(ylabel="test accuracy, %")
+    panels[0][0].legend()
+    figure.suptitle(f"RQ1, {setting}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def report(
+    setting: Setting,
+    data: Data,
+    points: Sequence[Point],
+    metrics: Sequence[str],
+    seeds: Sequence[int],
+    evaluated: int | None,
+    output: Path,
+) -> None:
+    """Print the tables of a setting; write its result file and its plot."""
+    rows, thetas = table_rows(points, metrics), theta_rows(points, metrics)
+    paper = paper_rows(setting.name, points)
+    title = f"RQ1, {setting.name}"
+    path = output / f"rq1-{setting.name}.json"
+    results.write(
+        path, title, COLUMNS, rows, seeds=seeds, device=data.train.labels.device,
+        options={"profiled": setting.profiled, "evaluated": evaluated,
+                 "recipe": asdict(setting.recipe), "data": data.origin},
+        thetas=thetas, paper=paper, points=[asdict(point) for point in points],
+    )  # fmt: skip
+    plot(setting.name, points, metrics, path.with_suffix(".png"))
+    print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
+    print(results.text_table(COLUMNS, rows))
+    print(f"\n{results.text_table(THETA_COLUMNS, thetas)}")
+    if paper:
+        print(f"\n{results.text_table(PAPER_COLUMNS, paper)}")
+    print(f"\n{path} and {path.with_suffix('.png').name} written\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--settings", default="mlp-digits",
+        help=f"comma list of {', '.join(SETTINGS)}, or all (default: %(default)s)")  # fmt: skip
+    add("--data", type=Path, metavar="DIR",
+        help="folder of the data sets (default: data/ in the cache, downloaded)")  # fmt: skip
+    add("--metrics", default=",".join(metrics_known()),
+        help="comma list of contribution metrics (default: %(default)s)")  # fmt: skip
+    add("--seeds", type=int, default=3, metavar="N", help="models per setting (default: 3)")
+    add("--epochs", type=int, metavar="N", help="epochs of training (default: the setting's)")
+    add("--evaluated", type=int, metavar="N",
+        help="test samples of each category to measure with (default: all)")  # fmt: skip
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
+        help="folder of the result files (default: benchmarks/results)")  # fmt: skip
+    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
+        help="folder of trained models and pictures (default: ~/.cache/nss_prune)")  # fmt: skip
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    asked = parser().parse_args(words)
+    if asked.seeds < 1:
+        raise ArgumentError(f"--seeds is {asked.seeds}; it is the number of models, at least 1.")
+    seeds, metrics = range(asked.seeds), asked.metrics.split(",")
+    for setting in chosen(asked.settings):
+        setting = setting.with_epochs(asked.epochs)
+        data = load(setting.data, asked.data, cache=asked.cache).to(asked.device)
+        points = run_setting(
+            setting, data, seeds, metrics, evaluated=asked.evaluated, cache=asked.cache
+        )
+        report(setting, data, points, metrics, seeds, asked.evaluated, asked.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except NSSPruneError as error:
+        sys.exit(f"rq1.py: {error}")

@@ -1,0 +1,88 @@
+"""The settings of the benchmarks: the paper's six, and one that needs no download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import nn
+
+import models
+from nss_prune.errors import ArgumentError
+from training import Recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model on one data set.
+
+    rate: share of the remaining weights that one iteration prunes: the r of the paper's Table 4.
+    theta: similarity that a slice must reach before unstructured pruning. The paper does not
+        give its own; 0.99 is the strictest in its range, and loses next to no accuracy by itself.
+    profiled: labelled samples of each category that the slice is computed from.
+    """
+
+    name: str
+    data: str
+    build: Callable[[], nn.Module]
+    recipe: Recipe
+    rate: float = 0.05
+    theta: float = 0.99
+    profiled: int = 200
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta <= 1:
+            raise ArgumentError(f"theta is {self.theta}; it is a similarity in (0, 1].")
+        if self.recipe.epochs < 0:
+            raise ArgumentError(f"epochs is {self.recipe.epochs}; it is 0 (untrained) or more.")
+
+    def with_epochs(self, epochs: int | None) -> Setting:
+        """This setting, trained for `epochs` epochs; as it is for None."""
+        if epochs is None:
+            return self
+        return replace(self, recipe=replace(self.recipe, epochs=epochs))
+
+    def with_theta(self, theta: float | None) -> Setting:
+        """This setting, sliced at `theta`; as it is for None."""
+        return self if theta is None else replace(self, theta=theta)
+
+
+# High learning rates, at which the networks lose no accuracy and become easier to slice.
+SMALL_MLP = Recipe(epochs=60, learning_rate=0.02, batch=64)
+MLP = Recipe(epochs=10, learning_rate=0.004)
+CNN = Recipe(epochs=60, learning_rate=0.1, optimiser="sgd", weight_decay=5e-4, augment=True)
+WIDE_CNN = replace(CNN, learning_rate=0.05)
+SMALL_SET_CNN = replace(WIDE_CNN, epochs=150)
+
+ALL = 10**6  # more samples of a category than there are
+
+REGISTERED = (
+    Setting(
+        "mlp-digits",
+        "digits",
+        partial(models.mlp, 64, 128, 64, 10),
+        SMALL_MLP,
+        rate=0.10,
+        profiled=ALL,
+    ),
+    Setting(
+        "mlp-mnist", "mnist", partial(models.mlp, 784, 512, 256, 10), MLP, rate=0.10, profiled=ALL
+    ),
+    Setting("mlp-fmnist", "fmnist", partial(models.mlp, 784, 512, 256, 10), MLP, profiled=ALL),
+    Setting("alexnet-cifar10", "cifar10", models.alexnet_cifar10, WIDE_CNN),
+    Setting("vgg16-cifar10", "cifar10", models.vgg16_bn, CNN),
+    Setting("resnet101-cifar10", "cifar10", models.resnet101_cifar, CNN),
+    Setting("vgg19-imagenet10", "imagenet10", models.vgg19_bn, SMALL_SET_CNN),
+)
+
+SETTINGS = {setting.name: setting for setting in REGISTERED}
+
+
+def chosen(names: str) -> list[Setting]:
+    """The settings that a comma-separated list names ("all": every one)."""
+    wanted = list(SETTINGS) if names == "all" else names.split(",")
+    for name in wanted:
+        if name not in SETTINGS:
+            raise ArgumentError(f"There is no setting {name!r}; there are: {', '.join(SETTINGS)}.")
+    return [SETTINGS[name] for name in wanted]

@@ -1,0 +1,352 @@
+"""Speed and memory, both sides in one run: ratios with their spread.
+
+    python benchmarks/speed.py                         all parts, half an hour on two cores
+    python benchmarks/speed.py --parts selection       one part
+    python benchmarks/speed.py --parts profile --models vgg16 --repeats 5
+
+selection   the slices of every theta from given activations, against Algorithm 1 with an interval
+            of 1 written plainly (it adds one neuron after the other and compares the landscapes);
+            both give the same sets, which is checked
+profile     a whole profile (avg + var + ens + taylor, ten categories) against the bare forward and
+            backward passes over the same batches
+deeplift    DeepLIFT of all layers against captum's LayerDeepLift, layer by layer, and against the
+            bare passes
+memory      peak memory of a profile of ResNet-50 at 32 px beyond the model, by samples and by
+            categories; each in a process of its own
+
+Times are of single runs in turn (A B A B ...); a ratio is given as median (minimum .. maximum).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from captum.attr import LayerDeepLift
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import models
+import results
+from nss_prune import profile
+from nss_prune.errors import ArgumentError, NSSPruneError
+from nss_prune.neurons import NeuronMap, find_neurons, trace
+from nss_prune.profile import profile_neurons, ranked
+from nss_prune.similarity import Landscape, LandscapeSums, entry_thresholds, similarity_curve
+from results import Cell, Column
+
+COLUMNS = (
+    Column("what", "what"),
+    Column("ours", "ours, s", 4),
+    Column("other", "other, s", 4),
+    Column("ratio", "ratio, median (min .. max)"),
+    Column("target", "target"),
+)
+MEMORY_COLUMNS = (
+    Column("what", "what"),
+    Column("megabytes", "MB beyond the model", 0),
+    Column("seconds", "s", 1),
+)
+SELECTION = ((1000, 256), (1000, 512), (5000, 512))
+SELECTION_TARGETS = {(1000, 512): ">= 100", (5000, 512): ">= 500"}
+THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
+MEMORY_SAMPLES = (80, 320, 1280)
+MEMORY_CATEGORIES = (1, 10, 100, 1000)
+Rows = list[dict[str, Cell]]
+
+
+def in_turn(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    repeats: int,
+    *,
+    warm: bool = True,
+) -> tuple[list[float], list[float]]:
+    """Seconds of both, run in turn; with ``warm`` after one run of each that does not count."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats + warm):
+        for function, found in ((first, times[0]), (second, times[1])):
+            start = time.perf_counter()
+            function()
+            if repeat >= warm:
+                found.append(time.perf_counter() - start)
+    return times
+
+
+def ratio_row(
+    what: str, ours: Sequence[float], other: Sequence[float], target: str, *, faster: bool
+) -> dict[str, Cell]:
+    """A row; the ratio is how many times faster ours is, or how many times as long it takes."""
+    pairs = zip(ours, other, strict=True)
+    ratios = sorted(theirs / mine if faster else mine / theirs for mine, theirs in pairs)
+    word = "x faster" if faster else "x as long"
+    middle = statistics.median(ratios)
+    return {
+        "what": what,
+        "ours": statistics.median(ours),
+        "other": statistics.median(other),
+        "ratio": f"{middle:.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f}) {word}",
+        "target": target,
+    }
+
+
+def plain_similarities(activations: Tensor, order: Tensor) -> Tensor:
+    """Algorithm 1 with i = 1: the similarity after each neuron, ``[neurons]``.
+
+    activations: ``[samples, neurons]``.   order: neurons from the best on, ``[neurons]``.
+    """
+    centred = activations - activations.mean(0)
+    whole = centred @ centred.T
+    whole_norm = whole.norm()
+    subset = torch.zeros_like(whole)
+    similarities = []
+    for neuron in order:
+        column = centred[:, neuron]
+        subset += torch.outer(column, column)
+        similarities.append((subset * whole).sum() / (subset.norm() * whole_norm))
+    return torch.stack(similarities)
+
+
+def ours_thresholds(activations: Tensor, order: Tensor) -> Tensor:
+    """The entry threshold of every neuron: the sets of every theta."""
+    landscape = Landscape()
+    sums = LandscapeSums.zeros(activations.shape[1])
+    sums.add(landscape, [landscape.observations(activations[:, :, None])])
+    return entry_thresholds(similarity_curve(sums.kernel(landscape), order), order)
+
+
+def selection(repeats: int) -> Rows:
+    """Part (a)."""
+    rows = []
+    for samples, neurons in SELECTION:
+        generator = torch.Generator().manual_seed(0)
+        mixed = torch.randn(samples, 64, generator=generator, dtype=torch.float64)
+        weights = torch.randn(64, neurons, generator=generator, dtype=torch.float64)
+        activations = (mixed @ weights).relu()
+        order = ranked(torch.rand(neurons, generator=generator))
+        check_same_sets(
+            plain_similarities(activations, order), ours_thresholds(activations, order), order
+        )
+        ours, other = in_turn(
+            functools.partial(ours_thresholds, activations, order),
+            functools.partial(plain_similarities, activations, order),
+            repeats,
+            warm=False,
+        )
+        target = SELECTION_TARGETS.get((samples, neurons), "")
+        what = f"selection, {samples} samples x {neurons} neurons"
+        rows.append(ratio_row(what, ours, other, target, faster=True))
+        show(rows[-1])
+    return rows
+
+
+def check_same_sets(plain: Tensor, entry: Tensor, order: Tensor) -> None:
+    """Raise unless Algorithm 1's sets are those of the entry thresholds, for every theta."""
+    for theta in THETAS:
+        reached = (plain >= theta).nonzero().flatten()
+        count = int(reached[0]) + 1 if len(reached) else len(order)
+        if set(order[:count].tolist()) != set((entry < theta).nonzero().flatten().tolist()):
+            raise NSSPruneError(f"the sets differ at theta {theta}")
+
+
+def vgg16() -> tuple[nn.Module, Tensor]:
+    return models.vgg16_bn(), torch.randn(64, 3, 32, 32)
+
+
+def resnet50() -> tuple[nn.Module, Tensor]:
+    return torchvision.models.resnet50(), torch.randn(16, 3, 224, 224)
+
+
+def efficientnet_lite0() -> tuple[nn.Module, Tensor]:
+    return timm.create_model("efficientnet_lite0"), torch.randn(16, 3, 224, 224)
+
+
+MODELS = {"vgg16": vgg16, "resnet50": resnet50, "efficientnet_lite0": efficientnet_lite0}
+
+
+def prepared(name: str) -> tuple[nn.Module, Tensor, Tensor, NeuronMap]:
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    model.eval()
+    graph, output_nodes = trace(model, inputs[:1])
+    labels = torch.arange(len(inputs)) % 10
+    return model, inputs, labels, find_neurons(model, graph, output_nodes)
+
+
+def bare_passes(model: nn.Module, inputs: Tensor, labels: Tensor, batches: int) -> None:
+    """Forward and backward over the same batches, as in training without the optimiser."""
+    for _ in range(batches):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+
+
+def whole_profile(names: Iterable[str], repeats: int, batches: int = 4) -> Rows:
+    """Part (b)."""
+    rows = []
+    for name in names:
+        model, inputs, labels, neurons = prepared(name)
+        ours, bare = in_turn(
+            functools.partial(
+                profile_neurons,
+                model,
+                [(inputs, labels)] * batches,
+                neurons,
+                metrics=("avg", "var", "ens", "taylor"),
+                progress=False,
+            ),
+            functools.partial(bare_passes, model, inputs, labels, batches),
+            repeats,
+        )
+        rows.append(ratio_row(f"profile, {name}", ours, bare, "<= 1.25", faster=False))
+        show(rows[-1])
+    return rows
+
+
+def deeplift(names: Iterable[str], repeats: int) -> Rows:
+    """Part (c)."""
+    rows = []
+    for name in names:
+        model, inputs, labels, neurons = prepared(name)
+        readers = [
+            model.get_submodule(member.name)
+            for group in neurons.groups
+            for member in group.readers[:1]
+        ]
+        ours = functools.partial(
+            profile_neurons,
+            model,
+            [(inputs, labels)],
+            neurons,
+            metrics=("deeplift",),
+            progress=False,
+        )
+        bare = functools.partial(bare_passes, model, inputs, labels, 1)
+        times = in_turn(ours, bare, repeats)
+        rows.append(ratio_row(f"deeplift, {name}, against bare", *times, "<= 3", faster=False))
+        show(rows[-1])
+        captum = functools.partial(captum_layers, model, readers, inputs, labels)
+        times = in_turn(ours, captum, 1)
+        what = f"deeplift, {name}, {len(readers)} layers, against captum"
+        target = f">= {0.7 * len(readers):.1f}"
+        rows.append(ratio_row(what, *times, target, faster=True))
+        show(rows[-1])
+    return rows
+
+
+def captum_layers(
+    model: nn.Module, readers: Sequence[nn.Module], inputs: Tensor, labels: Tensor
+) -> None:
+    """LayerDeepLift of what every reader reads, one call a layer."""
+    for reader in readers:
+        LayerDeepLift(model, reader).attribute(inputs, target=labels, attribute_to_layer_input=True)
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Random pictures made when asked for, so that the data itself takes no memory."""
+
+    def __init__(self, samples: int, categories: int) -> None:
+        self.targets = [index % categories for index in range(samples)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(3, 32, 32, generator=generator), self.targets[index]
+
+
+def peak_of(samples: int, categories: int) -> None:
+    """Print the peak memory beyond the model, MB, and the seconds of one profile."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50().eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    before = resident_peak()
+    start = time.perf_counter()
+    loader = DataLoader(Pictures(samples, categories), batch_size=32)
+    profile(model, loader, torch.randn(1, 3, 32, 32), progress=False)
+    print(resident_peak() - before, time.perf_counter() - start)
+
+
+def resident_peak() -> float:
+    """The largest resident set of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory() -> Rows:
+    """Part (d)."""
+    rows: Rows = []
+    sizes = [(samples, 10) for samples in MEMORY_SAMPLES]
+    sizes += [(8 * categories, categories) for categories in MEMORY_CATEGORIES]
+    for samples, categories in sizes:
+        words = [sys.executable, __file__, "--peak-of", f"{samples},{categories}"]
+        printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        megabytes, seconds = map(float, printed.split())
+        what = f"memory, ResNet-50, {samples} samples in {categories} categories"
+        rows.append({"what": what, "megabytes": megabytes, "seconds": seconds})
+        show(rows[-1])
+    return rows
+
+
+def show(row: dict[str, Cell]) -> None:
+    print("  ".join(results.show(cell, 3) for cell in row.values() if cell != ""), flush=True)
+
+
+def report(part: str, rows: Rows, output: Path) -> None:
+    columns = MEMORY_COLUMNS if part == "memory" else COLUMNS
+    path = output / f"speed-{part}.json"
+    results.write(path, f"Speed: {part}", columns, rows, seeds=[0])
+    print(f"\n{results.text_table(columns, rows)}\n\n{path} written\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--parts", default="selection,profile,deeplift,memory",
+        help="comma list (default: %(default)s)")  # fmt: skip
+    add("--models", default=",".join(MODELS), help="comma list (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: 5)")
+    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
+        help="folder of the result files (default: benchmarks/results)")  # fmt: skip
+    add("--peak-of", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    asked = parser().parse_args(words)
+    if asked.peak_of:
+        samples, categories = map(int, asked.peak_of.split(","))
+        peak_of(samples, categories)
+        return
+    names = asked.models.split(",")
+    parts: dict[str, Callable[[], Rows]] = {
+        "selection": lambda: selection(asked.repeats),
+        "profile": lambda: whole_profile(names, asked.repeats),
+        "deeplift": lambda: deeplift(names, asked.repeats),
+        "memory": memory,
+    }
+    for part in asked.parts.split(","):
+        if part not in parts:
+            raise ArgumentError(f"There is no part {part!r}; there are: {', '.join(parts)}.")
+    for part in asked.parts.split(","):
+        report(part, parts[part](), asked.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except NSSPruneError as error:
+        sys.exit(f"speed.py: {error}")

@@ -1,0 +1,35 @@
+"""The README runs, and its tables are those of the committed results."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import results
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text("utf-8")
+TABLES = re.findall(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", TEXT, flags=re.DOTALL)
+
+
+def test_every_python_block_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert len(blocks) >= 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(block.replace("/tmp/", f"{tmp_path}/"), names)
+
+
+def test_tables_are_rendered_from_the_results() -> None:
+    assert TABLES
+    for name, table in TABLES:
+        content = results.read(ROOT / "benchmarks" / "results" / f"{name}.json")
+        assert table.strip() == results.markdown_table(content["columns"], content["rows"])
+
+
+def test_ci_runs_the_test_command() -> None:
+    (command,) = re.findall(r"^(python3 .*pytest)$", TEXT, flags=re.MULTILINE)
+    assert command in (ROOT / ".ci" / "run").read_text("utf-8")
