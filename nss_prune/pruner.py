@@ -30,7 +30,7 @@ from nss_prune.profile import Profile, profile_neurons
 from nss_prune.removal import remove
 from nss_prune.report import Cost, Report, Row, measure
 from nss_prune.similarity import Features, Landscape
-from nss_prune.slicing import Slice, Strategy, check_theta
+from nss_prune.slicing import STRATEGIES, Slice, Strategy, check_theta
 
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
@@ -54,7 +54,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             iterable that can be run through again.
         pruning_ratio: Share of the neurons to remove, in [0, 1).
         metric: Contribution metric, by name or as an object.
-        strategy: "semantic".
+        strategy: "semantic", or with ``pruning_ratio`` "category" or "global": the best of each
+            category and their union, or the best over all data, of every layer.
         categories: See :func:`nss_prune.profile`; "labels" by default where there is data.
         features: See :func:`nss_prune.profile`.
         loss: See :func:`nss_prune.profile`.
@@ -96,6 +97,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.metric = metric_named(metric)
         check_categories(categories)
         ratio = _check_ratio(pruning_ratio)
+        _check_strategy(strategy, ratio, importance)
         refuse_reparametrised(model)
         self.data = data
         self.strategy = strategy
@@ -105,6 +107,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.progress = progress
         self.report: Report | None = None
         self._by_theta = importance is None and ratio is None
+        self._share = ratio
         self._example_inputs = example_inputs
         self._forward_fn = torch_pruning_arguments.get("forward_fn")
         self._graph_arguments: dict[str, Any] = {}
@@ -226,15 +229,21 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def slice(self) -> Slice:
         """The critical neurons: what the next step keeps, or what the last one kept."""
         if self._slice is None:
-            self._slice = self._slice_by_theta() if self._by_theta else self._slice_by_ratio()
+            self._slice = self._make_slice()
         return self._slice
 
-    def _slice_by_theta(self) -> Slice:
-        step = max(self.current_step, 1)
-        theta = 1 - (1 - self.theta) * step / self.iterative_steps
-        return self.profile.slice(theta, strategy=self.strategy)
+    def _make_slice(self) -> Slice:
+        done = max(self.current_step, 1) / self.iterative_steps
+        if self._by_theta:
+            return self.profile.slice(1 - (1 - self.theta) * done)
+        if self.strategy == "semantic":
+            return self._slice_by_ranking()
+        assert self._share is not None
+        # The profile is of the model as the last step left it; the share is of the first one.
+        left = 1 - self._share * (done - 1 / self.iterative_steps)
+        return self.profile.slice(ratio=(1 - self._share * done) / left, strategy=self.strategy)
 
-    def _slice_by_ratio(self) -> Slice:
+    def _slice_by_ranking(self) -> Slice:
         """What torch-pruning's own ranking keeps, read off without pruning anything."""
         kept = {
             group.name: torch.ones(group.size, dtype=torch.bool) for group in self.neurons.groups
@@ -323,6 +332,16 @@ def _check_ratio(ratio: float | None) -> float | None:
     if ratio is not None and not 0 <= ratio < 1:
         raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
     return ratio
+
+
+def _check_strategy(strategy: str, ratio: float | None, importance: Any) -> None:
+    if strategy not in STRATEGIES:
+        raise ArgumentError(f"strategy is {strategy!r}; use one of {STRATEGIES}")
+    if strategy != "semantic" and (ratio is None or importance is not None):
+        raise ArgumentError(
+            f"strategy={strategy!r} takes a share of the ranking: give pruning_ratio=, and no "
+            "importance="
+        )
 
 
 def make_report(

@@ -147,6 +147,23 @@ def test_pruning_ratio_uses_the_semantic_importance(model, data, global_pruning:
     assert model(INPUTS).shape == (4, 3)
 
 
+@pytest.mark.parametrize("strategy", ["category", "global"])
+def test_other_strategies_take_their_share(model, data, strategy: str) -> None:
+    expected = profile(model, data).slice(ratio=0.4, strategy=strategy)
+    NSSPruner(model, INPUTS, data=data, pruning_ratio=0.6, strategy=strategy).step()
+    assert widths(model) == [*(int(mask.sum()) for mask in expected.kept.values()), 3]
+
+
+def test_other_strategies_count_the_share_from_the_first_size(model, data) -> None:
+    pruner = NSSPruner(
+        model, INPUTS, data=data, pruning_ratio=0.5, strategy="global", iterative_steps=2
+    )
+    pruner.step()
+    assert widths(model) == [12, 8, 3]
+    pruner.step()
+    assert widths(model) == [8, 5, 3]
+
+
 def test_iterative_steps_reach_theta_and_then_stop(model, data) -> None:
     pruner = NSSPruner(model, INPUTS, theta=0.8, data=data, iterative_steps=3)
     sizes = [sum(widths(model))]
@@ -266,6 +283,8 @@ BAD_ARGUMENTS = {
     "ratio 1": (ArgumentError, "pruning_ratio", {"pruning_ratio": 1.0}),
     "ratio negative": (ArgumentError, "pruning_ratio", {"pruning_ratio": -0.1}),
     "metric": (ArgumentError, "taylor", {"metric": "magnitude"}),
+    "strategy": (ArgumentError, "semantic", {"strategy": "best"}),
+    "strategy alone": (ArgumentError, "pruning_ratio", {"strategy": "global"}),
     "categories": (ArgumentError, "categories", {"categories": "label"}),
     "unknown": (ArgumentError, "BasePruner", {"prune_ratio": 0.5}),
     "ignored name": (ArgumentError, "named_modules", {"ignored_layers": ["head"]}),
