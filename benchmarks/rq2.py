@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import matplotlib
@@ -55,7 +55,7 @@ from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
 from nss_prune.unstructured import Iterations, compression_rate, iterative_sparsify, weight_count
 from results import Cell, Column, spread
 from settings import SETTINGS, Setting, chosen
-from stopping import Pair, Point, Rule, Run, gain, last_held
+from stopping import Pair, Point, Rule, Run, gain, last_held, means
 from storage import DEFAULT_CACHE
 from training import Recipe, accuracy, suitable_threads, train, trained
 
@@ -254,19 +254,19 @@ def summary(pairs: Sequence[Pair], tolerance: float) -> list[dict[str, Cell]]:
 
 
 def plot(setting: str, pairs: Sequence[Pair], path: Path) -> None:
-    """Accuracy against compression rate: a colour a method, a line a seed, dashed when alone."""
+    """Accuracy against compression rate, mean over seeds: a colour a method, dashed when alone."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    methods = list(METHODS)
-    for pair in pairs:
-        name, colour = METHODS[pair.method], f"C{methods.index(pair.method)}"
-        for run, title, style in (
-            (pair.alone, name, "--"),
-            (pair.sliced, f"NeuSemSlice + {name}", "-"),
+    for colour, (method, name) in enumerate(METHODS.items()):
+        same = [pair for pair in pairs if pair.method == method]
+        for runs, label, style in (
+            ([pair.alone for pair in same], name, ".--"),
+            ([pair.sliced for pair in same], f"NeuSemSlice + {name}", ".-"),
         ):
-            x = [100 * point.compression_rate for point in run]
-            y = [100 * point.test for point in run]
-            label = title if pair.seed == pairs[0].seed else None
-            axes.plot(x, y, style, marker=".", color=colour, alpha=0.6, label=label)
+            # Up to where the first seed stops: beyond it the mean would be over others.
+            steps = [means(points) for points in zip(*runs, strict=False)]
+            x, y = [100 * rate for _, rate, _ in steps], [100 * test for *_, test in steps]
+            if steps:
+                axes.plot(x, y, style, color=f"C{colour}", alpha=0.8, label=label)
     axes.set(xlabel="compression rate, %", ylabel="test accuracy, %", title=f"RQ2, {setting}")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -296,13 +296,24 @@ def report(
     path = output / f"rq2-{setting.name}.json"
     results.write(
         path, title, COLUMNS, rows, seeds=seeds, device=data.train.labels.device,
-        options=options, summary=gains, runs=[asdict(pair) for pair in pairs],
+        options=options, summary=gains, runs=[recorded(pair) for pair in pairs],
     )  # fmt: skip
     plot(setting.name, pairs, path.with_suffix(".png"))
     print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
     print(results.text_table(COLUMNS, rows))
     print(f"\n{results.text_table(SUMMARY_COLUMNS, gains)}")
     print(f"\n{path} and {path.with_suffix('.png').name} written\n")
+
+
+def recorded(pair: Pair) -> dict[str, object]:
+    """A pair as a result file keeps it: for each run a list of each field of its points."""
+
+    def columns(run: Run) -> dict[str, list[float]]:
+        names = [field.name for field in fields(Point)]
+        return {name: [round(getattr(point, name), 6) for point in run] for name in names}
+
+    alone, after = columns(pair.alone), columns(pair.sliced)
+    return {"method": pair.method, "seed": pair.seed, "alone": alone, "sliced": after}
 
 
 def report_all(

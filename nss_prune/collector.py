@@ -167,7 +167,7 @@ class Collector:
                 self._loss(outputs, labels).backward()
                 self._add_statistics(gathered, membership)
         if compared:
-            targets = labels if labels is not None or self.loss else predictions(outputs)
+            targets = self._targets(outputs, labels)
             differences = self._against_reference(model, inputs, targets, compared, number)
             self._add_statistics(differences, membership)
         for category, indices in membership.items():
@@ -187,6 +187,13 @@ class Collector:
         for category, indices in membership.items():
             found.setdefault(self.counts_as.get(category, category), []).append(indices)
         return {category: torch.cat(parts) for category, parts in found.items()}
+
+    def _targets(self, outputs: Any, labels: Any) -> Any:
+        """The classes that metrics with a reference explain; None for all outputs together."""
+        if self.loss is None:
+            return predictions(outputs) if labels is None else labels
+        is_class = labels is not None and not torch.as_tensor(labels).is_floating_point()
+        return labels if is_class else None
 
     def _against_reference(
         self,

@@ -162,3 +162,20 @@ def test_deeplift_says_what_it_does_not_cover() -> None:
     assert any("layer_norm" in note for note in result.notes)
     plain = profile(mlp(), batches(48, (12,), 3), metrics=("deeplift",))
     assert plain.notes == ()
+
+
+def test_deeplift_of_a_regression_explains_the_output() -> None:
+    torch.manual_seed(0)
+    model = mlp(classes=1)
+    inputs = torch.randn(30, 12).double()
+    data = [(inputs, torch.randn(30, 1).double())]
+    result = profile(
+        model,
+        data,
+        metrics=("deeplift",),
+        categories=None,
+        loss=lambda outputs, targets: (outputs - targets).square().sum(),
+    )
+    with torch.no_grad():
+        expected = (model(inputs) - model(torch.zeros_like(inputs))).mean()
+    torch.testing.assert_close(result.contributions["deeplift"]["1"].sum(), expected)
