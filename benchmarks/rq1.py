@@ -4,9 +4,10 @@
     python benchmarks/rq1.py --settings mlp-mnist,mlp-fmnist --data DIR --seeds 5
 
 For every setting and seed a model is trained (or taken from the cache) and profiled once, with
-all metrics. From that profile come the semantic slices (theta 0.90 .. 0.99) and the category-wise
-and global ones (the best 10 % .. 100 % of each layer). Everything outside a slice is masked,
-nothing is trained, and the accuracy is measured on the test data (paper, section 5.2, Figure 5).
+all metrics. From that profile come the semantic slices (theta 0.90 .. 0.99, and up to 1 so that
+their curve starts where the others do) and the category-wise and global ones (the best 10 % ..
+100 % of each layer). Everything outside a slice is masked, nothing is trained, and the accuracy is
+measured on the test data (paper, section 5.2, Figure 5).
 
     CR    compression rate: share of the model's parameters that belong to masked neurons
     loss  points of accuracy lost against the whole model
@@ -45,6 +46,7 @@ from training import accuracy, trained
 
 STRATEGIES = ("semantic", "category", "global")
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
+LIGHT = (0.995, 0.999, 0.9999, 1.0)  # where the paper's thetas have not begun, others have
 RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
 COLUMNS = (
@@ -58,7 +60,7 @@ COLUMNS = (
 )
 THETA_COLUMNS = (
     Column("metric", "Metric"),
-    Column("theta", "theta"),
+    Column("theta", "theta", 4),
     Column("CR", "CR %"),
     Column("accuracy", "accuracy %"),
     Column("loss", "loss, points"),
@@ -128,7 +130,7 @@ def slices(
         rate = critical.compression_rate(model)
         return Point(seed, metric, strategy, knob, rate, measured, dense)
 
-    semantic = [point("semantic", t, known.slice(t, metric=metric)) for t in THETAS]
+    semantic = [point("semantic", t, known.slice(t, metric=metric)) for t in (*THETAS, *LIGHT)]
     return semantic + [
         point(strategy, ratio, known.slice(ratio=ratio, strategy=strategy, metric=metric))
         for strategy in ("category", "global")
@@ -199,7 +201,7 @@ def theta_rows(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str
     """What each theta removes and costs."""
     rows: list[dict[str, Cell]] = []
     for metric in metrics:
-        for theta in THETAS:
+        for theta in (*THETAS, *LIGHT):
             same = [
                 p
                 for p in points
@@ -297,6 +299,8 @@ def parser() -> argparse.ArgumentParser:
         help="comma list of contribution metrics (default: %(default)s)")  # fmt: skip
     add("--seeds", type=int, default=3, metavar="N", help="models per setting (default: 3)")
     add("--epochs", type=int, metavar="N", help="epochs of training (default: the setting's)")
+    add("--learning-rate", type=float, metavar="RATE",
+        help="learning rate of training (default: the setting's)")  # fmt: skip
     add("--evaluated", type=int, metavar="N",
         help="test samples of each category to measure with (default: all)")  # fmt: skip
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
@@ -314,7 +318,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise ArgumentError(f"--seeds is {asked.seeds}; it is the number of models, at least 1.")
     seeds, metrics = range(asked.seeds), asked.metrics.split(",")
     for setting in chosen(asked.settings):
-        setting = setting.with_epochs(asked.epochs)
+        setting = setting.with_epochs(asked.epochs).with_learning_rate(asked.learning_rate)
         data = load(setting.data, asked.data, cache=asked.cache).to(asked.device)
         points = run_setting(
             setting, data, seeds, metrics, evaluated=asked.evaluated, cache=asked.cache

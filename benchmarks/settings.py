@@ -44,6 +44,12 @@ class Setting:
             return self
         return replace(self, recipe=replace(self.recipe, epochs=epochs))
 
+    def with_learning_rate(self, rate: float | None) -> Setting:
+        """This setting, trained at another learning rate; as it is for None."""
+        if rate is None:
+            return self
+        return replace(self, recipe=replace(self.recipe, learning_rate=rate))
+
     def with_theta(self, theta: float | None) -> Setting:
         """This setting, sliced at `theta`; as it is for None."""
         return self if theta is None else replace(self, theta=theta)

@@ -130,7 +130,7 @@ def similarity_curve(kernel: Tensor, order: Tensor) -> Tensor:
         ``[neurons]``: entry k - 1 is the similarity of the first k neurons, in [0, 1]. A layer
         that emits nothing is represented by anything: its similarities are 1.
     """
-    ranked = kernel[order][:, order]
+    ranked = kernel.index_select(0, order).index_select(1, order)
     numerator = ranked.sum(1).cumsum(0)
     added = 2 * ranked.tril(-1).sum(1) + ranked.diagonal()
     prefix = added.cumsum(0).clamp_min(0)

@@ -6,11 +6,10 @@ import re
 import warnings
 from pathlib import Path
 
-import results
+import readme
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
-TABLES = re.findall(r"<!-- results: (\S+) -->\n(.*?)<!-- end -->", TEXT, flags=re.DOTALL)
 
 
 def test_every_python_block_runs(tmp_path: Path) -> None:
@@ -24,10 +23,8 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
 
 
 def test_tables_are_rendered_from_the_results() -> None:
-    assert TABLES
-    for name, table in TABLES:
-        content = results.read(ROOT / "benchmarks" / "results" / f"{name}.json")
-        assert table.strip() == results.markdown_table(content["columns"], content["rows"])
+    assert "<!-- results: rq2-mlp-digits -->" in TEXT
+    assert readme.rendered(TEXT) == TEXT
 
 
 def test_ci_runs_the_test_command() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -163,9 +164,16 @@ def test_dense_targets_by_a_function() -> None:
     assert result.samples == tuple(int((labels == c).flatten(1).any(1).sum()) for c in range(4))
 
 
-def shard_profile(rank: int, world: int, port: int, folder: str, room: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def shard_profile(rank: int, world: int, folder: str, room: int) -> None:
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
     torch.set_num_threads(1)
     model, dataset = torch.load(f"{folder}/input.pt", weights_only=False)
     shard = Subset(dataset, list(range(rank, len(dataset), world)))
@@ -183,10 +191,7 @@ def shard_profile(rank: int, world: int, port: int, folder: str, room: int) -> N
 def test_two_processes_agree_with_one(model, data, tmp_path: Path, room: int) -> None:
     dataset = TensorDataset(*(torch.cat(parts) for parts in zip(*data, strict=True)))
     torch.save((copy.deepcopy(model), dataset), tmp_path / "input.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(shard_profile, args=(2, port, str(tmp_path), room), nprocs=2)
+    mp.spawn(shard_profile, args=(2, str(tmp_path), room), nprocs=2)
     one = profile(model, data, metrics=METRICS)
     for rank in range(2):
         same(one, torch.load(tmp_path / f"{rank}.pt", weights_only=False))

@@ -1,0 +1,44 @@
+"""Writes the tables of README.md from the committed results.
+
+    python benchmarks/readme.py
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
+`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import results
+from rq1 import THETA_COLUMNS
+from storage import written_aside
+
+README = Path(__file__).parent.parent / "README.md"
+TABLE = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+SHOWN_THETAS = (0.90, 0.95, 0.99)
+
+
+def table(name: str) -> str:
+    """The Markdown of one table."""
+    file, *part = name.split()
+    content = results.read(results.FOLDER / f"{file}.json")
+    if part == ["thetas"]:
+        rows = [
+            row
+            for row in content["thetas"]
+            if row["metric"] == "taylor" and row["theta"] in SHOWN_THETAS
+        ]
+        return results.markdown_table(THETA_COLUMNS, rows)
+    return results.markdown_table(content["columns"], content["rows"])
+
+
+def rendered(text: str) -> str:
+    """``text`` with every table made anew."""
+    return TABLE.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", text)
+
+
+if __name__ == "__main__":
+    with written_aside(README) as aside:
+        aside.write_text(rendered(README.read_text("utf-8")), "utf-8")
