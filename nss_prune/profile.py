@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PAPER: dict[str, Any] = {"features": "flat", "centered": False, "positions": None}
 """The paper's Eq. 1 and 2 to the letter: ``profile(model, data, **PAPER)``."""
 
+BYTES = 12  # for each pair of neurons: a sum in float64, and observations that wait in float32
 MEMORY_LIMIT = 2**30
 """Bytes that the sums of all open categories may take, unless ``memory_limit`` says otherwise."""
 
@@ -403,7 +404,7 @@ def profile_neurons(
     collector = Collector(
         neurons.groups, chosen, landscape, categories, loss, device_of(model), baseline
     )
-    room = max(1, memory_limit // sum(8 * group.size**2 for group in neurons.groups))
+    room = max(1, memory_limit // sum(BYTES * group.size**2 for group in neurons.groups))
     with evaluation(model):
         for part, sums in stream_parts(
             model, data, collector, room, separate=keep_statistics, progress=progress

@@ -61,26 +61,43 @@ def evenly_spaced(available: int, wanted: int) -> Tensor:
     return ((torch.arange(wanted, dtype=torch.float64) + 0.5) * available / wanted).long()
 
 
-@dataclass
 class LandscapeSums:
     """What one category of one group adds up to, in float64.
 
-    Attributes:
+    Observations wait until there are as many as neurons: adding a matrix of neurons squared for
+    every few of them would cost more than they do.
+
+    Args:
         matrix: Σ x_a x_b over the observations; with "flat" Σ <M_a, M_b> over the batches,
             ``[neurons, neurons]``.
         total: Σ x_a over the observations, ``[neurons]``.
         rows: Number of observations.
     """
 
-    matrix: Tensor
-    total: Tensor
-    rows: int = 0
+    def __init__(self, matrix: Tensor, total: Tensor, rows: int = 0) -> None:
+        self._matrix = matrix
+        self._total = total
+        self.rows = rows
+        self._waiting: list[Tensor] = []
+        self._waiting_rows = 0
 
     @classmethod
     def zeros(cls, neurons: int, device: torch.device | str = "cpu") -> LandscapeSums:
         """No observations yet."""
         matrix = torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
         return cls(matrix, torch.zeros(neurons, dtype=torch.float64, device=device))
+
+    @property
+    def matrix(self) -> Tensor:
+        """Σ x_a x_b of everything added, ``[neurons, neurons]``."""
+        self._work_off()
+        return self._matrix
+
+    @property
+    def total(self) -> Tensor:
+        """Σ x_a of everything added, ``[neurons]``."""
+        self._work_off()
+        return self._total
 
     def add(self, landscape: Landscape, observed: Sequence[Tensor]) -> None:
         """Add what all readers of a batch observed, each ``[neurons, samples, seen]``."""
@@ -89,9 +106,20 @@ class LandscapeSums:
             return
         for values in observed:
             rows = values.flatten(1)
-            self.matrix += rows @ rows.T
-            self.total += rows.sum(1, dtype=torch.float64)
+            self._waiting.append(rows)
+            self._waiting_rows += rows.shape[1]
             self.rows += rows.shape[1]
+        if self._waiting_rows >= len(self._total):
+            self._work_off()
+
+    def _work_off(self) -> None:
+        if not self._waiting:
+            return
+        rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, dim=1)
+        self._waiting.clear()
+        self._waiting_rows = 0
+        self._matrix += rows @ rows.T
+        self._total += rows.sum(1, dtype=torch.float64)
 
     def _add_flat(self, landscape: Landscape, observed: Sequence[Tensor]) -> None:
         grams: Tensor | None = None
@@ -102,7 +130,7 @@ class LandscapeSums:
             grams = gram if grams is None else grams + gram
         if grams is not None:
             landscapes = grams.flatten(1)
-            self.matrix += landscapes @ landscapes.T
+            self._matrix += landscapes @ landscapes.T
             self.rows += observed[0].shape[1]
 
     def __add__(self, other: LandscapeSums) -> LandscapeSums:
@@ -130,10 +158,10 @@ def similarity_curve(kernel: Tensor, order: Tensor) -> Tensor:
         ``[neurons]``: entry k - 1 is the similarity of the first k neurons, in [0, 1]. A layer
         that emits nothing is represented by anything: its similarities are 1.
     """
-    ranked = kernel.index_select(0, order).index_select(1, order)
-    numerator = ranked.sum(1).cumsum(0)
-    added = 2 * ranked.tril(-1).sum(1) + ranked.diagonal()
-    prefix = added.cumsum(0).clamp_min(0)
+    ranks = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    with_earlier = (kernel * (ranks[:, None] > ranks)).sum(1)
+    numerator = kernel.sum(1)[order].cumsum(0)
+    prefix = (2 * with_earlier + kernel.diagonal())[order].cumsum(0)
     total = prefix[-1]
     if total <= 0:
         return torch.ones_like(numerator)

@@ -1,6 +1,6 @@
 """Any amount of data in bounded memory: the sums of a category are freed as soon as it is whole.
 
-The sums of one category take 8 Σ C² bytes, so only some categories can be open at a time. As long
+The sums of one category take 12 Σ C² bytes, so only some categories can be open at a time. As long
 as they all fit, one pass over the data does. Where they do not, a DataLoader over a map-style
 data set of known labels is read in the order of its categories, once; anything else that can be
 iterated again is read several times, and only samples of open categories go through the model.

@@ -19,7 +19,7 @@ from nss_prune import Profile, profile
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.streaming import dataset_labels
 
-ROOM_FOR_ONE = 8 * (16**2 + 11**2)  # bytes that one category of mlp() takes
+ROOM_FOR_ONE = 12 * (16**2 + 11**2)  # bytes that one category of mlp() takes
 METRICS = ("taylor", "avg", "var", "ens")
 
 
