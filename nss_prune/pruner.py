@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -113,6 +114,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._graph_arguments: dict[str, Any] = {}
         self._profile = profile
         self._slice: Slice | None = None
+        self._ranking: NSSImportance | None = None
         self._stale = False
         arguments = own_arguments(model, torch_pruning_arguments)
         if ratio is not None:
@@ -120,6 +122,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._construct(model, importance or self._semantic_importance, arguments)
         if profile is not None:
             self._check_profile(profile)
+        if importance is None and data is None and profile and self.iterative_steps > 1:
+            raise ArgumentError(
+                f"iterative_steps is {self.iterative_steps} with a profile of the first step "
+                "only; give data= as well, to profile the further steps"
+            )
 
     def _construct(
         self, model: nn.Module, importance: Callable[..., Any], arguments: dict[str, Any]
@@ -136,11 +143,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         with traceable(model):
             try:
                 super().__init__(model, inputs, importance, output_transform=recorder, **arguments)
-            except TypeError as error:
-                raise ArgumentError(
-                    f"{error}; NSSPruner takes its own arguments and those of "
-                    "torch_pruning.pruner.BasePruner"
-                ) from error
             except Exception as error:
                 raise GraphError(
                     f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
@@ -170,7 +172,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             **self._graph_arguments,
         )
         self._set_neurons(output_nodes)
-        self._profile, self._slice, self._stale = None, None, False
+        self._profile = self._slice = self._ranking = None
+        self._stale = False
 
     def _check_profile(self, profile: Profile) -> None:
         sizes = {group.name: group.size for group in self.neurons.groups}
@@ -223,7 +226,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         )
 
     def _semantic_importance(self, group: Any) -> Any:
-        return NSSImportance(self.profile)(group)
+        if self._ranking is None:
+            self._ranking = NSSImportance(self.profile)
+        return self._ranking(group)
 
     @property
     def slice(self) -> Slice:
@@ -317,7 +322,18 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
 
 def own_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of what torch-pruning would change, in the forms that it understands."""
+    """Copies of what torch-pruning would change, in the forms that it understands.
+
+    Raises:
+        ArgumentError: torch-pruning has no such argument, or ignored_layers names a stranger.
+    """
+    known = set(inspect.signature(tp.pruner.BasePruner).parameters) - {"self"}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ArgumentError(
+            f"there is no argument {', '.join(unknown)}; NSSPruner takes its own and those of "
+            f"torch_pruning.pruner.BasePruner: {', '.join(sorted(known))}"
+        )
     own = dict(arguments)
     for name in DICT_ARGUMENTS:
         own[name] = dict(own.get(name) or {})

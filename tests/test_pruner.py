@@ -287,6 +287,11 @@ BAD_ARGUMENTS = {
     "strategy alone": (ArgumentError, "pruning_ratio", {"strategy": "global"}),
     "categories": (ArgumentError, "categories", {"categories": "label"}),
     "unknown": (ArgumentError, "BasePruner", {"prune_ratio": 0.5}),
+    "old profile": (
+        ArgumentError,
+        "further steps",
+        {"data": None, "profile": profile(mlp(), batches(48, (12,), 3)), "iterative_steps": 2},
+    ),
     "ignored name": (ArgumentError, "named_modules", {"ignored_layers": ["head"]}),
     "ignored stranger": (ArgumentError, "not in the model", {"ignored_layers": [nn.ReLU()]}),
     "all ignored": (NothingToPruneError, "ignored", {"ignored_layers": [nn.Linear]}),
