@@ -37,11 +37,10 @@ import results
 import targets
 from data import Data, Split, load
 from nss_prune import Profile, Slice, profile
-from nss_prune.contributions import metrics_known
-from nss_prune.errors import ArgumentError, NSSPruneError
+from nss_prune.errors import NSSPruneError
+from options import add_metrics, checked_seeds, common, usable_device
 from results import Cell, Column, spread
-from settings import SETTINGS, Setting, chosen
-from storage import DEFAULT_CACHE
+from settings import Setting, chosen
 from training import accuracy, trained
 
 STRATEGIES = ("semantic", "category", "global")
@@ -287,39 +286,24 @@ def report(
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common(__doc__, seeds=3)
+    add_metrics(parser)
     add = parser.add_argument
-    add("--settings", default="mlp-digits",
-        help=f"comma list of {', '.join(SETTINGS)}, or all (default: %(default)s)")  # fmt: skip
-    add("--data", type=Path, metavar="DIR",
-        help="folder of the data sets (default: data/ in the cache, downloaded)")  # fmt: skip
-    add("--metrics", default=",".join(metrics_known()),
-        help="comma list of contribution metrics (default: %(default)s)")  # fmt: skip
-    add("--seeds", type=int, default=3, metavar="N", help="models per setting (default: 3)")
-    add("--epochs", type=int, metavar="N", help="epochs of training (default: the setting's)")
     add("--learning-rate", type=float, metavar="RATE",
         help="learning rate of training (default: the setting's)")  # fmt: skip
     add("--evaluated", type=int, metavar="N",
         help="test samples of each category to measure with (default: all)")  # fmt: skip
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
-        help="folder of the result files (default: benchmarks/results)")  # fmt: skip
-    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
-        help="folder of trained models and pictures (default: ~/.cache/nss_prune)")  # fmt: skip
     return parser
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
-    if asked.seeds < 1:
-        raise ArgumentError(f"--seeds is {asked.seeds}; it is the number of models, at least 1.")
-    seeds, metrics = range(asked.seeds), asked.metrics.split(",")
+    seeds, metrics = checked_seeds(asked.seeds), asked.metrics.split(",")
+    device = usable_device(asked.device)
     for setting in chosen(asked.settings):
         setting = setting.with_epochs(asked.epochs).with_learning_rate(asked.learning_rate)
-        data = load(setting.data, asked.data, cache=asked.cache).to(asked.device)
+        data = load(setting.data, asked.data, cache=asked.cache).to(device)
         points = run_setting(
             setting, data, seeds, metrics, evaluated=asked.evaluated, cache=asked.cache
         )

@@ -43,7 +43,6 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import torch
 from matplotlib import pyplot
 from torch import nn
 
@@ -53,10 +52,10 @@ from data import Data, load
 from nss_prune import NSSPruner
 from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
 from nss_prune.unstructured import Iterations, compression_rate, iterative_sparsify, weight_count
+from options import checked_seeds, common, usable_device
 from results import Cell, Column, spread
-from settings import SETTINGS, Setting, chosen
+from settings import Setting, chosen
 from stopping import Pair, Point, Rule, Run, gain, last_held, means
-from storage import DEFAULT_CACHE
 from training import Recipe, accuracy, suitable_threads, train, trained
 
 METHODS = {"lamp": "LAMP", "global": "Global", "uniform+": "Uniform+", "erk": "ERK"}
@@ -333,18 +332,10 @@ def report_all(
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common(__doc__, seeds=5)
     add = parser.add_argument
-    add("--settings", default="mlp-digits",
-        help=f"comma list of {', '.join(SETTINGS)}, or all (default: %(default)s)")  # fmt: skip
-    add("--data", type=Path, metavar="DIR",
-        help="folder of the data sets (default: data/ in the cache, downloaded)")  # fmt: skip
     add("--methods", default="lamp",
         help=f"comma list of {', '.join(METHODS)}, or all (default: %(default)s)")  # fmt: skip
-    add("--seeds", type=int, default=5, metavar="N", help="models per setting (default: 5)")
-    add("--epochs", type=int, metavar="N", help="epochs of training (default: the setting's)")
     add("--theta", type=float, help="similarity that a slice must reach (default: the setting's)")
     add("--stop", choices=("match", "accuracy"), default="match",
         help="where NeuSemSlice + X stops, see above (default: %(default)s)")  # fmt: skip
@@ -354,11 +345,6 @@ def parser() -> argparse.ArgumentParser:
         help="CR wanted beyond that of X alone, with --stop match (default: 0)")  # fmt: skip
     add("--finetune-epochs", type=int, default=0, metavar="N",
         help="epochs of training after every iteration (default: 0)")  # fmt: skip
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
-        help="folder of the result files (default: benchmarks/results)")  # fmt: skip
-    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
-        help="folder of trained models and pictures (default: ~/.cache/nss_prune)")  # fmt: skip
     return parser
 
 
@@ -371,22 +357,10 @@ def chosen_methods(names: str) -> list[str]:
     return wanted
 
 
-def usable_device(name: str) -> str:
-    """The device `name`, if something can be put on it: before any work, not after."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"--device {name} cannot be used here: {reason}") from error
-    return name
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
-    if asked.seeds < 1:
-        raise ArgumentError(f"--seeds is {asked.seeds}; it is the number of models, at least 1.")
-    seeds, methods = range(asked.seeds), chosen_methods(asked.methods)
+    seeds, methods = checked_seeds(asked.seeds), chosen_methods(asked.methods)
     device = usable_device(asked.device)
     rule = Rule(asked.stop, asked.tolerance / 100, asked.margin / 100)
     settings = [

@@ -1,0 +1,59 @@
+"""The command line that the scripts share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import results
+from nss_prune.contributions import metrics_known
+from nss_prune.errors import ArgumentError
+from settings import SETTINGS
+from storage import DEFAULT_CACHE
+
+
+def common(description: str | None, *, seeds: int) -> argparse.ArgumentParser:
+    """A parser with the options of every script that trains models; `seeds` is the default."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--settings", default="mlp-digits",
+        help=f"comma list of {', '.join(SETTINGS)}, or all (default: %(default)s)")  # fmt: skip
+    add("--data", type=Path, metavar="DIR",
+        help="folder of the data sets (default: data/ in the cache, downloaded)")  # fmt: skip
+    add("--seeds", type=int, default=seeds, metavar="N",
+        help="models per setting (default: %(default)s)")  # fmt: skip
+    add("--epochs", type=int, metavar="N", help="epochs of training (default: the setting's)")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
+        help="folder of the result files (default: benchmarks/results)")  # fmt: skip
+    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
+        help="folder of trained models and pictures (default: ~/.cache/nss_prune)")  # fmt: skip
+    return parser
+
+
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """The option --metrics, for scripts that compare them."""
+    parser.add_argument("--metrics", default=",".join(metrics_known()),
+        help="comma list of contribution metrics (default: %(default)s)")  # fmt: skip
+
+
+def checked_seeds(count: int) -> Sequence[int]:
+    """The seeds 0 .. count - 1."""
+    if count < 1:
+        raise ArgumentError(f"--seeds is {count}; it is the number of models, at least 1.")
+    return range(count)
+
+
+def usable_device(name: str) -> str:
+    """The device `name`, if something can be put on it: before any work, not after."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"--device {name} cannot be used here: {reason}") from error
+    return name
