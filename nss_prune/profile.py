@@ -493,13 +493,18 @@ class ProfileBuilder:
     def _by_metric(
         self, values: dict[tuple[str, str], list[Tensor]], order: Sequence[int]
     ) -> dict[str, dict[str, Tensor]]:
+        # Each list is dropped once it is stacked: with many categories they are what is large.
         return {
             metric.name: {
-                group.name: torch.stack([values[metric.name, group.name][i] for i in order])
+                group.name: _stacked(values.pop((metric.name, group.name)), order)
                 for group in self.neurons.groups
             }
             for metric in self.metrics
         }
+
+
+def _stacked(rows: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    return torch.stack([rows[i] for i in order])
 
 
 def notes_on(parts: Sequence[Part]) -> tuple[str, ...]:
