@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -385,9 +385,3 @@ def run(model: nn.Module, inputs: Any, number: int) -> Any:
             f"the model refuses batch {number} with inputs of shape {shapes}: {error}; give data "
             "of the shape that the model takes"
         ) from error
-
-
-def batches_of(data: Iterable[Any]) -> Iterable[tuple[int, Any, Any]]:
-    """(number, inputs, labels) of every batch."""
-    for number, batch in enumerate(data):
-        yield (number, *split_batch(batch))

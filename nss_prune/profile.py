@@ -466,8 +466,9 @@ class ProfileBuilder:
                 f"the data has {samples} sample(s); at least {minimum_samples} are needed to "
                 f"compare, better {MINIMUM_SAMPLES} or more for each category"
             )
-        order = sorted(range(len(self.parts)), key=lambda i: list(self.parts)[i])
-        parts = [list(self.parts)[i] for i in order]
+        added = list(self.parts)
+        order = sorted(range(len(added)), key=added.__getitem__)
+        parts = [added[i] for i in order]
         return Profile(
             neurons=self.neurons,
             categories=tuple(parts),

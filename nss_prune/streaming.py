@@ -150,7 +150,11 @@ def _batches(
 def _whole(collector: Collector, part: Part) -> Sums:
     """The sums of a part over all processes; the collector forgets them."""
     summed = dict.fromkeys(collector.counts_as.get(category, category) for category in part)
-    local = {category: collector.sums.pop(category, collector.empty()) for category in summed}
+    # Not pop's default: it would make the large sums of a category that is there a second time.
+    local = {
+        category: collector.sums.pop(category) if category in collector.sums else collector.empty()
+        for category in summed
+    }
     return {category: total_sums(sums) for category, sums in local.items()}
 
 
