@@ -248,12 +248,12 @@ def all_layers(
     found: dict[str, Tensor] = {}
 
     def gather(reading: Reading, gradient: Tensor) -> None:
-        value = metric.gather(difference(reading.activation), gradient[:samples])[0]
+        value = metric.gather(difference(reading.activation, samples), gradient[:samples])[0]
         found[reading.group] = found.get(reading.group, 0) + value
 
-    watcher = Watcher(neurons.groups, 2 * samples, gather)
-    with evaluation(model), watcher.attached(model), RescaleRule(samples):
-        outputs = model(with_reference(inputs, "zeros"))
+    watcher = Watcher(neurons.groups, samples + 1, gather)
+    with evaluation(model), watcher.attached(model), RescaleRule(samples, 1):
+        outputs = model(with_reference(inputs, "zeros", 1))
         target_scores(outputs, labels, samples).backward()
     return found
 

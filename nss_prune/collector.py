@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from nss_prune.activations import Reading, Watcher
 from nss_prune.categories import Categories, assign, class_scores, cross_entropy
 from nss_prune.contributions import Contribution, needs_reference
-from nss_prune.contributions.deeplift import difference, target_scores, with_reference
+from nss_prune.contributions.deeplift import (
+    count_references,
+    difference,
+    target_scores,
+    with_reference,
+)
 from nss_prune.contributions.rescale import RescaleRule
 from nss_prune.errors import DataError, NSSPruneError, NumericalError
 from nss_prune.neurons import NeuronGroup, call_model, map_tensors, tensors_in
@@ -58,6 +63,15 @@ class CategorySums:
             self.samples + other.samples,
             {name: sums + other.groups[name] for name, sums in self.groups.items()},
         )
+
+    def clear(self) -> CategorySums:
+        """The same sums, with nothing added to them."""
+        self.samples = 0
+        for sums in self.groups.values():
+            sums.landscape.clear()
+            for values in sums.statistics.values():
+                values.zero_()
+        return self
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the sums, in an order that depends on the groups and metrics alone."""
@@ -105,9 +119,20 @@ class Collector:
         self.counts_as: dict[int, int] = {}
         self.baseline = baseline
         self.uncovered: set[str] = set()
+        self._used: list[CategorySums] = []
+
+    def reuse(self, sums: CategorySums) -> None:
+        """Take back sums that are no longer needed, for the next category.
+
+        To allocate the large ones anew for each category leaves the heap in pieces, which costs
+        more memory than the sums themselves.
+        """
+        self._used.append(sums)
 
     def empty(self) -> CategorySums:
         """Sums of a category without samples."""
+        if self._used:
+            return self._used.pop().clear()
         statistics = {
             metric.name: metric.per_sample(torch.zeros(1, 1, 1), 1).shape[0]
             for metric in self.metrics
@@ -208,13 +233,14 @@ class Collector:
         gathered = BatchStatistics(metrics)
 
         def gather(reading: Reading, gradient: Tensor) -> None:
-            differences = Reading(reading.group, difference(reading.activation))
+            differences = Reading(reading.group, difference(reading.activation, samples))
             gathered.add(differences, gradient[:samples])
 
-        watcher = Watcher(self.groups, 2 * samples, gather)
-        rule = RescaleRule(samples)
+        references = count_references(inputs, self.baseline)
+        watcher = Watcher(self.groups, samples + references, gather)
+        rule = RescaleRule(samples, references)
         with watcher.attached(model), torch.enable_grad(), rule:
-            outputs = run(model, with_reference(inputs, self.baseline), number)
+            outputs = run(model, with_reference(inputs, self.baseline, references), number)
             watcher.readings.clear()
             target_scores(outputs, targets, samples).backward()
         self.uncovered |= rule.uncovered

@@ -410,6 +410,9 @@ def profile_neurons(
             model, data, collector, room, separate=keep_statistics, progress=progress
         ):
             builder.add(part, sums)
+            if not keep_statistics:
+                for used in sums.values():
+                    collector.reuse(used)
     return builder.build(minimum_samples, notes_on_rule(collector.uncovered))
 
 
@@ -430,8 +433,8 @@ class ProfileBuilder:
         self.interval = interval
         self.parts: dict[Part, int] = {}
         self.kept: Sums | None = {} if keep_statistics else None
-        self._scores: dict[tuple[str, str], list[Tensor]] = {}
-        self._curves: dict[tuple[str, str], list[Tensor]] = {}
+        self._scores: dict[tuple[str, str], Rows] = {}
+        self._curves: dict[tuple[str, str], Rows] = {}
         self._overall: dict[tuple[str, str], Tensor] = {}
 
     def add(self, part: Part, whole: Sums) -> None:
@@ -447,12 +450,9 @@ class ProfileBuilder:
                 key = (metric.name, group.name)
                 total = found.statistics[metric.name]
                 score = metric.score(total[:, None] / sums.samples)[0]
-                self._scores.setdefault(key, []).append(score.cpu())
-                self._curves.setdefault(key, []).append(
-                    similarity_curve(kernel, ranked(score)).cpu()
-                )
-                known = self._overall.get(key)
-                self._overall[key] = total if known is None else known + total
+                self._scores.setdefault(key, Rows()).append(score)
+                self._curves.setdefault(key, Rows()).append(similarity_curve(kernel, ranked(score)))
+                self._overall.setdefault(key, torch.zeros_like(total)).add_(total)
 
     def build(self, minimum_samples: int, notes: tuple[str, ...] = ()) -> Profile:
         """The profile, with further notes.
@@ -492,20 +492,37 @@ class ProfileBuilder:
         )
 
     def _by_metric(
-        self, values: dict[tuple[str, str], list[Tensor]], order: Sequence[int]
+        self, values: dict[tuple[str, str], Rows], order: Sequence[int]
     ) -> dict[str, dict[str, Tensor]]:
-        # Each list is dropped once it is stacked: with many categories they are what is large.
+        # Each is dropped once it is in order: with many categories they are what is large.
         return {
             metric.name: {
-                group.name: _stacked(values.pop((metric.name, group.name)), order)
+                group.name: values.pop((metric.name, group.name)).in_order(order)
                 for group in self.neurons.groups
             }
             for metric in self.metrics
         }
 
 
-def _stacked(rows: Sequence[Tensor], order: Sequence[int]) -> Tensor:
-    return torch.stack([rows[i] for i in order])
+class Rows:
+    """Rows of one length, in one tensor that doubles: small ones would leave the heap in pieces."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._rows = torch.empty(0)
+
+    def append(self, row: Tensor) -> None:
+        """Add a row, ``[length]``."""
+        if self._count == len(self._rows):
+            longer = torch.empty(max(8, 2 * self._count), len(row), dtype=row.dtype)
+            longer[: self._count] = self._rows[: self._count].view(self._count, len(row))
+            self._rows = longer
+        self._rows[self._count] = row
+        self._count += 1
+
+    def in_order(self, order: Sequence[int]) -> Tensor:
+        """Some of the rows, ``[order, length]``."""
+        return self._rows[list(order)]
 
 
 def notes_on(parts: Sequence[Part]) -> tuple[str, ...]:

@@ -87,6 +87,14 @@ class LandscapeSums:
         matrix = torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
         return cls(matrix, torch.zeros(neurons, dtype=torch.float64, device=device))
 
+    def clear(self) -> None:
+        """Forget everything added."""
+        self.rows = 0
+        self._waiting.clear()
+        self._waiting_rows = 0
+        self._matrix.zero_()
+        self._total.zero_()
+
     @property
     def matrix(self) -> Tensor:
         """Σ x_a x_b of everything added, ``[neurons, neurons]``."""

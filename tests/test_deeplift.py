@@ -20,6 +20,7 @@ from nss_prune.activations import Reading, Watcher
 from nss_prune.contributions import Contribution
 from nss_prune.contributions.deeplift import (
     DeepLift,
+    count_references,
     difference,
     target_scores,
     with_reference,
@@ -73,16 +74,19 @@ class Explained:
         names: Sequence[str] = ("",),
         reference: Any = "zeros",
         targets: Tensor | None = None,
+        references: int | None = None,
     ) -> None:
         samples = len(inputs)
-        with evaluation(model), inputs_kept(model, names) as kept, RescaleRule(samples) as rule:
-            outputs = model(with_reference(inputs, reference))
+        rule = RescaleRule(samples, references)
+        with evaluation(model), inputs_kept(model, names) as kept, rule:
+            outputs = model(with_reference(inputs, reference, references))
             targets = torch.arange(samples) % outputs.shape[1] if targets is None else targets
             target_scores(outputs, targets, samples).backward()
-        self.change = difference(outputs.detach()).gather(1, targets.unsqueeze(1)).squeeze(1)
+        change = difference(outputs.detach(), samples)
+        self.change = change.gather(1, targets.unsqueeze(1)).squeeze(1)
         self.uncovered = rule.uncovered
         self.contributions = {
-            name: difference(values.detach()) * values.grad[:samples]
+            name: difference(values.detach(), samples) * values.grad[:samples]
             for name, values in kept.items()
         }
 
@@ -100,7 +104,23 @@ def assert_complete(
     assert float(explained.change.abs().max()) > 1e-4
     for name in names:
         assert explained.error(name) < 1e-9, name
+    if count_references(inputs, arguments.get("reference", "zeros")) == 1:
+        assert_one_reference_does(explained, model, inputs, names, **arguments)
     return explained
+
+
+def assert_one_reference_does(
+    explained: Explained, model: nn.Module, inputs: Tensor, names: Sequence[str], **arguments: Any
+) -> None:
+    """A reference of all samples gives what the same reference of each gives."""
+    shared = Explained(model, inputs, names, references=1, **arguments)
+    assert shared.uncovered == explained.uncovered
+    for name in names:
+        expected = explained.contributions[name]
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(
+            shared.contributions[name], expected, rtol=1e-9, atol=1e-11 * scale
+        )
 
 
 def images(size: int = 12, samples: int = SAMPLES, channels: int = 3) -> Tensor:
@@ -151,7 +171,7 @@ def test_neurons_on_paper() -> None:
     gathered: list[Tensor] = []
 
     def collect(reading: Reading, gradient: Tensor) -> None:
-        gathered.append(metric.gather(difference(reading.activation), gradient[:2]))
+        gathered.append(metric.gather(difference(reading.activation, 2), gradient[:2]))
 
     watcher = Watcher(neurons.groups, 4, on_gradient=collect)
     with evaluation(model), watcher.attached(model), RescaleRule(2):
@@ -347,7 +367,7 @@ def test_a_small_scale_is_not_a_tiny_change() -> None:
     doubled = with_reference(inputs, torch.tensor([-1e-30])).requires_grad_()
     with RescaleRule(1):
         torch.relu(doubled).sum().backward()
-    assert doubled.grad.flatten().tolist() == pytest.approx([0.75, 0.75])
+    assert doubled.grad.flatten().tolist() == pytest.approx([0.75, 0])
 
 
 PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -383,7 +403,7 @@ def test_product_shares_are_those_of_shapley() -> None:
         first, second = values.split(1, dim=1)
         (first * second)[:1].sum().backward()
     # From 1 · 2 to 3 · 5: changing the first factor adds 4 or 10, the second 3 or 9.
-    assert (difference(values.detach()) * values.grad[:1]).tolist() == [[7.0, 6.0]]
+    assert (difference(values.detach(), 1) * values.grad[:1]).tolist() == [[7.0, 6.0]]
 
 
 def test_factor_computed_before_the_first_gradient() -> None:
@@ -403,7 +423,7 @@ def test_factors_of_other_types() -> None:
     doubled = torch.randn(2 * SAMPLES, 3, requires_grad=True)
     with RescaleRule(SAMPLES):
         (doubled * (torch.arange(2 * SAMPLES) % 2 == 0).unsqueeze(1)).sum().backward()
-    assert doubled.grad[:, 0].tolist() == [1, 0] * SAMPLES
+    assert doubled.grad[:SAMPLES, 0].tolist() == [1, 0] * (SAMPLES // 2)
     matrices = torch.randn(2 * SAMPLES, 3, 3, requires_grad=True)
     with RescaleRule(SAMPLES):
         with torch.autocast("cpu", torch.bfloat16):
@@ -663,6 +683,19 @@ def test_references() -> None:
     assert with_reference(inputs, torch.tensor(7))[2:].tolist() == [[7] * 3] * 2
     ids = torch.tensor([[1, 2], [3, 4]])
     assert with_reference(ids, torch.tensor(0))[2:].tolist() == [[0, 0]] * 2
+    assert with_reference(inputs, "zeros", references=1)[2:].tolist() == [[0.0] * 3]
+
+
+def test_how_many_references_are_needed() -> None:
+    inputs = torch.ones(2, 3)
+    each = torch.tensor([[1.0], [2.0]])
+    for baseline in ("zeros", torch.ones(3), torch.tensor(7), torch.ones(1, 3)):
+        assert count_references(inputs, baseline) == 1
+    assert count_references(inputs, each) == 2
+    assert count_references((inputs, inputs), ("zeros", torch.ones(3))) == 1
+    assert count_references((inputs, inputs), ("zeros", each)) == 2
+    assert count_references({"x": inputs, "mask": torch.tensor([True, False])}) == 2
+    assert count_references({"x": inputs, "shared": torch.ones(5)}) == 1
 
 
 def test_references_of_several_inputs() -> None:

@@ -1,14 +1,15 @@
 """DeepLIFT contribution (Shrikumar et al., ICML 2017), of all layers in one pass.
 
-A batch of N inputs runs together with its N references under the rescale rule, and the
-gradient that comes back is the multiplier::
+A batch of N inputs runs together with its references (one where it is the same for all) under
+the rescale rule, and the gradient that comes back is the multiplier::
 
     def collect(reading, gradient):
-        metric.gather(difference(reading.activation), gradient[:samples])
+        metric.gather(difference(reading.activation, samples), gradient[:samples])
 
-    watcher = Watcher(groups, 2 * samples, on_gradient=collect)
-    with evaluation(model), watcher.attached(model), RescaleRule(samples) as rule:
-        outputs = call_model(model, with_reference(inputs, "zeros"))
+    references = count_references(inputs, "zeros")
+    watcher = Watcher(groups, samples + references, on_gradient=collect)
+    with evaluation(model), watcher.attached(model), RescaleRule(samples, references) as rule:
+        outputs = call_model(model, with_reference(inputs, "zeros", references))
         target_scores(outputs, labels, samples).backward()
 
 ``rule.uncovered`` then names what kept its plain gradient.
@@ -16,7 +17,7 @@ gradient that comes back is the multiplier::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,13 +58,28 @@ class DeepLift:
         return means[0]
 
 
-def difference(activation: Tensor) -> Tensor:
-    """a − a_ref: ``[2 * samples, ...]`` -> ``[samples, ...]``."""
-    given, reference = activation.chunk(2)
-    return given - reference
+def difference(activation: Tensor, samples: int) -> Tensor:
+    """a − a_ref: ``[samples + references, ...]`` -> ``[samples, ...]``."""
+    return activation[:samples] - activation[samples:]
 
 
-def with_reference(inputs: Any, baseline: Any = "zeros") -> Any:
+def count_references(inputs: Any, baseline: Any = "zeros") -> int:
+    """References that a batch needs: 1 where all samples have the same, else one for each.
+
+    Arguments and errors are those of :func:`with_reference`.
+    """
+    samples = _check_inputs(inputs, baseline)
+    shared: list[bool] = []
+
+    def look(tensor: Tensor, reference: Tensor) -> Tensor:
+        shared.append(reference.stride(0) == 0)
+        return tensor
+
+    _walk(inputs, baseline, samples, look)
+    return 1 if all(shared) else samples
+
+
+def with_reference(inputs: Any, baseline: Any = "zeros", references: int | None = None) -> Any:
     """The inputs of a batch followed by their references, along the first axis.
 
     Args:
@@ -72,11 +88,24 @@ def with_reference(inputs: Any, baseline: Any = "zeros") -> Any:
         baseline: "zeros", a tensor that broadcasts to one sample or to the batch, or a nest of
             these like ``inputs``. Against "zeros", integer and boolean tensors (a mask) are their
             own reference; token ids need a tensor here.
+        references: How many follow: one for each sample by default, or
+            :func:`count_references`.
 
     Raises:
         ArgumentError: A baseline that does not fit, or "zeros" for inputs without real numbers.
         DataError: Inputs without a tensor of samples.
     """
+    samples = _check_inputs(inputs, baseline)
+    return _walk(
+        inputs,
+        baseline,
+        samples,
+        lambda tensor, reference: torch.cat([tensor, reference[:references]]),
+    )
+
+
+def _check_inputs(inputs: Any, baseline: Any) -> int:
+    """The number of samples."""
     tensors = tensors_in(inputs)
     if not tensors or tensors[0].dim() == 0:
         raise DataError(
@@ -88,24 +117,29 @@ def with_reference(inputs: Any, baseline: Any = "zeros") -> Any:
             f"baseline='zeros' for inputs of {tensors[0].dtype}: give the reference as a tensor, "
             "for example the ids of a sequence of padding tokens"
         )
-    return _doubled(inputs, baseline, tensors[0].shape[0])
+    return len(tensors[0])
 
 
 def _is_zeros(baseline: Any) -> bool:
     return isinstance(baseline, str) and baseline == "zeros"
 
 
-def _doubled(inputs: Any, baseline: Any, samples: int) -> Any:
+def _walk(
+    inputs: Any, baseline: Any, samples: int, function: Callable[[Tensor, Tensor], Tensor]
+) -> Any:
+    """The nest of inputs with ``function`` of every tensor of samples and its references."""
     if isinstance(inputs, Tensor):
         if inputs.dim() == 0 or inputs.shape[0] != samples:
             return inputs
-        return torch.cat([inputs, _reference(inputs, baseline)])
+        return function(inputs, _references(inputs, baseline))
     if isinstance(inputs, Mapping):
         parts = _parts(baseline, inputs.keys())
-        return {key: _doubled(value, parts[key], samples) for key, value in inputs.items()}
+        return {key: _walk(value, parts[key], samples, function) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
         parts = _parts(baseline, range(len(inputs)))
-        return type(inputs)(_doubled(v, parts[i], samples) for i, v in enumerate(inputs))
+        return type(inputs)(
+            _walk(value, parts[i], samples, function) for i, value in enumerate(inputs)
+        )
     return inputs
 
 
@@ -122,10 +156,10 @@ def _parts(baseline: Any, keys: Any) -> Mapping[Any, Any]:
     return given
 
 
-def _reference(inputs: Tensor, baseline: Any) -> Tensor:
-    """The references of a tensor of inputs, of the same shape."""
+def _references(inputs: Tensor, baseline: Any) -> Tensor:
+    """The references of a tensor of inputs, expanded to its shape."""
     if _is_zeros(baseline):
-        return torch.zeros_like(inputs) if inputs.is_floating_point() else inputs
+        return inputs.new_zeros(()).expand_as(inputs) if inputs.is_floating_point() else inputs
     if not isinstance(baseline, Tensor):
         raise ArgumentError(
             f"baseline is {baseline!r}; use 'zeros', or a tensor that broadcasts to one sample"
@@ -142,11 +176,11 @@ def _reference(inputs: Tensor, baseline: Any) -> Tensor:
 def target_scores(outputs: Any, targets: Tensor | None, samples: int) -> Tensor:
     """What is explained: the scores of the target classes, summed over the inputs.
 
-    The references follow the inputs in ``outputs`` and are left out: each reference serves one
-    input, so the gradient of an input's own score is its multiplier.
+    The references follow the inputs in ``outputs`` and are left out: the gradient of an input's
+    own score is its multiplier.
 
     Args:
-        outputs: Of the doubled batch, ``[2 * samples, classes, ...]``.
+        outputs: Of the inputs and references, ``[samples + references, classes, ...]``.
         targets: Class of each sample (and position), ``[samples, ...]``, or zeros and ones of
             the shape of the scores for several classes each; None sums all outputs, as for a
             regression.

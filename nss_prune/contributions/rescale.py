@@ -1,6 +1,6 @@
 """DeepLIFT's rescale rule for every nonlinearity of any model, in one forward and one backward.
 
-The model runs on N inputs followed by their N references. Linear functions pass a multiplier on
+The model runs on N inputs followed by the reference of each, or by the one of all. Linear functions pass a multiplier on
 as they pass a gradient on; a nonlinear one must pass on Δout/Δin instead of its derivative
 (Shrikumar et al., "Learning Important Features Through Propagating Activation Differences",
 ICML 2017, section 3.5.2). Then Σ (a − a_ref) · multiplier over any cut through the network is the
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,15 +80,17 @@ LINEAR_IN_FIRST = frozenset({"Div", "GridSampler2D", "GridSampler3D"})
 class RescaleRule(TorchFunctionMode):
     """While entered, models propagate DeepLIFT's multipliers instead of gradients.
 
-    The batch holds ``2 * samples`` samples along its first axis: the inputs, then the reference
-    of each. The model should be in evaluation mode and its parameters frozen (as in
+    The batch holds ``samples + references`` samples along its first axis: the inputs, then the
+    reference of each, or a single one for all. The model should be in evaluation mode and its parameters frozen (as in
     :func:`nss_prune.neurons.evaluation`): functions of two tensors that both need a gradient
     count as uncovered otherwise. So do in-place functions of a part of a tensor
     (``"copy_slices"``), because autograd does not say which they are. The backward pass cannot be
-    differentiated again, and what leaves autograd (``detach``, ``argmax``) is not followed.
+    differentiated again, sends nothing back to the references, and does not follow what leaves
+    autograd (``detach``, ``argmax``).
 
     Args:
-        samples: Number of inputs N, half of the batch.
+        samples: Number of inputs N.
+        references: Number of references, N (the default) or 1.
 
     Attributes:
         uncovered: Nonlinear functions that kept their plain gradient, as autograd calls them,
@@ -96,9 +98,9 @@ class RescaleRule(TorchFunctionMode):
             inside the context, or after :meth:`inspect`.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, references: int | None = None) -> None:
         super().__init__()
-        self.samples = samples
+        self.pairing = Pairing(samples, samples if references is None else references)
         self.uncovered: set[str] = set()
 
     def __torch_function__(
@@ -140,34 +142,55 @@ class RescaleRule(TorchFunctionMode):
         """The call that replaces ``func(*args, **keywords)``, or None for the call itself."""
         if len(args) == 2 and not keywords and self._are_factors(*args):
             if name in PRODUCTS:
-                return lambda: Product.apply(*args, func)
+                return lambda: Product.apply(*args, self.pairing, func)
             if name in QUOTIENTS:
-                return lambda: Product.apply(args[0], _inverse(args[1]), _product_like(func))
+                return lambda: Product.apply(
+                    args[0], self._inverse(args[1]), self.pairing, _product_like(func)
+                )
             if name in MATRIX_PRODUCTS and args[0].dim() > 2:
-                return lambda: MatrixProduct.apply(*args)
+                return lambda: MatrixProduct.apply(*args, self.pairing)
         # A number over an activation is the one function whose activation comes second.
         if name in QUOTIENTS and len(args) == 2 and not keywords and self._is_followed(args[1]):
-            return lambda: _product_like(func)(args[0], _inverse(args[1]))
+            return lambda: _product_like(func)(args[0], self._inverse(args[1]))
         if not args or not self._is_followed(args[0]):
             return None
         if func in POOLS:
-            return lambda: _pool(func, *args, **keywords)
+            return lambda: self._pool(func, *args, **keywords)
         if name == "glu":
-            return lambda: _gated(*args, **keywords)
+            return lambda: self._gated(*args, **keywords)
         others = (*args[1:], *keywords.values())
         if name in ELEMENTWISE and not any(self._are_factors(args[0], other) for other in others):
             pointwise = not any(isinstance(other, Tensor) for other in others)
             return lambda: Rescale.apply(
-                args[0], lambda x: func(x, *args[1:], **keywords), pointwise
+                args[0], self.pairing, lambda x: func(x, *args[1:], **keywords), pointwise
             )
         return None
+
+    def _pool(
+        self, func: Callable[..., Any], inputs: Tensor, *args: Any, **keywords: Any
+    ) -> Any:
+        with_indices, spatial = POOLS[func]
+        results = MaxPool.apply(
+            inputs, self.pairing, lambda x: with_indices(x, *args, **keywords), spatial
+        )
+        return results if func is with_indices else results[0]
+
+    def _gated(self, inputs: Tensor, dim: int = -1) -> Any:
+        """``F.glu`` as the product that it is."""
+        value, gate = inputs.chunk(2, dim)
+        opened = Rescale.apply(gate, self.pairing, torch.sigmoid)
+        return Product.apply(value, opened, self.pairing, torch.mul)
+
+    def _inverse(self, divisor: Tensor) -> Any:
+        """1 / b, so that a / b is a product."""
+        return Rescale.apply(divisor, self.pairing, torch.reciprocal)
 
     def _is_paired(self, value: Any) -> bool:
         """Whether the first axis can hold the inputs and then the references."""
         if not isinstance(value, Tensor) or value.dim() == 0 or value.is_complex():
             return False
         rows = value.shape[0]
-        return rows > 0 and rows % (2 * self.samples) == 0
+        return rows > 0 and rows % sum(self.pairing) == 0
 
     def _is_followed(self, value: Any) -> bool:
         return self._is_paired(value) and bool(value.requires_grad)
@@ -187,6 +210,33 @@ class RescaleRule(TorchFunctionMode):
         )
 
 
+class Pairing(NamedTuple):
+    """How the first axis is divided: the inputs, then the reference of each, or one for all.
+
+    Where the model folds other axes into the first (windows, tokens), each sample and each
+    reference takes several rows.
+    """
+
+    samples: int
+    references: int
+
+    def given(self, values: Tensor) -> Tensor:
+        """The rows of the inputs."""
+        return values[: len(values) // sum(self) * self.samples]
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the inputs, and those of the references, which broadcast to them."""
+        given = self.given(values)
+        reference = values[len(given) :]
+        if len(reference) in (1, len(given)):
+            return given, reference
+        return given, reference.repeat(self.samples, *[1] * (values.dim() - 1))
+
+    def returned(self, shares: Tensor, shape: torch.Size) -> Tensor:
+        """A gradient of a shape with ``shares`` for the inputs, and none for the references."""
+        return torch.cat([shares, shares.new_zeros(shape[0] - len(shares), *shape[1:])])
+
+
 class Rescale(Function):
     """An elementwise function whose backward pass multiplies by Δout/Δin.
 
@@ -196,27 +246,33 @@ class Rescale(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, function: Callable[[Tensor], Tensor], pointwise: bool = True
+        ctx: Any,
+        inputs: Tensor,
+        pairing: Pairing,
+        function: Callable[[Tensor], Tensor],
+        pointwise: bool = True,
     ) -> Tensor:
         """``pointwise``: the function is the same everywhere, so any selection can be put in."""
-        given, reference = inputs.chunk(2)
+        given, reference = pairing.split(inputs)
         change = given - reference
         still = _much_smaller(change, given).nonzero(as_tuple=True)
         slope = derivative(function, given[still] if pointwise else given)
         outputs = function(inputs)
         if outputs is inputs:
             ctx.mark_dirty(inputs)
-        given, reference = outputs.chunk(2)
+        given, reference = pairing.split(outputs)
         multiplier = (given - reference).div_(change)
         multiplier[still] = slope if pointwise else slope[still]
         ctx.save_for_backward(multiplier)
+        ctx.pairing = pairing
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (multiplier,) = ctx.saved_tensors
-        return (_halves(gradient) * multiplier).flatten(0, 1), None, None
+        shares = ctx.pairing.given(gradient) * multiplier
+        return ctx.pairing.returned(shares, gradient.shape), None, None, None
 
 
 class MaxPool(Function):
@@ -231,30 +287,33 @@ class MaxPool(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, pool: Callable[[Tensor], tuple[Tensor, Tensor]], spatial: int
+        ctx: Any,
+        inputs: Tensor,
+        pairing: Pairing,
+        pool: Callable[[Tensor], tuple[Tensor, Tensor]],
+        spatial: int,
     ) -> tuple[Tensor, Tensor]:
         outputs, indices = pool(inputs)
-        (top, reference_top), (place, reference_place) = outputs.chunk(2), indices.chunk(2)
-        place = torch.where(top >= reference_top, place, reference_place).flatten(-spatial)
-        given, reference = inputs.flatten(-spatial).chunk(2)
-        change = given.gather(-1, place) - reference.gather(-1, place)
+        top, reference_top = pairing.split(outputs)
+        place = torch.where(top >= reference_top, *pairing.split(indices)).flatten(-spatial)
+        given, reference = pairing.split(inputs.flatten(-spatial))
+        change = given.gather(-1, place) - reference.expand_as(given).gather(-1, place)
         # Differences alone are divided, without rounding: only 0 / 0 needs the derivative.
         multiplier = (top - reference_top).flatten(-spatial).div_(change)
         multiplier.masked_fill_(change == 0, 1)
         ctx.save_for_backward(multiplier, place)
-        ctx.shape, ctx.spatial = inputs.shape, spatial
+        ctx.shape, ctx.spatial, ctx.pairing = inputs.shape, spatial, pairing
         ctx.mark_non_differentiable(indices)
         return outputs, indices
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         multiplier, place = ctx.saved_tensors
-        shares = _halves(gradient.flatten(-ctx.spatial)) * multiplier
+        shares = ctx.pairing.given(gradient.flatten(-ctx.spatial)) * multiplier
         result = gradient.new_zeros(ctx.shape)
-        flat = _halves(result.flatten(-ctx.spatial))
-        flat.scatter_add_(-1, place.expand_as(shares), shares)
-        return result, None, None
+        ctx.pairing.given(result.flatten(-ctx.spatial)).scatter_add_(-1, place, shares)
+        return result, None, None, None
 
 
 class Product(Function):
@@ -262,9 +321,13 @@ class Product(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, first: Tensor, second: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+        ctx: Any,
+        first: Tensor,
+        second: Tensor,
+        pairing: Pairing,
+        multiply: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        _save_means(ctx, first, second)
+        _save_means(ctx, first, second, pairing)
         outputs = multiply(first, second)
         if outputs is first:
             ctx.mark_dirty(first)
@@ -273,26 +336,27 @@ class Product(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *_shares(ctx, gradient, torch.mul, torch.mul), None
+        return *_shares(ctx, gradient, torch.mul, torch.mul), None, None
 
 
 class MatrixProduct(Function):
     """A @ B over the last two axes, with the mean of the other factor as each one's multiplier."""
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
-        _save_means(ctx, first, second)
+    def forward(ctx: Any, first: Tensor, second: Tensor, pairing: Pairing) -> Tensor:
+        _save_means(ctx, first, second, pairing)
         return first @ second
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _shares(
+        first, second = _shares(
             ctx,
             gradient,
-            to_first=lambda both, second: both @ second.mT,
-            to_second=lambda both, first: first.mT @ both,
+            to_first=lambda given, second: given @ second.mT,
+            to_second=lambda given, first: first.mT @ given,
         )
+        return first, second, None
 
 
 def _much_smaller(change: Tensor, values: Tensor) -> Tensor:
@@ -313,19 +377,18 @@ def derivative(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     return slope
 
 
-def _save_means(ctx: Any, first: Tensor, second: Tensor) -> None:
+def _save_means(ctx: Any, first: Tensor, second: Tensor, pairing: Pairing) -> None:
     """Keep of each factor the mean of input and reference, if the other one asks for it."""
-    ctx.shapes = first.shape, second.shape
+    ctx.shapes, ctx.pairing = (first.shape, second.shape), pairing
     first_asks, second_asks, *_ = ctx.needs_input_grad
     common = torch.result_type(first, second)
     ctx.save_for_backward(
-        _mean(first.to(common)) if second_asks else None,
-        _mean(second.to(common)) if first_asks else None,
+        _mean(*pairing.split(first.to(common))) if second_asks else None,
+        _mean(*pairing.split(second.to(common))) if first_asks else None,
     )
 
 
-def _mean(factor: Tensor) -> Tensor:
-    given, reference = factor.chunk(2)
+def _mean(given: Tensor, reference: Tensor) -> Tensor:
     return torch.lerp(given, reference, 0.5)
 
 
@@ -336,9 +399,9 @@ def _shares(
     to_second: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of both factors, from the mean of the other."""
-    both = _halves(gradient)
+    given = ctx.pairing.given(gradient)
     shares = (
-        None if mean is None else _fit(share(both.to(mean.dtype), mean), shape)
+        None if mean is None else _fit(share(given.to(mean.dtype), mean), shape, ctx.pairing)
         for share, mean, shape in zip(
             (to_first, to_second), reversed(ctx.saved_tensors), ctx.shapes, strict=True
         )
@@ -347,14 +410,9 @@ def _shares(
     return first, second
 
 
-def _fit(both: Tensor, shape: torch.Size) -> Tensor:
-    """``[2, samples, ...]`` -> ``shape``, summed over axes along which a factor was repeated."""
-    return both.flatten(0, 1).sum_to_size(shape)
-
-
-def _halves(values: Tensor) -> Tensor:
-    """``[2 * samples, ...]`` -> ``[2, samples, ...]``: inputs and references."""
-    return values.reshape(2, -1, *values.shape[1:])
+def _fit(shares: Tensor, shape: torch.Size, pairing: Pairing) -> Tensor:
+    """A gradient of ``shape``, summed over axes along which a factor was repeated."""
+    return pairing.returned(shares.sum_to_size(len(shares), *shape[1:]), shape)
 
 
 def _pools() -> dict[Callable[..., Any], tuple[Callable[..., Any], int]]:
@@ -372,23 +430,6 @@ def _pools() -> dict[Callable[..., Any], tuple[Callable[..., Any], int]]:
 
 POOLS = _pools()
 """Max pooling function -> its variant that also gives the indices, and its spatial axes."""
-
-
-def _pool(func: Callable[..., Any], inputs: Tensor, *args: Any, **keywords: Any) -> Any:
-    with_indices, spatial = POOLS[func]
-    results = MaxPool.apply(inputs, lambda x: with_indices(x, *args, **keywords), spatial)
-    return results if func is with_indices else results[0]
-
-
-def _gated(inputs: Tensor, dim: int = -1) -> Any:
-    """``F.glu`` as the product that it is."""
-    value, gate = inputs.chunk(2, dim)
-    return Product.apply(value, Rescale.apply(gate, torch.sigmoid), torch.mul)
-
-
-def _inverse(divisor: Tensor) -> Any:
-    """1 / b, so that a / b is a product."""
-    return Rescale.apply(divisor, torch.reciprocal)
 
 
 def _product_like(func: Callable[..., Any]) -> Callable[..., Any]:
