@@ -95,6 +95,14 @@ class Data:
         )
         return f"{zlib.crc32(labels, zlib.crc32(pixels)):08x}"
 
+    def measured_with(self, count: int | None) -> Data:
+        """At most `count` check and test samples of every category (None: all)."""
+        if count is None:
+            return self
+        return replace(
+            self, check=self.check.per_category(count), test=self.test.per_category(count)
+        )
+
     def to(self, device: torch.device | str) -> Data:
         parts = {part: getattr(self, part).to(device) for part in ("train", "check", "test")}
         return replace(self, **parts)

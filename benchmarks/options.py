@@ -28,6 +28,8 @@ def common(description: str | None, *, seeds: int) -> argparse.ArgumentParser:
     add("--seeds", type=int, default=seeds, metavar="N",
         help="models per setting (default: %(default)s)")  # fmt: skip
     add("--epochs", type=int, metavar="N", help="epochs of training (default: the setting's)")
+    add("--evaluated", type=int, metavar="N",
+        help="check and test samples of each category to measure with (default: all)")  # fmt: skip
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--output", type=Path, default=results.FOLDER, metavar="DIR",
         help="folder of the result files (default: benchmarks/results)")  # fmt: skip

@@ -180,6 +180,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for setting in chosen(asked.settings):
         setting = setting.with_epochs(asked.epochs)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
+        data = data.measured_with(asked.evaluated)
         found = run_setting(setting, data, seeds, metrics, asked.cache)
         report(setting, data, tables(setting.name, found), seeds, asked.output)
 

@@ -95,19 +95,17 @@ def run_setting(
     seeds: Sequence[int],
     metrics: Sequence[str],
     *,
-    evaluated: int | None,
     cache: Path,
 ) -> list[Point]:
     """All slices of a setting, seed by seed; prints a line on each seed."""
     points: list[Point] = []
-    test = data.test if evaluated is None else data.test.per_category(evaluated)
     for seed in seeds:
         device = data.train.labels.device
         found = trained(setting.name, setting.build, data, setting.recipe, seed, cache, device)
         known = profile(found.model, profiled_batches(setting, data), metrics=tuple(metrics))
-        dense = accuracy(found.model, test)
+        dense = accuracy(found.model, data.test)
         for metric in metrics:
-            points += slices(known, found.model, test, metric, seed, dense)
+            points += slices(known, found.model, data.test, metric, seed, dense)
         origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
         print(f"{setting.name}, seed {seed}: trained {origin}, {100 * dense:.2f} %", flush=True)
     return points
@@ -291,8 +289,6 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--learning-rate", type=float, metavar="RATE",
         help="learning rate of training (default: the setting's)")  # fmt: skip
-    add("--evaluated", type=int, metavar="N",
-        help="test samples of each category to measure with (default: all)")  # fmt: skip
     return parser
 
 
@@ -304,9 +300,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for setting in chosen(asked.settings):
         setting = setting.with_epochs(asked.epochs).with_learning_rate(asked.learning_rate)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
-        points = run_setting(
-            setting, data, seeds, metrics, evaluated=asked.evaluated, cache=asked.cache
-        )
+        data = data.measured_with(asked.evaluated)
+        points = run_setting(setting, data, seeds, metrics, cache=asked.cache)
         report(setting, data, points, metrics, seeds, asked.evaluated, asked.output)
 
 

@@ -282,6 +282,7 @@ def report(
     rule: Rule,
     *,
     finetune_epochs: int,
+    evaluated: int | None,
     output: Path,
 ) -> None:
     """Print the tables of a setting; write its result file and its plot."""
@@ -290,7 +291,7 @@ def report(
     options = {
         "theta": setting.theta, "rate": setting.rate, "profiled": setting.profiled,
         "recipe": asdict(setting.recipe), "finetune_epochs": finetune_epochs, **asdict(rule),
-        "data": data.origin,
+        "evaluated": evaluated, "data": data.origin,
     }  # fmt: skip
     path = output / f"rq2-{setting.name}.json"
     results.write(
@@ -370,13 +371,15 @@ def main(words: Sequence[str] | None = None) -> None:
     everything: list[Pair] = []
     for setting in settings:
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
+        data = data.measured_with(asked.evaluated)
         pairs = run_setting(
             setting, data, seeds, methods, rule,
             finetune_epochs=asked.finetune_epochs, cache=asked.cache,
         )  # fmt: skip
         report(
             setting, data, pairs, seeds, rule,
-            finetune_epochs=asked.finetune_epochs, output=asked.output,
+            finetune_epochs=asked.finetune_epochs, evaluated=asked.evaluated,
+            output=asked.output,
         )  # fmt: skip
         everything += pairs
     if len(settings) > 1:

@@ -29,7 +29,7 @@ class NSSImportance:
         contributions = profile.contributions[chosen]
         thresholds = union_thresholds(profile.thresholds[chosen])
         self._scores = {
-            name: _without_ties(1 - entry, contributions[name].mean(0))
+            name: _without_ties(1 - entry, contributions[name].abs().mean(0))
             for name, entry in thresholds.items()
         }
 

@@ -123,7 +123,7 @@ class Profile:
         }
 
     def ranking(self, metric: str, layer: str) -> Tensor:
-        """Neurons from the highest to the lowest contribution, ``[categories, neurons]``."""
+        """Neurons by contribution, see :func:`ranked`, ``[categories, neurons]``."""
         return ranked(self.contributions[metric][layer])
 
     def metric_or_default(self, metric: str | None) -> str:
@@ -283,8 +283,12 @@ def _decode_statistics(
 
 
 def ranked(contributions: Tensor) -> Tensor:
-    """Neurons from the highest to the lowest contribution; ties by position."""
-    return contributions.argsort(dim=-1, descending=True, stable=True)
+    """Neurons from the largest contribution to the smallest; ties by position.
+
+    By magnitude: a neuron that speaks against a category (DeepLIFT), or whose average is below
+    zero, changes as much when it is removed as one that speaks for it.
+    """
+    return contributions.abs().argsort(dim=-1, descending=True, stable=True)
 
 
 def profile(

@@ -251,7 +251,7 @@ def slice_profile(
         )
     if strategy == "semantic":
         lowest = union_thresholds(profile.entry_thresholds(chosen, interval))
-        scores = {name: -entry[None] for name, entry in lowest.items()}
+        scores = {name: 1 - entry[None] for name, entry in lowest.items()}
     elif strategy == "category":
         scores = profile.contributions[chosen]
     else:

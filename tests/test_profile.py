@@ -12,6 +12,7 @@ from networks import batches, cnn, hand_weighted, mlp
 from nss_prune import profile
 from nss_prune.categories import joined
 from nss_prune.errors import ArgumentError
+from nss_prune.profile import ranked
 from reference import algorithm_1, taylor
 
 
@@ -168,3 +169,8 @@ def test_unknown_choices_are_named() -> None:
         profile(model, data, categories="label")
     with pytest.raises(ArgumentError, match="not profiled"):
         profile(model, data).slice(0.9, metric="avg")
+
+
+def test_ranks_are_by_magnitude() -> None:
+    contributions = torch.tensor([[0.5, -3.0, 0.0, 2.0], [1.0, -1.0, 2.0, 0.0]])
+    assert ranked(contributions).tolist() == [[1, 3, 0, 2], [2, 0, 1, 3]]

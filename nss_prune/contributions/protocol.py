@@ -37,7 +37,10 @@ class Contribution(Protocol):
         ...
 
     def score(self, means: Tensor) -> Tensor:
-        """``[statistics, categories, neurons]`` -> ``[categories, neurons]``."""
+        """``[statistics, categories, neurons]`` -> ``[categories, neurons]``.
+
+        Neurons are ranked by the magnitude of these.
+        """
         ...
 
 

@@ -1,10 +1,10 @@
 """DeepLIFT's rescale rule for every nonlinearity of any model, in one forward and one backward.
 
-The model runs on N inputs followed by the reference of each, or by the one of all. Linear functions pass a multiplier on
-as they pass a gradient on; a nonlinear one must pass on Δout/Δin instead of its derivative
-(Shrikumar et al., "Learning Important Features Through Propagating Activation Differences",
-ICML 2017, section 3.5.2). Then Σ (a − a_ref) · multiplier over any cut through the network is the
-change of the output: the contributions are complete (Eq. 1).
+The model runs on N inputs followed by the reference of each, or by the one of all. Linear
+functions pass a multiplier on as they pass a gradient on; a nonlinear one must pass on Δout/Δin
+instead of its derivative (Shrikumar et al., "Learning Important Features Through Propagating
+Activation Differences", ICML 2017, section 3.5.2). Then Σ (a − a_ref) · multiplier over any cut
+through the network is the change of the output: the contributions are complete (Eq. 1).
 
 The rule works on functions, not on modules, so that it also holds for ``F.relu``, for modules
 that are used twice, for in-place activations, and for neighbours such as ReLU and MaxPool:
@@ -81,10 +81,10 @@ class RescaleRule(TorchFunctionMode):
     """While entered, models propagate DeepLIFT's multipliers instead of gradients.
 
     The batch holds ``samples + references`` samples along its first axis: the inputs, then the
-    reference of each, or a single one for all. The model should be in evaluation mode and its parameters frozen (as in
-    :func:`nss_prune.neurons.evaluation`): functions of two tensors that both need a gradient
-    count as uncovered otherwise. So do in-place functions of a part of a tensor
-    (``"copy_slices"``), because autograd does not say which they are. The backward pass cannot be
+    reference of each, or a single one for all. The model should be in evaluation mode and its
+    parameters frozen (as in :func:`nss_prune.neurons.evaluation`): functions of two tensors that
+    both need a gradient count as uncovered otherwise. So do in-place functions of a part of a
+    tensor (``"copy_slices"``), because autograd does not say which they are. The backward pass cannot be
     differentiated again, sends nothing back to the references, and does not follow what leaves
     autograd (``detach``, ``argmax``).
 
@@ -166,9 +166,7 @@ class RescaleRule(TorchFunctionMode):
             )
         return None
 
-    def _pool(
-        self, func: Callable[..., Any], inputs: Tensor, *args: Any, **keywords: Any
-    ) -> Any:
+    def _pool(self, func: Callable[..., Any], inputs: Tensor, *args: Any, **keywords: Any) -> Any:
         with_indices, spatial = POOLS[func]
         results = MaxPool.apply(
             inputs, self.pairing, lambda x: with_indices(x, *args, **keywords), spatial
