@@ -11,6 +11,7 @@ training set, for decisions such as when to stop) and `test` (for the reported n
 | fmnist     | FashionMNIST/raw, likewise                                    |
 | cifar10    | cifar10/{train,test}/CLASS/*, else torchvision's own layout   |
 | imagenet10 | imagenet10_32/{train,val}/CLASS/*, pictures of 32 x 32        |
+| imagenet   | imagenet_samples/CLASS/*, all 1,000 classes, 256 x 256        |
 """
 
 from __future__ import annotations
@@ -210,6 +211,37 @@ def read_imagenet10(root: Path, cache: Path) -> tuple[str, Pictures, Pictures]:
     return read_folders(root / "imagenet10_32", "train", "val", cache)
 
 
+def read_imagenet(root: Path, cache: Path) -> tuple[str, Pictures, Pictures]:
+    """DIR/imagenet_samples: the middle 224 x 224 of each picture; half of the classes to train.
+
+    The sorted folders are the classes of ImageNet in their usual order.
+    """
+    folder = root / "imagenet_samples"
+    if not folder.is_dir():
+        raise DataError(
+            f"There is no {folder}, and ImageNet may not be downloaded without its licence. Lay "
+            "out at least one picture of each of its 1,000 classes, 256 x 256, as "
+            "DIR/imagenet_samples/CLASS/*, and pass --data DIR."
+        )
+    origin, (pixels, labels) = read_folder(folder, cache)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000))
+    middle = pixels[:, :, 16:240, 16:240]
+    halves = order.chunk(2)
+    train, test = ((middle[half], labels[half]) for half in halves)
+    return origin, train, test
+
+
+def read_folder(folder: Path, cache: Path) -> tuple[str, Pictures]:
+    """One ImageFolder, decoded once and kept as tensors in `cache`."""
+    part = torchvision.datasets.ImageFolder(str(folder))
+    kept = cache / "decoded" / f"{folder.name}-{state_of([part])}.pt"
+    content = load_tensors(kept)
+    if content is None:
+        content = {"pictures": decode(part)}
+        save_tensors(content, kept)
+    return f"ImageFolder {folder.name}", content["pictures"]
+
+
 def read_folders(
     folder: Path, train: str, test: str, cache: Path
 ) -> tuple[str, Pictures, Pictures]:
@@ -253,4 +285,6 @@ SOURCES = {
     "fmnist": Source(read_torchvision("FashionMNIST"), (0.2860,), (0.3530,)),
     "cifar10": Source(read_cifar10, CIFAR10_MEAN, CIFAR10_STD),
     "imagenet10": Source(read_imagenet10, IMAGENET_MEAN, IMAGENET_STD),
+    # The mean and deviation that the pretrained EfficientNet-Lite takes.
+    "imagenet": Source(read_imagenet, (0.5,) * 3, (0.5,) * 3, check_share=0.2),
 }

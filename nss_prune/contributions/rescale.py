@@ -84,9 +84,9 @@ class RescaleRule(TorchFunctionMode):
     reference of each, or a single one for all. The model should be in evaluation mode and its
     parameters frozen (as in :func:`nss_prune.neurons.evaluation`): functions of two tensors that
     both need a gradient count as uncovered otherwise. So do in-place functions of a part of a
-    tensor (``"copy_slices"``), because autograd does not say which they are. The backward pass cannot be
-    differentiated again, sends nothing back to the references, and does not follow what leaves
-    autograd (``detach``, ``argmax``).
+    tensor (``"copy_slices"``), because autograd does not say which they are. The backward pass
+    cannot be differentiated again, sends nothing back to the references, and does not follow what
+    leaves autograd (``detach``, ``argmax``).
 
     Args:
         samples: Number of inputs N.
