@@ -13,6 +13,8 @@ deeplift    the DeepLIFT contributions of all layers against captum's LayerDeepL
             and against the bare passes
 memory      peak memory of a profile of ResNet-50 at 32 px beyond the model, by samples and by
             categories; each in a process of its own
+unstructured one global LAMP step against LAMP's definition written plainly and against
+            torch.nn.utils.prune.global_unstructured: time and peak memory
 
 Times are of single runs in turn (A B A B ...); a ratio is given as median (minimum .. maximum).
 """
@@ -21,9 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -46,61 +45,21 @@ from nss_prune.errors import ArgumentError, NSSPruneError
 from nss_prune.neurons import NeuronMap, evaluation, find_neurons, trace
 from nss_prune.profile import profile_neurons, ranked
 from nss_prune.similarity import Landscape, LandscapeSums, entry_thresholds, similarity_curve
-from results import Cell, Column
+from results import Column
+from speed_unstructured import COLUMNS_WITH_MEMORY, lamp_steps
+from timing import COLUMNS, Rows, in_turn, printed_by, ratio_row, resident_peak, show
 
-COLUMNS = (
-    Column("what", "what"),
-    Column("ours", "ours, s", 4),
-    Column("other", "other, s", 4),
-    Column("ratio", "ratio, median (min .. max)"),
-    Column("target", "target"),
-)
 MEMORY_COLUMNS = (
     Column("what", "what"),
     Column("megabytes", "MB beyond the model", 0),
     Column("seconds", "s", 1),
 )
+OTHER_COLUMNS = {"memory": MEMORY_COLUMNS, "unstructured": COLUMNS_WITH_MEMORY}
 SELECTION = ((1000, 256), (1000, 512), (5000, 512))
 SELECTION_TARGETS = {(1000, 512): ">= 100", (5000, 512): ">= 500"}
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
 MEMORY_SAMPLES = (80, 320, 1280)
 MEMORY_CATEGORIES = (1, 10, 100, 1000)
-Rows = list[dict[str, Cell]]
-
-
-def in_turn(
-    first: Callable[[], object],
-    second: Callable[[], object],
-    repeats: int,
-    *,
-    warm: bool = True,
-) -> tuple[list[float], list[float]]:
-    """Seconds of both, run in turn; with ``warm`` after one run of each that does not count."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + warm):
-        for function, found in ((first, times[0]), (second, times[1])):
-            start = time.perf_counter()
-            function()
-            if repeat >= warm:
-                found.append(time.perf_counter() - start)
-    return times
-
-
-def ratio_row(
-    what: str, ours: Sequence[float], other: Sequence[float], target: str, *, faster: bool
-) -> dict[str, Cell]:
-    """A row; the ratio is how many times faster ours is, or how many times as long it takes."""
-    pairs = zip(ours, other, strict=True)
-    ratios = sorted(theirs / mine if faster else mine / theirs for mine, theirs in pairs)
-    word = "x faster" if faster else "x as long"
-    middle = statistics.median(ratios)
-    return {
-        "what": what,
-        "ours": statistics.median(ours),
-        "other": statistics.median(other),
-        "ratio": f"{middle:.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f}) {word}",
-        "target": target,
-    }
 
 
 def plain_similarities(activations: Tensor, order: Tensor) -> Tensor:
@@ -137,6 +96,7 @@ def selection(repeats: int) -> Rows:
         weights = torch.randn(64, neurons, generator=generator, dtype=torch.float64)
         activations = (mixed @ weights).relu()
         order = ranked(torch.rand(neurons, generator=generator))
+        ours_thresholds(activations, order)  # warm: the other side is too slow for that
         check_same_sets(
             plain_similarities(activations, order), ours_thresholds(activations, order), order
         )
@@ -293,32 +253,21 @@ def peak_of(samples: int, categories: int) -> None:
     print(resident_peak() - before, time.perf_counter() - start)
 
 
-def resident_peak() -> float:
-    """The largest resident set of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def memory() -> Rows:
     """Part (d)."""
     rows: Rows = []
     sizes = [(samples, 10) for samples in MEMORY_SAMPLES]
     sizes += [(8 * categories, categories) for categories in MEMORY_CATEGORIES]
     for samples, categories in sizes:
-        words = [sys.executable, __file__, "--peak-of", f"{samples},{categories}"]
-        printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        megabytes, seconds = map(float, printed.split())
+        megabytes, seconds = printed_by(__file__, "--peak-of", f"{samples},{categories}")
         what = f"memory, ResNet-50, {samples} samples in {categories} categories"
         rows.append({"what": what, "megabytes": megabytes, "seconds": seconds})
         show(rows[-1])
     return rows
 
 
-def show(row: dict[str, Cell]) -> None:
-    print("  ".join(results.show(cell, 3) for cell in row.values() if cell != ""), flush=True)
-
-
 def report(part: str, rows: Rows, output: Path) -> None:
-    columns = MEMORY_COLUMNS if part == "memory" else COLUMNS
+    columns = OTHER_COLUMNS.get(part, COLUMNS)
     path = output / f"speed-{part}.json"
     results.write(path, f"Speed: {part}", columns, rows, seeds=[0])
     print(f"\n{results.text_table(columns, rows)}\n\n{path} written\n")
@@ -329,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--parts", default="selection,profile,deeplift,memory",
+    add("--parts", default="selection,profile,deeplift,memory,unstructured",
         help="comma list (default: %(default)s)")  # fmt: skip
     add("--models", default=",".join(MODELS), help="comma list (default: %(default)s)")
     add("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: 5)")
@@ -352,6 +301,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "profile": lambda: whole_profile(names, asked.repeats),
         "deeplift": lambda: deeplift(names, asked.repeats),
         "memory": memory,
+        "unstructured": lambda: lamp_steps(asked.repeats),
     }
     for part in asked.parts.split(","):
         if part not in parts:

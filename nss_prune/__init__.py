@@ -5,6 +5,7 @@ from nss_prune.profile import PAPER, Profile, profile
 from nss_prune.pruner import NSSPruner
 from nss_prune.removal import remove
 from nss_prune.report import Report
+from nss_prune.restructure import Restructured, restructure
 from nss_prune.slicing import Slice
 from nss_prune.unstructured import sparsify
 
@@ -16,8 +17,10 @@ __all__ = [
     "NSSPruner",
     "Profile",
     "Report",
+    "Restructured",
     "Slice",
     "profile",
     "remove",
+    "restructure",
     "sparsify",
 ]
