@@ -1,6 +1,8 @@
 """Neuron-level semantic slicing for torch-pruning: fewer neurons, same semantics."""
 
+from nss_prune.checkpoint import load_pruned, save_pruned
 from nss_prune.importance import NSSImportance
+from nss_prune.optimizers import rebind_optimizer
 from nss_prune.profile import PAPER, Profile, profile
 from nss_prune.pruner import NSSPruner
 from nss_prune.removal import remove
@@ -19,8 +21,11 @@ __all__ = [
     "Report",
     "Restructured",
     "Slice",
+    "load_pruned",
     "profile",
+    "rebind_optimizer",
     "remove",
     "restructure",
+    "save_pruned",
     "sparsify",
 ]

@@ -33,6 +33,7 @@ GRAPH_OPERATIONS = frozenset(
         tp.ops.OPTYPE.OUTPUT,
     }
 )
+MAKES_THE_OUTPUT = "makes the model's output"
 UNSUPPORTED = {
     tp.ops.OPTYPE.MHA: "nn.MultiheadAttention ties its heads",
     tp.ops.OPTYPE.LSTM: "nn.LSTM ties its gates",
@@ -92,11 +93,23 @@ class NeuronMap:
         groups: In the order of ``model.named_modules()``.
         left_alone: Root layer -> why its group must not be pruned.
         left_alone_sizes: Root layer -> number of its channels.
+        notes: What a reader of the report should know about how they were found.
     """
 
     groups: tuple[NeuronGroup, ...]
     left_alone: dict[str, str] = field(default_factory=dict)
     left_alone_sizes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def without(self, reasons: Mapping[str, str]) -> NeuronMap:
+        """The map with some groups left alone, for ``reasons`` by their names."""
+        gone = {group.name: group.size for group in self.groups if group.name in reasons}
+        return NeuronMap(
+            groups=tuple(group for group in self.groups if group.name not in gone),
+            left_alone={**self.left_alone, **{name: reasons[name] for name in gone}},
+            left_alone_sizes={**self.left_alone_sizes, **gone},
+            notes=self.notes,
+        )
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -328,7 +341,7 @@ def _reason_to_leave(
         if node.module in ignored and makes:
             return "ignored"
         if makes and (node.grad_fn in output_nodes or node.type == tp.ops.OPTYPE.OUTPUT):
-            return "makes the model's output"
+            return MAKES_THE_OUTPUT
         if node.type in UNSUPPORTED:
             return UNSUPPORTED[node.type]
         groups = _channel_groups(node.module, node.type)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nss_prune.categories import MINIMUM_SAMPLES, Categories, check_categories, joined
 from nss_prune.collector import CategorySums, Collector, GroupSums, Loss, device_of, split_batch
 from nss_prune.contributions import Contribution, metric_named, needs_reference
+from nss_prune.discovery import discover
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.files import read_file, write_file
 from nss_prune.layout import decode_groups, encode_groups
@@ -23,11 +24,9 @@ from nss_prune.neurons import (
     NeuronGroup,
     NeuronMap,
     evaluation,
-    find_neurons,
     map_tensors,
     resolve_layers,
     tensors_in,
-    trace,
 )
 from nss_prune.similarity import (
     Features,
@@ -349,8 +348,7 @@ def profile(
     if example_inputs is None:
         first, data = first_batch(data)
         example_inputs = split_batch(first)[0]
-    graph, output_nodes = trace(model, example_inputs)
-    neurons = find_neurons(model, graph, output_nodes, resolve_layers(model, ignored_layers))
+    neurons = discover(model, example_inputs, resolve_layers(model, ignored_layers))
     return profile_neurons(
         model,
         data,

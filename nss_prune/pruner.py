@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import nn
 
+from nss_prune.budget import TOLERANCE, Limits, limited, mac_share, parameter_share, solve
 from nss_prune.categories import Categories, check_categories
 from nss_prune.collector import Loss
 from nss_prune.contributions import Contribution, metric_named
-from nss_prune.errors import ArgumentError, GraphError, ModelMismatchError
+from nss_prune.deadline import deadline
+from nss_prune.discovery import TIMEOUT, discover_parts
+from nss_prune.errors import (
+    ArgumentError,
+    GraphError,
+    ModelMismatchError,
+    NothingToPruneError,
+)
 from nss_prune.importance import NSSImportance
 from nss_prune.neurons import (
     NeuronMap,
@@ -28,11 +38,13 @@ from nss_prune.neurons import (
     traceable,
 )
 from nss_prune.profile import Profile, profile_neurons
-from nss_prune.removal import remove
+from nss_prune.removal import remove, verified
 from nss_prune.report import Cost, Report, Row, measure
 from nss_prune.similarity import Features, Landscape
 from nss_prune.slicing import STRATEGIES, Slice, Strategy, check_theta
 
+WHOLE_SHARE = 1 / 3  # of the time: for the model as a whole, the rest for its parts
+BUDGETS = ("parameters", "MACs")
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
 
@@ -42,7 +54,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     With nothing but ``theta``, a step removes every neuron outside the semantic slice at θ. With
     ``pruning_ratio``, that share of each layer's neurons goes instead, in the order of the
     semantic importance (of all layers together with ``global_pruning=True``). With
-    ``importance``, torch-pruning's own criterion ranks the neurons.
+    ``importance``, torch-pruning's own criterion ranks the neurons. With ``params_budget`` or
+    ``macs_budget``, θ is as high as keeps the model within that share of its cost.
+
+    Where torch-pruning cannot follow the model as a whole, its parts are pruned one by one. Groups
+    of neurons whose removal does not work are found on trial and left alone; the report names
+    them with the reason.
 
     Args:
         model: The model, pruned in place by :meth:`step`.
@@ -54,6 +71,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             in equal steps, and each step profiles the model anew, so ``data`` must be an
             iterable that can be run through again.
         pruning_ratio: Share of the neurons to remove, in [0, 1).
+        macs_budget: Share of the multiply-accumulates of one call to keep, in (0, 1].
+        params_budget: Share of the parameters to keep, in (0, 1]. The report says so where a
+            budget cannot be met within 1 %.
         metric: Contribution metric, by name or as an object.
         strategy: "semantic", or with ``pruning_ratio`` "category" or "global": the best of each
             category and their union, or the best over all data, of every layer.
@@ -61,6 +81,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         features: See :func:`nss_prune.profile`.
         loss: See :func:`nss_prune.profile`.
         profile: A profile of this model, instead of ``data``.
+        timeout: Seconds that torch-pruning may take to follow the model, and its parts if it
+            cannot.
         progress: Show a progress bar; by default when stderr is a terminal.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
@@ -74,7 +96,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         GraphError, NothingToPruneError: From tracing the model.
     """
 
+    DG: Any
     current_step: int
+    ignored_layers: list[nn.Module]
+    ignored_params: list[nn.Parameter]
+    round_to: int | None
+    max_pruning_ratio: float
 
     def __init__(
         self,
@@ -85,12 +112,15 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         data: Iterable[Any] | None = None,
         theta: float = 0.95,
         pruning_ratio: float | None = None,
+        macs_budget: float | None = None,
+        params_budget: float | None = None,
         metric: str | Contribution = "taylor",
         strategy: Strategy = "semantic",
         categories: Categories = "labels",
         features: Features = "pixel",
         loss: Loss | None = None,
         profile: Profile | None = None,
+        timeout: float = TIMEOUT,
         progress: bool | None = None,
         **torch_pruning_arguments: Any,
     ) -> None:
@@ -98,7 +128,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.metric = metric_named(metric)
         check_categories(categories)
         ratio = _check_ratio(pruning_ratio)
+        self._budgets = _check_budgets(params_budget, macs_budget, ratio, importance)
         _check_strategy(strategy, ratio, importance)
+        if not timeout > 0:
+            raise ArgumentError(f"timeout is {timeout!r}; give a number of seconds above 0")
+        self.timeout = timeout
         refuse_reparametrised(model)
         self.data = data
         self.strategy = strategy
@@ -107,7 +141,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.loss = loss
         self.progress = progress
         self.report: Report | None = None
-        self._by_theta = importance is None and ratio is None
+        self._by_theta = importance is None and ratio is None and not self._budgets
         self._share = ratio
         self._example_inputs = example_inputs
         self._forward_fn = torch_pruning_arguments.get("forward_fn")
@@ -119,7 +153,13 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         arguments = own_arguments(model, torch_pruning_arguments)
         if ratio is not None:
             arguments["pruning_ratio"] = ratio
+        self._own_criterion = importance is not None
+        self._shortfall: tuple[str, ...] = ()
+        self._whole = Cost(0, 0)
         self._construct(model, importance or self._semantic_importance, arguments)
+        self._sizes = {group.name: group.size for group in self.neurons.groups}
+        if self._budgets:
+            self._whole = measure(model, example_inputs, self._forward)
         if profile is not None:
             self._check_profile(profile)
         if importance is None and data is None and profile and self.iterative_steps > 1:
@@ -140,22 +180,68 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._unwrapped = list(arguments.get("unwrapped_parameters") or ())
         recorder = OutputRecorder(arguments.pop("output_transform", None))
         inputs = as_arguments(self._example_inputs)
+        ignored = [*arguments["ignored_layers"]]
         with traceable(model):
             try:
-                super().__init__(model, inputs, importance, output_transform=recorder, **arguments)
+                with deadline(WHOLE_SHARE * self.timeout, model):
+                    super().__init__(
+                        model, inputs, importance, output_transform=recorder, **arguments
+                    )
+                    found = self._neurons_of(self.DG, recorder.nodes)
+            except NothingToPruneError:
+                raise
             except Exception as error:
-                raise GraphError(
-                    f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
-                    "model(*example_inputs) runs"
-                ) from error
-        self._set_neurons(recorder.nodes)
+                found = self._construct_in_parts(model, ignored, arguments, error)
+        self._set_neurons(found)
 
-    def _set_neurons(self, output_nodes: set[Any]) -> None:
-        ignored = [*self.ignored_layers, *self.ignored_params]
-        self.neurons = find_neurons(
-            self.model, self.DG, output_nodes, ignored, self.root_module_types
+    def _construct_in_parts(
+        self,
+        model: nn.Module,
+        ignored: Sequence[Any],
+        arguments: Mapping[str, Any],
+        error: Exception,
+    ) -> NeuronMap:
+        """What torch-pruning's constructor would have set, without its graph."""
+        self.DG = None
+        self.ignored_layers = [layer for layer in ignored if isinstance(layer, nn.Module)]
+        self.ignored_params = [layer for layer in ignored if isinstance(layer, nn.Parameter)]
+        defaults = inspect.signature(tp.pruner.BasePruner).parameters
+        for name in ("iterative_steps", "round_to", "max_pruning_ratio", "root_module_types"):
+            setattr(self, name, arguments.get(name, defaults[name].default))
+        self.current_step = 0
+        reason = error if isinstance(error, GraphError) else untraceable(model, error)
+        if self._needs_graph:
+            raise reason
+        return self._neurons_in_parts(reason)
+
+    @property
+    def _needs_graph(self) -> bool:
+        """Whether torch-pruning itself decides what goes."""
+        return not (self._by_theta or self._budgets or self.strategy != "semantic")
+
+    def _neurons_of(self, graph: Any, output_nodes: set[Any]) -> NeuronMap:
+        ignored: list[nn.Module | nn.Parameter] = [*self.ignored_layers, *self.ignored_params]
+        return find_neurons(self.model, graph, output_nodes, ignored, self.root_module_types)
+
+    def _neurons_in_parts(self, reason: GraphError) -> NeuronMap:
+        return discover_parts(
+            self.model,
+            self._example_inputs,
+            [*self.ignored_layers, *self.ignored_params],
+            reason,
+            timeout=(1 - WHOLE_SHARE) * self.timeout,
+            forward=self._forward,
         )
-        # torch-pruning's own ranking must leave alone what we leave alone.
+
+    def _set_neurons(self, found: NeuronMap) -> None:
+        """Keep what can be removed; torch-pruning must leave alone what we leave alone."""
+        self.neurons = verified(
+            self.model,
+            found,
+            self._example_inputs,
+            customized_pruners=self._graph_arguments.get("customized_pruners"),
+            forward=self._forward,
+        )
         known = set(self.ignored_layers)
         modules = (self.model.get_submodule(name) for name in self.neurons.left_alone)
         self.ignored_layers.extend(module for module in modules if module not in known)
@@ -164,14 +250,19 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Trace and profile anew after an earlier step."""
         if not self._stale:
             return
-        self.DG, output_nodes = trace(
-            self.model,
-            self._example_inputs,
-            ignored_params=self.ignored_params,
-            unwrapped_parameters=list(self._unwrapped),
-            **self._graph_arguments,
-        )
-        self._set_neurons(output_nodes)
+        if self.DG is None:
+            self._set_neurons(self._neurons_in_parts(untraceable(self.model, None)))
+        else:
+            with deadline(self.timeout, self.model):
+                self.DG, output_nodes = trace(
+                    self.model,
+                    self._example_inputs,
+                    ignored_params=self.ignored_params,
+                    unwrapped_parameters=list(self._unwrapped),
+                    **self._graph_arguments,
+                )
+                found = self._neurons_of(self.DG, output_nodes)
+            self._set_neurons(found)
         self._profile = self._slice = self._ranking = None
         self._stale = False
 
@@ -226,9 +317,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         )
 
     def _semantic_importance(self, group: Any) -> Any:
+        return self._semantic_ranking()(group)
+
+    def _semantic_ranking(self) -> NSSImportance:
         if self._ranking is None:
             self._ranking = NSSImportance(self.profile)
-        return self._ranking(group)
+        return self._ranking
 
     @property
     def slice(self) -> Slice:
@@ -239,29 +333,98 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _make_slice(self) -> Slice:
         done = max(self.current_step, 1) / self.iterative_steps
+        if self._budgets:
+            return self._slice_by_budget(done)
+        return limited(self._slice_wanted(done), self._limits(), self._scores)
+
+    def _slice_wanted(self, done: float) -> Slice:
+        """The slice of θ or of the ratio, before limits; ``done`` is the share of all steps."""
         if self._by_theta:
-            return self.profile.slice(1 - (1 - self.theta) * done)
+            return self._own_groups(self.profile.slice(1 - (1 - self.theta) * done))
         if self.strategy == "semantic":
             return self._slice_by_ranking()
         assert self._share is not None
         # The profile is of the model as the last step left it; the share is of the first one.
         left = 1 - self._share * (done - 1 / self.iterative_steps)
-        return self.profile.slice(ratio=(1 - self._share * done) / left, strategy=self.strategy)
+        ratio = (1 - self._share * done) / left
+        return self._own_groups(self.profile.slice(ratio=ratio, strategy=self.strategy))
+
+    def _own_groups(self, critical: Slice) -> Slice:
+        """Without the groups of a given profile that are left alone here."""
+        kept = {group.name: critical.kept[group.name] for group in self.neurons.groups}
+        return Slice(kept, self.neurons.groups)
+
+    def _slice_by_budget(self, done: float) -> Slice:
+        ((kind, budget),) = self._budgets.items()
+        share = (
+            parameter_share(self.model, self._whole.parameters)
+            if kind == "parameters"
+            else mac_share(self.model, self._whole.macs, self._example_inputs, self._forward)
+        )
+        wanted = 1 - (1 - budget) * done
+        critical, reached = solve(self.neurons.groups, self._scores, wanted, share, self._limits())
+        self._shortfall = _shortfall(kind, wanted, reached)
+        return critical
+
+    def _limits(self) -> Limits:
+        least = {
+            name: math.ceil(size * (1 - self.max_pruning_ratio) - 1e-9)
+            for name, size in self._sizes.items()
+        }
+        return Limits(least, self.round_to or 1)
+
+    def _scores(self, layer: str) -> torch.Tensor:
+        """Importance of the neurons of a layer."""
+        if self._own_criterion:
+            module = self.model.get_submodule(layer)
+            function = self.DG.get_pruner_of_module(module).prune_out_channels
+            size = {group.name: group.size for group in self.neurons.groups}[layer]
+            scores = self.importance(self.DG.get_pruning_group(module, function, range(size)))
+            return torch.zeros(size) if scores is None else scores.detach().cpu()
+        return self._semantic_ranking().scores[layer]
 
     def _slice_by_ranking(self) -> Slice:
         """What torch-pruning's own ranking keeps, read off without pruning anything."""
         kept = {
             group.name: torch.ones(group.size, dtype=torch.bool) for group in self.neurons.groups
         }
-        step = self.current_step
-        self.current_step = max(step, 1)
-        try:
+        with self._ranking_only():
             for group in self._prune():
                 name = self.DG._module2name[group[0].dep.target.module]
-                kept[name][group[0].idxs] = False
-        finally:
-            self.current_step = step
+                if name in kept:
+                    kept[name][group[0].idxs] = False
+            for name in self._vanished(kept):
+                kept[name] = self._scores(name) >= self._scores(name).max()
         return Slice(kept, self.neurons.groups)
+
+    @contextlib.contextmanager
+    def _ranking_only(self) -> Iterator[None]:
+        """As torch-pruning needs it to rank for the next step, without its own limits.
+
+        It forgets the one and rounds some layers to nothing with the other: :func:`limited`
+        applies them afterwards.
+        """
+        before = self.current_step, self.round_to, self.max_pruning_ratio
+        self.current_step = max(self.current_step, 1)
+        self.round_to, self.max_pruning_ratio = None, 1.0
+        try:
+            yield
+        finally:
+            self.current_step, self.round_to, self.max_pruning_ratio = before
+
+    def _vanished(self, kept: Mapping[str, torch.Tensor]) -> list[str]:
+        """Layers that would lose all neurons, which torch-pruning then skips without a word."""
+        untouched = [name for name, mask in kept.items() if mask.all()]
+        if not self.global_pruning:
+            modules = {name: self.model.get_submodule(name) for name in untouched}
+            return [
+                name
+                for name, module in modules.items()
+                if int(self._sizes[name] * (1 - self.get_target_pruning_ratio(module))) == 0
+            ]
+        pruned = [self._scores(name)[~mask].max() for name, mask in kept.items() if not mask.all()]
+        threshold = max(pruned, default=torch.tensor(-math.inf))
+        return [name for name in untouched if self._scores(name).max() <= threshold]
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Remove the neurons of this step.
@@ -292,7 +455,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self.model,
                 critical,
                 self._example_inputs,
-                customized_pruners=self.DG.CUSTOMIZED_PRUNERS,
+                customized_pruners=self._graph_arguments.get("customized_pruners"),
                 forward=self._forward,
             )
         except BaseException:
@@ -304,6 +467,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return None
 
     def _groups(self, critical: Slice) -> Iterator[Any]:
+        if self.DG is None:
+            raise GraphError(
+                "interactive=True needs torch-pruning's graph of the whole model, which could not "
+                f"be built: {self.neurons.notes[0]}; call step() without it"
+            )
         self._stale = True
         for name, neurons in critical.removed.items():
             module = self.model.get_submodule(name)
@@ -311,7 +479,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             yield self.DG.get_pruning_group(module, function, neurons.tolist())
 
     def _notes(self) -> tuple[str, ...]:
-        return () if self._profile is None else self._profile.notes
+        profiled = () if self._profile is None else self._profile.notes
+        return (*self.neurons.notes, *self._shortfall, *profiled)
 
     def _forward(self, model: nn.Module, inputs: Any) -> Any:
         return (
@@ -348,6 +517,50 @@ def _check_ratio(ratio: float | None) -> float | None:
     if ratio is not None and not 0 <= ratio < 1:
         raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
     return ratio
+
+
+def _check_budgets(
+    params_budget: float | None, macs_budget: float | None, ratio: float | None, importance: Any
+) -> dict[str, float]:
+    given = dict(zip(BUDGETS, (params_budget, macs_budget), strict=True))
+    budgets = {kind: share for kind, share in given.items() if share is not None}
+    for kind, share in budgets.items():
+        if not 0 < share <= 1:
+            raise ArgumentError(
+                f"the budget is {share!r} of the {kind}; it is the share to keep, in (0, 1]"
+            )
+    if len(budgets) + (ratio is not None) > 1:
+        raise ArgumentError(
+            f"pruning_ratio is {ratio}, params_budget {params_budget} and macs_budget "
+            f"{macs_budget}; give one of them, or none and theta"
+        )
+    if budgets and importance is not None:
+        raise ArgumentError(
+            "a budget is solved over the entry thresholds of semantic slicing; give pruning_ratio "
+            "with importance="
+        )
+    return budgets
+
+
+def _shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:
+    """What the report says about a budget that is not met, in zero or one lines."""
+    if abs(reached - wanted) <= TOLERANCE:
+        return ()
+    why = (
+        "all neurons that may go are gone; those of the layers left alone, the limits and the "
+        "rest of the model take more"
+        if reached > wanted
+        else "one more neuron, or the next multiple of round_to, would go beyond it"
+    )
+    return (f"{reached:.1%} of the {kind} are kept, the budget is {wanted:.1%}: {why}",)
+
+
+def untraceable(model: nn.Module, error: Exception | None) -> GraphError:
+    """torch-pruning's error in our words."""
+    return GraphError(
+        f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
+        "model(*example_inputs) runs"
+    )
 
 
 def _check_strategy(strategy: str, ratio: float | None, importance: Any) -> None:

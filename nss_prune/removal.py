@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,16 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nss_prune.errors import NSSPruneError, RemovalError
-from nss_prune.neurons import Member, call_model, check_fits, evaluation, submodule, tensors_in
+from nss_prune.errors import NothingToPruneError, NSSPruneError, RemovalError
+from nss_prune.neurons import (
+    Member,
+    NeuronMap,
+    call_model,
+    check_fits,
+    evaluation,
+    submodule,
+    tensors_in,
+)
 from nss_prune.slicing import Slice
 
 Pruners = Mapping[Any, Any]
@@ -112,6 +122,107 @@ def remove(
         with evaluation(model), torch.no_grad():
             check_outputs(expected, tensors_in(_forward(model, example_inputs, forward)))
     return model
+
+
+def verified(
+    model: nn.Module,
+    neurons: NeuronMap,
+    example_inputs: Any,
+    *,
+    customized_pruners: Pruners | None = None,
+    forward: Forward = call_model,
+) -> NeuronMap:
+    """The neurons whose removal can be trusted; the model is left as found.
+
+    Every second neuron of all groups is removed on trial. If the model then does not compute what
+    the masked one does, the groups to blame are searched for, and left alone with the reason.
+
+    Raises:
+        NothingToPruneError: No group can be trusted.
+    """
+
+    def failure(names: Sequence[str]) -> str | None:
+        """Why these groups cannot be halved together, or None."""
+        halves = {
+            group.name: torch.arange(group.size) % 2 == 0
+            for group in neurons.groups
+            if group.name in names and group.size > 1
+        }
+        return trial(
+            model, Slice(halves, neurons.groups), example_inputs, customized_pruners, forward
+        )
+
+    blamed = _blamed([group.name for group in neurons.groups], failure)
+    if len(blamed) == len(neurons.groups):
+        if not _is_finite(model, example_inputs, forward):
+            return neurons  # NaN compares with nothing; what profiles the model refuses it
+        name, reason = next(iter(blamed.items()))
+        raise NothingToPruneError(
+            f"no layer is left to prune: without half of the neurons of {name}, {reason}"
+        )
+    return neurons.without(blamed) if blamed else neurons
+
+
+def _is_finite(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
+    with evaluation(model), torch.no_grad():
+        outputs = tensors_in(forward(model, example_inputs))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in outputs)
+
+
+def _blamed(names: Sequence[str], failure: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
+    """The groups that fail by themselves, or only with others that do not, and why.
+
+    Halves are tried, then quarters, and so on. Groups at the same place of repeated blocks stay
+    together, and where the first of them fails alone, all are taken to: with a dozen blocks of
+    attention, trying each would take a dozen times as long.
+    """
+    good: list[str] = []
+    blamed: dict[str, str] = {}
+
+    def sort_out(alike: Sequence[Sequence[str]]) -> None:
+        reason = failure([*good, *itertools.chain(*alike)])
+        if reason is None:
+            good.extend(itertools.chain(*alike))
+        elif len(alike) > 1:
+            middle = len(alike) // 2
+            sort_out(alike[:middle])
+            sort_out(alike[middle:])
+        elif len(alike[0]) > 1 and failure([*good, alike[0][0]]) is None:
+            sort_out([[name] for name in alike[0]])
+        else:
+            blamed.update(dict.fromkeys(alike[0], reason))
+
+    by_place: dict[str, list[str]] = {}
+    for name in names:
+        by_place.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    sort_out(list(by_place.values()))
+    return blamed
+
+
+class _TrialOver(Exception):
+    """Leaves a trial that went well, so that it is undone."""
+
+
+def trial(
+    model: nn.Module,
+    critical: Slice,
+    example_inputs: Any,
+    customized_pruners: Pruners | None = None,
+    forward: Forward = call_model,
+) -> str | None:
+    """Why a removal would fail, or None; the model is left as found either way."""
+    try:
+        with undone_on_error(model):
+            remove(
+                model,
+                critical,
+                example_inputs,
+                customized_pruners=customized_pruners,
+                forward=forward,
+            )
+            raise _TrialOver
+    except RemovalError as error:
+        return None if isinstance(error.__cause__, _TrialOver) else str(error)
 
 
 def _forward(model: nn.Module, example_inputs: Any, forward: Forward) -> Any:

@@ -54,8 +54,19 @@ class Report:
 
 
 def measure(model: nn.Module, example_inputs: Any, forward: Any = call_model) -> Cost:
-    """Count parameters and multiply-accumulates (half the floating-point operations that torch
-    counts in convolutions, matrix products and attention) of one call."""
+    """Count the parameters, and the multiply-accumulates of one call."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, macs_by_module(model, example_inputs, forward)[""])
+
+
+def macs_by_module(
+    model: nn.Module, example_inputs: Any, forward: Any = call_model
+) -> dict[str, int]:
+    """Module -> multiply-accumulates of one call, its children's included; "" is the model.
+
+    Half the floating-point operations that torch counts in convolutions, matrix products and
+    attention, whatever the modules are called.
+    """
     counter = FlopCounterMode(display=False)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -65,8 +76,12 @@ def measure(model: nn.Module, example_inputs: Any, forward: Any = call_model) ->
             forward(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, counter.get_total_flops() // 2)
+    root = f"{type(model).__name__}."
+    found = {
+        name.removeprefix(root): sum(operations.values()) // 2
+        for name, operations in counter.get_flop_counts().items()
+    }
+    return {**found, "": counter.get_total_flops() // 2}
 
 
 def _change(what: str, before: int, after: int) -> str:

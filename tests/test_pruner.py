@@ -295,7 +295,11 @@ BAD_ARGUMENTS = {
     "ignored name": (ArgumentError, "named_modules", {"ignored_layers": ["head"]}),
     "ignored stranger": (ArgumentError, "not in the model", {"ignored_layers": [nn.ReLU()]}),
     "all ignored": (NothingToPruneError, "ignored", {"ignored_layers": [nn.Linear]}),
-    "inputs": (GraphError, "could not trace", {"example_inputs": torch.zeros(2, 5).double()}),
+    "inputs": (
+        GraphError,
+        "does not run on the example",
+        {"example_inputs": torch.zeros(2, 5).double()},
+    ),
 }
 
 

@@ -21,7 +21,12 @@ from networks import (
     settled,
 )
 from nss_prune import NSSPruner, Slice, profile, remove
-from nss_prune.errors import ArgumentError, ModelMismatchError, RemovalError
+from nss_prune.errors import (
+    ArgumentError,
+    ModelMismatchError,
+    NothingToPruneError,
+    RemovalError,
+)
 from nss_prune.removal import LayerNormPruner, undone_on_error
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -144,14 +149,47 @@ def test_a_model_that_would_break_is_put_back(make: type[nn.Module], message: st
     inputs = torch.randn(40, 6).double()
     data = [(inputs, torch.arange(40) % 3)]
     handle = model.first.register_forward_hook(lambda *_: None)
-    pruner = NSSPruner(model, inputs[:2], theta=0.7, data=data)
+    critical = profile(model, data).slice(0.7)
     before, outputs = fingerprint(model), model(inputs)
     with pytest.raises(RemovalError, match=message):
-        pruner.step()
+        remove(model, critical, inputs[:2])
+    with pytest.raises(NothingToPruneError, match=message):
+        NSSPruner(model, inputs[:2], theta=0.7, data=data)
     assert_unchanged(model, before)
     assert torch.equal(model(inputs), outputs)
     handle.remove()
     assert not model.first._forward_hooks
+
+
+class Half(nn.Module):
+    """A block that can be pruned, between two that cannot."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([kind(), kind()])
+        self.hidden = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 6))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.hidden(self.blocks[0](inputs)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Stubborn, "does not run"), (Drifting, "outputs differ")]
+)
+def test_groups_that_cannot_go_are_left_alone_by_name(kind, message: str) -> None:
+    torch.manual_seed(0)
+    model = Half(kind).double()
+    inputs = torch.randn(40, 6).double()
+    before = fingerprint(model)
+    pruner = NSSPruner(model, inputs[:2], theta=0.5, data=[(inputs, torch.arange(40) % 3)])
+    assert_unchanged(model, before)
+    pruner.step()
+    rows = {row.layer: row for row in pruner.report.rows}
+    for block in ("blocks.0.first", "blocks.1.first"):
+        assert rows[block].after == 8
+        assert message in rows[block].reason
+    assert rows["hidden.0"].after < 16
+    assert model(inputs).shape == (40, 3)
 
 
 def test_interrupt_puts_the_model_back() -> None:

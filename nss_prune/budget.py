@@ -1,0 +1,129 @@
+"""Budgets and limits: which slice keeps a given share of the cost, by a ranking of the neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.neurons import NeuronGroup, call_model
+from nss_prune.report import macs_by_module
+from nss_prune.slicing import Slice, parameters_left
+
+TOLERANCE = 0.01
+"""A budget counts as met within this share of the whole model's cost."""
+
+ShareOf = Callable[[Slice], float]
+Scores = Callable[[str], Tensor]
+"""Layer -> importance of its neurons, ``[neurons]``."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a slice must keep, whatever else asks for less.
+
+    Attributes:
+        least: Layer -> neurons that stay at least; 1 where it is not named.
+        round_to: Neurons are kept in multiples of this; layers with fewer keep all.
+    """
+
+    least: Mapping[str, int] = field(default_factory=dict)
+    round_to: int = 1
+
+    def kept(self, layer: str, size: int, wanted: int) -> int:
+        """How many of ``size`` neurons to keep where ``wanted`` would do."""
+        least = max(1, wanted, self.least.get(layer, 1))
+        return min(size, -(-least // self.round_to) * self.round_to)
+
+
+def limited(critical: Slice, limits: Limits, scores: Scores) -> Slice:
+    """A slice and, where the limits ask for more, the best of the neurons outside it."""
+    kept = {}
+    for name, mask in critical.kept.items():
+        count = limits.kept(name, len(mask), int(mask.sum()))
+        kept[name] = mask if count == int(mask.sum()) else _best(mask, scores(name), count)
+    return Slice(kept, critical.groups)
+
+
+def _best(first: Tensor, scores: Tensor, count: int) -> Tensor:
+    """True for ``count`` neurons: those of ``first``, then by score."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[first[order].long().argsort(descending=True, stable=True)]
+    return torch.zeros_like(first).index_fill(0, order[:count], True)
+
+
+def parameter_share(model: nn.Module, whole: int) -> ShareOf:
+    """The parameters that a slice keeps, as a share of ``whole``."""
+    return lambda critical: sum(parameters_left(critical, model).values()) / whole
+
+
+def mac_share(
+    model: nn.Module, whole: int, example_inputs: Any, forward: Any = call_model
+) -> ShareOf:
+    """The multiply-accumulates of one call that a slice keeps, as a share of ``whole``.
+
+    Those of a layer shrink as its weight does; what has no weight (the products of attention)
+    stays as it is.
+    """
+    by_module = macs_by_module(model, example_inputs, forward)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    counted = {
+        f"{name}.weight".lstrip("."): macs
+        for name, macs in by_module.items()
+        if f"{name}.weight".lstrip(".") in sizes
+    }
+
+    def share(critical: Slice) -> float:
+        left = parameters_left(critical, model)
+        gone = sum(macs * (1 - left[name] / sizes[name]) for name, macs in counted.items())
+        return (by_module[""] - gone) / whole
+
+    return share
+
+
+def solve(
+    groups: tuple[NeuronGroup, ...], scores: Scores, budget: float, share: ShareOf, limits: Limits
+) -> tuple[Slice, float]:
+    """The slice that keeps the best neurons of all layers together within a budget.
+
+    With the scores of semantic slicing this is a search for θ, neuron by neuron: the entry
+    thresholds are its steps, and their ties are broken by the contribution.
+
+    Args:
+        budget: Share of the cost to keep, in (0, 1].
+        share: The share that a slice keeps.
+
+    Returns:
+        The slice, and the share that it keeps: the largest within the budget, or the least that
+        the limits allow.
+    """
+    by_layer = {group.name: scores(group.name) for group in groups}
+    owners = torch.cat([torch.full((group.size,), i) for i, group in enumerate(groups)])
+    order = torch.cat(list(by_layer.values())).argsort(stable=True)
+    owners = owners[order]
+    nothing = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
+
+    def without(count: int) -> Slice:
+        gone = torch.bincount(owners[:count], minlength=len(groups))
+        kept = {
+            group.name: _best(
+                nothing[group.name],
+                by_layer[group.name],
+                limits.kept(group.name, group.size, group.size - int(removed)),
+            )
+            for group, removed in zip(groups, gone, strict=True)
+        }
+        return Slice(kept, groups)
+
+    fewest, most = 0, len(owners)
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if share(without(middle)) <= budget:
+            most = middle
+        else:
+            fewest = middle + 1
+    critical = without(fewest)
+    return critical, share(critical)

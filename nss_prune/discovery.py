@@ -1,0 +1,200 @@
+"""The neurons of any model, however much of it torch-pruning can follow.
+
+The whole model is traced if that works. Where torch-pruning fails on it, or does not come to an
+end, its parts are traced one by one with the inputs that they get in a call of the model: blocks
+first, and the blocks inside those that fail. What crosses the border of a part is left alone then;
+the neurons hidden inside are found all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nss_prune.deadline import deadline
+from nss_prune.errors import GraphError, NothingToPruneError
+from nss_prune.neurons import (
+    MAKES_THE_OUTPUT,
+    NeuronGroup,
+    NeuronMap,
+    call_model,
+    evaluation,
+    find_neurons,
+    map_tensors,
+    trace,
+)
+
+TIMEOUT = 60.0
+"""Seconds that torch-pruning may take to follow a model, unless ``timeout`` says otherwise."""
+
+ROOT_TYPES: tuple[type, ...] = (nn.modules.conv._ConvNd, nn.Linear)
+PART_SHARE = 0.05  # of the time; a part that never ends must leave enough for the others
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def discover(
+    model: nn.Module,
+    example_inputs: Any,
+    ignored: Sequence[nn.Module | nn.Parameter] = (),
+    *,
+    timeout: float = TIMEOUT,
+    forward: Forward = call_model,
+) -> NeuronMap:
+    """The neurons of a model; it is left as found.
+
+    Args:
+        example_inputs: Inputs of one call.
+        ignored: Modules whose output channels must stay.
+        timeout: Seconds for the whole model and its parts together.
+        forward: Function of (model, example_inputs) that gives the outputs.
+
+    Raises:
+        ArgumentError: Weights are masked or parametrized.
+        GraphError: The model does not run, or no part of it can be traced.
+        NothingToPruneError: No group is left.
+    """
+    try:
+        with deadline(timeout / 3, model):
+            graph, output_nodes = trace(model, example_inputs)
+            return find_neurons(model, graph, output_nodes, ignored)
+    except GraphError as error:
+        return discover_parts(
+            model, example_inputs, ignored, error, timeout=timeout * 2 / 3, forward=forward
+        )
+
+
+def discover_parts(
+    model: nn.Module,
+    example_inputs: Any,
+    ignored: Sequence[nn.Module | nn.Parameter],
+    reason: GraphError,
+    *,
+    timeout: float,
+    forward: Forward = call_model,
+    root_module_types: Sequence[type] = ROOT_TYPES,
+) -> NeuronMap:
+    """The neurons of the parts of a model that cannot be traced as a whole, for a ``reason``.
+
+    Raises:
+        GraphError: ``reason``, where no part can be traced either.
+    """
+    search = _Search(ignored, root_module_types, time.monotonic() + timeout, PART_SHARE * timeout)
+    calls = recorded_calls(model, example_inputs, forward)
+    for name, child in model.named_children():
+        search.visit(name, child, calls)
+    if not search.groups:
+        raise reason
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    note = f"the model was traced in parts, because: {_first_line(reason)}"
+    return NeuronMap(
+        groups=tuple(sorted(search.groups, key=lambda group: order[group.name])),
+        left_alone={name: why for name, (why, _) in search.left_alone.items()},
+        left_alone_sizes={name: size for name, (_, size) in search.left_alone.items()},
+        notes=(note, *search.notes),
+    )
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a module."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def recorded_calls(
+    model: nn.Module, example_inputs: Any, forward: Forward = call_model
+) -> dict[nn.Module, Call]:
+    """The first call of every module that has children, in one call of the model.
+
+    Raises:
+        GraphError: The model does not run.
+    """
+    calls: dict[nn.Module, Call] = {}
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if next(module.children(), None) is not None:
+                hook = _recording_hook(calls)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        with evaluation(model), torch.no_grad():
+            try:
+                forward(model, example_inputs)
+            except Exception as error:
+                raise GraphError(
+                    f"{type(model).__name__} does not run on the example inputs: {error}; give "
+                    "the inputs of one call: a tensor, a tuple of arguments or a dict"
+                ) from error
+    return calls
+
+
+def _recording_hook(calls: dict[nn.Module, Call]) -> Any:
+    def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if module not in calls:
+            # Copies: what runs later may work in place.
+            copied = map_tensors(torch.clone, (tuple(arguments), dict(keywords)))
+            calls[module] = Call(*copied)
+
+    return record
+
+
+@dataclass
+class _Search:
+    """Goes down the modules until each part can be traced, or is a single layer."""
+
+    ignored: Sequence[nn.Module | nn.Parameter]
+    root_module_types: Sequence[type]
+    end: float
+    limit: float
+    groups: list[NeuronGroup] = field(default_factory=list)
+    left_alone: dict[str, tuple[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def visit(self, name: str, module: nn.Module, calls: dict[nn.Module, Call]) -> None:
+        """Add the neurons of a module, or of its children where it cannot be traced."""
+        if self._layers_in(module) < 2:
+            return
+        if module in calls and self.end > time.monotonic():
+            with contextlib.suppress(GraphError, NothingToPruneError):
+                self._add(name, self._traced(module, calls[module]))
+                return
+        for child_name, child in module.named_children():
+            self.visit(f"{name}.{child_name}", child, calls)
+
+    def _layers_in(self, module: nn.Module) -> int:
+        roots = tuple(self.root_module_types)
+        return sum(isinstance(layer, roots) for layer in module.modules())
+
+    def _traced(self, module: nn.Module, call: Call) -> NeuronMap:
+        with deadline(self.limit, module):
+            graph, output_nodes = trace(
+                module,
+                call.arguments,
+                forward_fn=lambda part, arguments: part(*arguments, **call.keywords),
+            )
+            return find_neurons(
+                module, graph, output_nodes, self.ignored, tuple(self.root_module_types)
+            )
+
+    def _add(self, prefix: str, found: NeuronMap) -> None:
+        self.groups += [_with_prefix(group, prefix) for group in found.groups]
+        for name, reason in found.left_alone.items():
+            reason = "crosses a part" if reason == MAKES_THE_OUTPUT else reason
+            self.left_alone[f"{prefix}.{name}"] = (reason, found.left_alone_sizes[name])
+
+
+def _with_prefix(group: NeuronGroup, prefix: str) -> NeuronGroup:
+    members = tuple(
+        replace(member, name=f"{prefix}.{member.name}" if member.name else prefix)
+        for member in group.members
+    )
+    return NeuronGroup(f"{prefix}.{group.name}", group.size, members)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

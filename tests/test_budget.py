@@ -1,0 +1,157 @@
+"""Budgets against what is really left after the removal, limits against their definition."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from networks import assert_unchanged, batches, cnn, fingerprint, mlp
+from nss_prune import NSSPruner, profile
+from nss_prune.budget import Limits, limited, mac_share, parameter_share, solve
+from nss_prune.errors import ArgumentError
+from nss_prune.importance import NSSImportance
+from nss_prune.removal import remove
+from nss_prune.report import measure
+
+IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3)).double()
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return cnn()
+
+
+@pytest.fixture
+def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return batches(40, (3, 12, 12), 2, size=40)
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("kind", ["params_budget", "macs_budget"])
+def test_budget_is_the_largest_that_fits(model, data, kind: str, budget: float) -> None:
+    before = measure(model, IMAGES)
+    pruner = NSSPruner(model, IMAGES, data=data, **{kind: budget})
+    pruner.step()
+    after = measure(model, IMAGES)
+    cost = {"params_budget": "parameters", "macs_budget": "macs"}[kind]
+    share = getattr(after, cost) / getattr(before, cost)
+    assert share <= budget
+    named = [note for note in pruner.report.notes if "the budget is" in note]
+    assert bool(named) == (budget - share > 0.01)
+
+
+def test_the_slice_is_that_of_the_search_over_all_thresholds(model, data) -> None:
+    known = profile(model, data)
+    scores = NSSImportance(known).scores
+    share = parameter_share(model, sum(p.numel() for p in model.parameters()))
+    critical, reached = solve(known.groups, scores.__getitem__, 0.5, share, Limits())
+    # One threshold for all layers: whatever stays scores higher than whatever goes, but for the
+    # one neuron that each layer keeps in any case.
+    inside = min(float(scores[n][k].min()) for n, k in critical.kept.items() if int(k.sum()) > 1)
+    outside = max(float(scores[n][~k].max()) for n, k in critical.kept.items() if not k.all())
+    assert outside < inside
+    assert reached == share(critical) <= 0.5
+
+
+def test_costs_foreseen_are_those_measured(model, data) -> None:
+    whole = measure(model, IMAGES)
+    critical = profile(model, data).slice(0.8)
+    parameters = parameter_share(model, whole.parameters)(critical)
+    macs = mac_share(model, whole.macs, IMAGES)(critical)
+    after = measure(remove(model, critical, IMAGES), IMAGES)
+    assert parameters * whole.parameters == pytest.approx(after.parameters)
+    assert macs * whole.macs == pytest.approx(after.macs, rel=1e-9)
+
+
+def test_macs_of_a_transformer_are_foreseen() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    size = model.pretrained_cfg["input_size"]
+    inputs = torch.randn(2, *size)
+    data = [(torch.randn(8, *size), torch.arange(8) % 2)]
+    pruner = NSSPruner(model, inputs, macs_budget=0.7, data=data)
+    before = measure(model, inputs).macs
+    pruner.step()
+    assert measure(model, inputs).macs / before == pytest.approx(0.7, abs=0.011)
+
+
+def test_steps_share_the_budget(data) -> None:
+    torch.manual_seed(0)
+    model = cnn()
+    before = sum(p.numel() for p in model.parameters())
+    pruner = NSSPruner(model, IMAGES, data=data, params_budget=0.4, iterative_steps=2)
+    pruner.step()
+    half = sum(p.numel() for p in model.parameters()) / before
+    pruner.step()
+    whole = sum(p.numel() for p in model.parameters()) / before
+    assert 0.5 < half <= 0.7
+    assert whole <= 0.4
+
+
+def test_a_budget_out_of_reach_is_said(model, data) -> None:
+    pruner = NSSPruner(model, IMAGES, data=data, params_budget=0.05, ignored_layers=[model[4]])
+    pruner.step()
+    assert any("may go are gone" in note for note in pruner.report.notes)
+
+
+@pytest.mark.parametrize("round_to", [1, 3, 4])
+@pytest.mark.parametrize("least", [1, 5])
+def test_limits(round_to: int, least: int) -> None:
+    limits = Limits({"a": least}, round_to)
+    for size, wanted in itertools.product((1, 2, 7, 16), range(1, 17)):
+        if wanted > size:
+            continue
+        kept = limits.kept("a", size, wanted)
+        assert min(size, max(wanted, least)) <= kept <= size
+        assert kept % round_to == 0 or kept == size
+        assert kept - max(wanted, min(least, size)) < round_to
+
+
+def test_limits_add_the_best_of_those_outside(data) -> None:
+    torch.manual_seed(0)
+    known = profile(cnn(), data)
+    scores = NSSImportance(known).scores
+    critical = known.slice(0.7)
+    more = limited(critical, Limits({}, 4), scores.__getitem__)
+    for name, mask in critical.kept.items():
+        assert not (mask & ~more.kept[name]).any()
+        added = more.kept[name] & ~mask
+        if added.any() and not more.kept[name].all():
+            assert scores[name][added].min() > scores[name][~more.kept[name]].max()
+
+
+@pytest.mark.parametrize("how", [{"theta": 0.3}, {"pruning_ratio": 0.9}, {"params_budget": 0.1}])
+def test_max_pruning_ratio_and_round_to_hold(data, how) -> None:
+    torch.manual_seed(0)
+    model = cnn()
+    sizes = {name: m.weight.shape[0] for name, m in model.named_modules() if hasattr(m, "weight")}
+    pruner = NSSPruner(model, IMAGES, data=data, max_pruning_ratio=0.4, round_to=2, **how)
+    pruner.step()
+    assert sum(row.before - row.after for row in pruner.report.rows) > 0
+    for row in pruner.report.rows:
+        assert row.after >= 0.6 * sizes[row.layer]
+        assert row.after % 2 == 0 or row.after == row.before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"params_budget": 0.0}, "share to keep"),
+        ({"macs_budget": 1.5}, "share to keep"),
+        ({"params_budget": 0.5, "macs_budget": 0.5}, "one of them"),
+        ({"params_budget": 0.5, "pruning_ratio": 0.5}, "one of them"),
+        ({"params_budget": 0.5, "importance": lambda group: None}, "importance"),
+        ({"timeout": 0}, "seconds"),
+    ],
+)
+def test_bad_budgets(arguments, message: str) -> None:
+    model = mlp()
+    before = fingerprint(model)
+    with pytest.raises(ArgumentError, match=message):
+        NSSPruner(model, torch.randn(4, 12).double(), **arguments)
+    assert_unchanged(model, before)

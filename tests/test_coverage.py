@@ -1,0 +1,287 @@
+"""coverage: which models are chosen, what the outcome of a process is, and what they sum up to."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import results
+from nss_prune.errors import ArgumentError
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "coverage.py"
+
+
+def imported() -> ModuleType:
+    """The script under a name of its own: "coverage" is also the package that measures tests."""
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+coverage = imported()
+Model, Outcome, State = coverage.Model, coverage.Outcome, coverage.State
+OURS, THEIRS = coverage.OURS, coverage.THEIRS
+RESNET = Model("timm", "test_resnet")
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def through(model: str, side: str) -> Outcome:
+    return Outcome(model, side, ok=True, stage="export", parameters_before=100, parameters_after=70)
+
+
+def fallen(model: str, side: str, stage: str, cause: str = "", **more) -> Outcome:
+    return Outcome(model, side, stage=stage, cause=cause, **more)
+
+
+# Which models
+
+
+def made_up(name: str) -> nn.Module:
+    """A model of the width that its name ends with, unless it is "broken"."""
+    if name == "broken":
+        raise RuntimeError
+    return nn.Linear(int(name.rpartition("_")[2]), 1)
+
+
+def test_the_smallest_of_every_family(monkeypatch) -> None:
+    names = {"a": ["a_30", "broken", "a_20", "a_100"], "b": ["broken"], "c": ["d_7", "c_7"]}
+    monkeypatch.setattr(timm, "list_modules", lambda: list(names))
+    monkeypatch.setattr(timm, "list_models", lambda module: names[module])
+    monkeypatch.setattr(timm, "create_model", made_up)
+    chosen = coverage.choose("timm", {})
+    assert chosen == {
+        "version": timm.__version__,
+        "models": {"a": "a_20", "b": None, "c": "c_7"},
+    }
+
+
+def test_a_choice_is_made_again_for_another_version_only(monkeypatch) -> None:
+    monkeypatch.setattr(coverage, "families", lambda source: {})
+    kept = {"version": timm.__version__, "models": {"a": "a_20"}}
+    assert coverage.choose("timm", kept) == kept
+    assert coverage.choose("timm", {**kept, "version": "0.1"})["models"] == {}
+
+
+def test_torchvisions_architectures() -> None:
+    found = coverage.families("torchvision")
+    names = [name for members in found.values() for name in members]
+    assert sorted(names) == sorted(torchvision.models.list_models(module=torchvision.models))
+    assert found["wide_resnet"] == ["wide_resnet101_2", "wide_resnet50_2"]
+    assert found["swin_v2"] == ["swin_v2_b", "swin_v2_s", "swin_v2_t"]
+    assert found["vit"] == ["vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32"]
+    assert {"regnet_x", "regnet_y", "vgg", "resnet", "resnext", "efficientnet_v2"} < set(found)
+    for members in found.values():
+        modules = {torchvision.models.get_model_builder(name).__module__ for name in members}
+        assert len(modules) == 1
+
+
+def test_names() -> None:
+    assert coverage.model_named("resnet18") == Model("timm", "resnet18")
+    assert coverage.model_named("torchvision:resnet18") == Model("torchvision", "resnet18")
+    assert coverage.model_named("vit_b_16").source == "torchvision"
+    assert RESNET.family == "resnet"
+    for word in ("resnet", "timm:vit_b_16", "elsewhere:resnet18"):
+        with pytest.raises(ArgumentError, match="no model"):
+            coverage.model_named(word)
+
+
+# One model on one side
+
+
+def test_outcome_that_a_process_prints() -> None:
+    outcome = through(str(RESNET), OURS)
+    code = f"print('loading'); print({json.dumps(asdict(outcome))!r})"
+    assert coverage.outcome_of(python(code), RESNET, OURS, 60) == outcome
+
+
+def test_process_that_hangs() -> None:
+    code = (
+        "import sys, time; print('stage: create\\nstage: build', file=sys.stderr, flush=True); "
+        "time.sleep(60)"
+    )
+    outcome = coverage.outcome_of(python(code), RESNET, THEIRS, 1)
+    assert (outcome.status, outcome.stage, outcome.seconds) == ("hang", "build", 1)
+    assert str(outcome) == "hang (1 s)"
+
+
+@pytest.mark.parametrize("end", ["os._exit(9)", "os.abort()", "sys.exit(1)"])
+def test_process_that_dies(end: str) -> None:
+    code = f"import os, sys; print('stage: prune', file=sys.stderr, flush=True); {end}"
+    outcome = coverage.outcome_of(python(code), RESNET, THEIRS, 60)
+    assert (outcome.status, outcome.stage) == ("failed", "prune")
+    assert outcome.cause.startswith("exit code")
+
+
+def test_what_fails_before_pruning_too_is_noted(monkeypatch) -> None:
+    def never(network: nn.Module, inputs: torch.Tensor) -> None:
+        raise RuntimeError("no")
+
+    def pruned_only(network: nn.Module, inputs: torch.Tensor) -> None:
+        if isinstance(network, nn.ReLU):
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(Model, "create", lambda model: nn.Identity())
+    trial = coverage.Trial(THEIRS, RESNET, 60)
+    trial.begin("export")
+    trial.check(never, nn.ReLU(), torch.ones(1))
+    assert trial.outcome.notes == ["export: not even before"]
+    with pytest.raises(RuntimeError, match="no"):
+        trial.check(pruned_only, nn.ReLU(), torch.ones(1))
+
+
+def test_a_refusal_records_whether_the_model_is_intact(monkeypatch) -> None:
+    def changes(network: nn.Module, *arguments, **options) -> None:
+        network.weight.data[0] = 7
+        raise ArgumentError("no")
+
+    def refuses(*arguments, **options) -> None:
+        raise ArgumentError("no")
+
+    for pruner, intact in ((refuses, True), (changes, False)):
+        monkeypatch.setattr(coverage, "NSSPruner", pruner)
+        trial = coverage.Trial(OURS, RESNET, 60)
+        with pytest.raises(ArgumentError):
+            coverage.prune_ours(trial, nn.Linear(2, 2), torch.ones(2, 2))
+        assert trial.outcome.refused
+        assert trial.outcome.intact is intact
+        assert trial.outcome.stage == "build"
+
+
+def test_bits_see_every_change_but_not_nan() -> None:
+    network = nn.BatchNorm1d(2)
+    network.weight.data[0] = torch.nan
+    before = coverage.bits(network)
+    assert coverage.bits(network) == before
+    for change in (network.eval, lambda: network.running_mean.add_(1)):
+        change()
+        assert coverage.bits(network) != before
+
+
+def test_gradients_must_be_finite() -> None:
+    network = nn.Linear(2, 1)
+    coverage.training_step(network, torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="gradient of weight is not finite"):
+        coverage.training_step(network, torch.full((2, 2), torch.inf))
+
+
+def test_one_real_model_end_to_end(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    coverage.main(["--models", str(RESNET), "--theta", "0.95", "--output", str(tmp_path)])
+    content = results.read(tmp_path / "coverage.json")
+    outcomes = [Outcome(**values) for values in content["outcomes"]]
+    assert [outcome.side for outcome in outcomes] == [THEIRS, OURS]
+    for outcome in outcomes:
+        assert outcome.ok, outcome.cause
+        assert 0 < outcome.parameters_after < outcome.parameters_before
+    assert "[1/1] resnet test_resnet  torch-pruning: ok" in capsys.readouterr().out
+
+
+# All of them
+
+
+def wait_for_outcomes(path: Path, count: int) -> None:
+    for _ in range(500):
+        if len(State.load(path).outcomes) >= count:
+            return
+        time.sleep(0.01)
+
+
+def test_resume_and_fresh(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "coverage.json"
+    other = Model("torchvision", "alexnet")
+    asked: list[tuple[str, str]] = []
+    interrupted = True
+
+    def run(model, side: str, limit: float, theta: float | None) -> Outcome:
+        asked.append((str(model), side))
+        if interrupted and model == other:
+            wait_for_outcomes(path, 2)
+            raise KeyboardInterrupt
+        return through(str(model), side)
+
+    monkeypatch.setattr(coverage, "run_one", run)
+    words = ["--models", f"{RESNET},{other}", "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        coverage.main(words)
+    assert set(State.load(path).outcomes) == {(str(RESNET), THEIRS), (str(RESNET), OURS)}
+    interrupted = False
+    asked.clear()
+    coverage.main(words)
+    assert asked == [(str(other), THEIRS), (str(other), OURS)]
+    coverage.main([*words, "--resume"])
+    assert len(asked) == 2
+    coverage.main([*words, "--fresh", "--sides", OURS])
+    assert asked[2:] == [(str(RESNET), OURS), (str(other), OURS)]
+    assert len(State.load(path).outcomes) == 4
+    content = json.loads(path.read_text("utf-8"))
+    content["made_by"]["versions"]["torch"] = "0.1"
+    path.write_text(json.dumps(content), "utf-8")
+    assert not State.load(path).outcomes
+    assert "other versions" in capsys.readouterr().out
+
+
+def test_models_of_a_state(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(coverage, "families", lambda source: {"a": ["alexnet"], "b": []})
+    state = State(tmp_path / "coverage.json")
+    assert state.models(["torchvision"]) == [Model("torchvision", "alexnet")]
+    assert State.load(state.path).choice == state.choice
+    assert state.not_created() == ["torchvision b"]
+
+
+OUTCOMES = [
+    through("torchvision:alexnet", THEIRS),
+    fallen("torchvision:alexnet", OURS, "build", "GraphError: no", refused=True, intact=True),
+    fallen("torchvision:vgg11", THEIRS, "prune", "IndexError: 7\nis too much"),
+    through("torchvision:vgg11", OURS),
+    fallen("torchvision:swin_t", THEIRS, "build", "no result in 9 s", hang=True, seconds=9.0),
+    fallen("torchvision:swin_t", OURS, "prune", "KeyError: 3", intact=False),
+    fallen("torchvision:maxvit_t", THEIRS, "prune", "IndexError: 7 is too much"),
+    Outcome("torchvision:maxvit_t", OURS, ok=True, stage="export", budget="missed"),
+    fallen("torchvision:googlenet", THEIRS, "create", "RuntimeError: size"),
+    through("torchvision:googlenet", OURS),
+]
+
+
+def test_totals() -> None:
+    zero = dict.fromkeys(coverage.STAGES[1:], 0)
+    assert coverage.totals(OUTCOMES, THEIRS) == {
+        **zero, "side": THEIRS, "models": 4, "ok": 1, "refused": 0, "hang": 1, "prune": 2,
+        "changed": 0, "missed": 0,
+    }  # fmt: skip
+    assert coverage.totals(OUTCOMES, OURS) == {
+        **zero, "side": OURS, "models": 4, "ok": 2, "refused": 1, "hang": 0, "prune": 1,
+        "changed": 1, "missed": 1,
+    }  # fmt: skip
+
+
+def test_causes_and_what_is_lost() -> None:
+    first = coverage.causes(OUTCOMES)[0]
+    assert (first["models"], first["cause"]) == (2, "IndexError: 7 is too much")
+    assert coverage.excluded(OUTCOMES) == {"torchvision:googlenet": "RuntimeError: size"}
+    assert coverage.lost(OUTCOMES) == ["torchvision alexnet (alexnet)"]
+    assert coverage.lost(OUTCOMES[:1]) == []
+    assert coverage.brief("KeyError: " + "x" * 200) == "KeyError: " + "x" * 80
+
+
+def test_words_that_are_not_known(tmp_path: Path) -> None:
+    for option in ("--sides", "--families"):
+        with pytest.raises(ArgumentError, match=option):
+            coverage.main([option, "all", "--output", str(tmp_path)])

@@ -1,0 +1,36 @@
+"""A time limit that works, names the layer, and never fires afterwards."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from torch import nn
+
+from nss_prune.deadline import deadline
+from nss_prune.errors import GraphError
+
+
+def circle(module: nn.Module) -> None:
+    while True:
+        try:
+            time.sleep(0.001)
+        except Exception:
+            continue
+
+
+def test_what_never_ends_is_interrupted_and_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    start = time.monotonic()
+    with pytest.raises(GraphError, match=r"0\.2 s.*'0'.*timeout"), deadline(0.2, model):
+        circle(model[0])
+    assert time.monotonic() - start < 10
+
+
+def test_what_is_done_in_time_is_left_in_peace() -> None:
+    model = nn.Linear(2, 2)
+    with deadline(0.05, model):
+        pass
+    time.sleep(0.1)
+    with pytest.raises(ZeroDivisionError), deadline(5, model):
+        raise ZeroDivisionError
