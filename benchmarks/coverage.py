@@ -132,7 +132,11 @@ def torchvision_names() -> list[str]:
 def families(source: str) -> dict[str, list[str]]:
     """Family -> the names of its models."""
     if source == "timm":
-        return {module: timm.list_models(module=module) for module in timm.list_modules()}
+        # The test_* models are toys for timm's own tests.
+        return {
+            module: timm.list_models(module=module, exclude_filters="test_*")
+            for module in timm.list_modules()
+        }
     found: dict[str, list[str]] = {}
     for name in torchvision_names():
         found.setdefault(architecture(name), []).append(name)

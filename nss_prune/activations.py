@@ -109,7 +109,7 @@ class Watcher:
         channels = by_channel.shape[1]
         by_channel = by_channel.reshape(self.samples, -1, channels, *by_channel.shape[2:])
         flat = by_channel.movedim(1, 2).flatten(2)
-        if _is_identity(member, channels):
+        if channels == group.size and _is_identity(member, channels):
             return flat
         picked = flat.index_select(1, member.channels.to(flat.device))
         return _by_neuron(picked, member.neurons, group.size)

@@ -40,11 +40,22 @@ class Limits:
 
 
 def limited(critical: Slice, limits: Limits, scores: Scores) -> Slice:
-    """A slice and, where the limits ask for more, the best of the neurons outside it."""
+    """A slice and, where the limits or a reader ask for more, the best of the neurons outside."""
     kept = {}
     for name, mask in critical.kept.items():
         count = limits.kept(name, len(mask), int(mask.sum()))
         kept[name] = mask if count == int(mask.sum()) else _best(mask, scores(name), count)
+    return _readable(Slice(kept, critical.groups), scores)
+
+
+def _readable(critical: Slice, scores: Scores) -> Slice:
+    """A slice that leaves every member of a group a neuron: one may see only a part of them."""
+    kept = dict(critical.kept)
+    for group in critical.groups:
+        for member in group.members if group.name in kept else ():
+            if not kept[group.name][member.neurons].any():
+                best = member.neurons[scores(group.name)[member.neurons].argmax()]
+                kept[group.name] = kept[group.name].index_fill(0, best, True)
     return Slice(kept, critical.groups)
 
 
@@ -116,7 +127,7 @@ def solve(
             )
             for group, removed in zip(groups, gone, strict=True)
         }
-        return Slice(kept, groups)
+        return _readable(Slice(kept, groups), by_layer.__getitem__)
 
     fewest, most = 0, len(owners)
     while fewest < most:

@@ -13,6 +13,8 @@ from torch import nn
 
 from nss_prune.errors import GraphError
 
+AGAIN = 1.0  # seconds between two interruptions
+
 
 class _Expired(BaseException):
     """Raised in the thread that is late; not an Exception, which that code might swallow."""
@@ -29,30 +31,35 @@ def deadline(seconds: float, model: nn.Module) -> Iterator[None]:
         GraphError: The body was not done in time.
     """
     lock = threading.Lock()
+    done = threading.Event()
     thread = ctypes.c_ulong(threading.get_ident())
-    running = True
 
     def interrupt() -> None:
-        with lock:
-            if running:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Expired))
+        wait = seconds
+        # Again and again: Python drops what is raised while it runs a finaliser.
+        while not done.wait(wait):
+            wait = AGAIN
+            with lock:
+                if not done.is_set():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Expired))
 
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
+    def stop() -> None:
+        with lock:
+            done.set()
+
+    threading.Thread(target=interrupt, daemon=True).start()
     try:
         yield
     except _Expired as error:
+        stop()
         layer = _layer_at_work(error.__traceback__, model)
         raise GraphError(
-            f"torch-pruning was not done with {type(model).__name__} in {seconds:g} s"
+            f"torch-pruning was not done with {type(model).__name__} in {seconds:.3g} s"
             f"{f', it was busy with {layer!r}' if layer else ''}; name the layer in "
             "ignored_layers, or raise timeout"
         ) from None
     finally:
-        with lock:
-            running = False
-        timer.cancel()
+        stop()
 
 
 def _layer_at_work(traceback: TracebackType | None, model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,7 @@ TIMEOUT = 60.0
 """Seconds that torch-pruning may take to follow a model, unless ``timeout`` says otherwise."""
 
 ROOT_TYPES: tuple[type, ...] = (nn.modules.conv._ConvNd, nn.Linear)
+PATIENCE = 2  # failures of a class of modules after which only their children are tried
 PART_SHARE = 0.05  # of the time; a part that never ends must leave enough for the others
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -90,13 +92,14 @@ def discover_parts(
         search.visit(name, child, calls)
     if not search.groups:
         raise reason
-    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    names = (name for name, _ in model.named_modules(remove_duplicate=False))
+    order = {name: position for position, name in enumerate(names)}
     note = f"the model was traced in parts, because: {_first_line(reason)}"
     return NeuronMap(
         groups=tuple(sorted(search.groups, key=lambda group: order[group.name])),
         left_alone={name: why for name, (why, _) in search.left_alone.items()},
         left_alone_sizes={name: size for name, (_, size) in search.left_alone.items()},
-        notes=(note, *search.notes),
+        notes=(note,),
     )
 
 
@@ -153,16 +156,22 @@ class _Search:
     limit: float
     groups: list[NeuronGroup] = field(default_factory=list)
     left_alone: dict[str, tuple[str, int]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    seen: set[nn.Module] = field(default_factory=set)
+    failed: Counter[type] = field(default_factory=Counter)
 
     def visit(self, name: str, module: nn.Module, calls: dict[nn.Module, Call]) -> None:
         """Add the neurons of a module, or of its children where it cannot be traced."""
-        if self._layers_in(module) < 2:
+        if self._layers_in(module) < 2 or module in self.seen:
             return
-        if module in calls and self.end > time.monotonic():
-            with contextlib.suppress(GraphError, NothingToPruneError):
+        self.seen.add(module)
+        if module in calls and self.failed[type(module)] < PATIENCE:
+            try:
                 self._add(name, self._traced(module, calls[module]))
                 return
+            except NothingToPruneError:
+                pass
+            except GraphError:
+                self.failed[type(module)] += type(module) is not nn.Sequential
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}", child, calls)
 
@@ -171,7 +180,8 @@ class _Search:
         return sum(isinstance(layer, roots) for layer in module.modules())
 
     def _traced(self, module: nn.Module, call: Call) -> NeuronMap:
-        with deadline(self.limit, module):
+        remaining = max(0.1, self.end - time.monotonic())
+        with deadline(min(self.limit, remaining), module):
             graph, output_nodes = trace(
                 module,
                 call.arguments,

@@ -295,6 +295,7 @@ def find_neurons(
         ignored: Modules whose output channels must stay; their submodules count too.
 
     Raises:
+        GraphError: torch-pruning fails on a group.
         NothingToPruneError: No group is left.
     """
     ignored_modules = {
@@ -303,7 +304,7 @@ def find_neurons(
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     groups: list[NeuronGroup] = []
     left_alone: dict[str, tuple[str, int]] = {}
-    for group in graph.get_all_groups(ignored_layers=[], root_module_types=root_module_types):
+    for group in _all_groups(model, graph, root_module_types):
         name = graph._module2name[group[0].dep.target.module]
         reason = _reason_to_leave(graph, group, output_nodes, ignored_modules)
         members: tuple[Member, ...] = ()
@@ -326,6 +327,18 @@ def find_neurons(
         left_alone={name: reason for name, (reason, _) in left_alone.items()},
         left_alone_sizes={name: size for name, (_, size) in left_alone.items()},
     )
+
+
+def _all_groups(
+    model: nn.Module, graph: tp.DependencyGraph, root_module_types: Sequence[type]
+) -> list[Any]:
+    try:
+        return list(graph.get_all_groups(ignored_layers=[], root_module_types=root_module_types))
+    except Exception as error:
+        raise GraphError(
+            f"torch-pruning could not find the groups of {type(model).__name__}: "
+            f"{type(error).__name__}: {error}; name the layer in ignored_layers"
+        ) from error
 
 
 def _reason_to_leave(

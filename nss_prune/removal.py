@@ -20,6 +20,7 @@ from nss_prune.neurons import (
     call_model,
     check_fits,
     evaluation,
+    flags_kept,
     submodule,
     tensors_in,
 )
@@ -134,22 +135,28 @@ def verified(
 ) -> NeuronMap:
     """The neurons whose removal can be trusted; the model is left as found.
 
-    Every second neuron of all groups is removed on trial. If the model then does not compute what
-    the masked one does, the groups to blame are searched for, and left alone with the reason.
+    About half of the neurons of all groups, drawn at random and an odd number, are removed on
+    trial: what only works for multiples of something must not pass. If the model then does not
+    compute what the masked one does, or has layers that only training uses and does not train any
+    more, the groups to blame are searched for, and left alone with the reason.
 
     Raises:
         NothingToPruneError: No group can be trusted.
     """
 
+    halves = _random_halves(neurons)
+    trains = _uses_more_in_training(model, example_inputs, forward)
+
     def failure(names: Sequence[str]) -> str | None:
         """Why these groups cannot be halved together, or None."""
-        halves = {
-            group.name: torch.arange(group.size) % 2 == 0
-            for group in neurons.groups
-            if group.name in names and group.size > 1
-        }
+        chosen = {name: kept for name, kept in halves.items() if name in names}
         return trial(
-            model, Slice(halves, neurons.groups), example_inputs, customized_pruners, forward
+            model,
+            Slice(chosen, neurons.groups),
+            example_inputs,
+            customized_pruners,
+            forward,
+            trains=trains,
         )
 
     blamed = _blamed([group.name for group in neurons.groups], failure)
@@ -163,10 +170,58 @@ def verified(
     return neurons.without(blamed) if blamed else neurons
 
 
+def _random_halves(neurons: NeuronMap) -> dict[str, Tensor]:
+    """Layer -> True for the neurons that stay on trial, an odd number."""
+    generator = torch.Generator().manual_seed(0)
+    halves = {}
+    for group in neurons.groups:
+        kept = torch.zeros(group.size, dtype=torch.bool)
+        count = group.size // 2 | 1
+        kept[torch.randperm(group.size, generator=generator)[:count]] = True
+        halves[group.name] = kept
+    return halves
+
+
 def _is_finite(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
     with evaluation(model), torch.no_grad():
         outputs = tensors_in(forward(model, example_inputs))
     return all(bool(torch.isfinite(tensor).all()) for tensor in outputs)
+
+
+def _uses_more_in_training(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
+    """Whether layers with parameters rest in evaluation mode, but not in training."""
+    resting = {
+        module
+        for module in model.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    with contextlib.ExitStack() as stack:
+        for module in list(resting):
+            hook = module.register_forward_pre_hook(lambda called, _: resting.discard(called))
+            stack.callback(hook.remove)
+        with evaluation(model), torch.no_grad():
+            forward(model, example_inputs)
+        before = len(resting)
+        if not before:
+            return False
+        with training(model), torch.no_grad(), contextlib.suppress(Exception):
+            forward(model, example_inputs)
+            return len(resting) < before
+    return False
+
+
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; statistics, modes and random numbers as they were outside."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with flags_kept(model), torch.random.fork_rng():
+            model.train()
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, content in buffers:
+                buffer.copy_(content)
 
 
 def _blamed(names: Sequence[str], failure: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
@@ -209,8 +264,14 @@ def trial(
     example_inputs: Any,
     customized_pruners: Pruners | None = None,
     forward: Forward = call_model,
+    *,
+    trains: bool = False,
 ) -> str | None:
-    """Why a removal would fail, or None; the model is left as found either way."""
+    """Why a removal would fail, or None; the model is left as found either way.
+
+    Args:
+        trains: Whether it must also run in training mode.
+    """
     try:
         with undone_on_error(model):
             remove(
@@ -220,6 +281,9 @@ def trial(
                 customized_pruners=customized_pruners,
                 forward=forward,
             )
+            if trains:
+                with training(model), torch.no_grad():
+                    _forward(model, example_inputs, forward)
             raise _TrialOver
     except RemovalError as error:
         return None if isinstance(error.__cause__, _TrialOver) else str(error)

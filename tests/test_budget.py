@@ -14,8 +14,10 @@ from nss_prune import NSSPruner, profile
 from nss_prune.budget import Limits, limited, mac_share, parameter_share, solve
 from nss_prune.errors import ArgumentError
 from nss_prune.importance import NSSImportance
+from nss_prune.neurons import Member, NeuronGroup
 from nss_prune.removal import remove
 from nss_prune.report import measure
+from nss_prune.slicing import Slice
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3)).double()
 
@@ -136,6 +138,26 @@ def test_max_pruning_ratio_and_round_to_hold(data, how) -> None:
     for row in pruner.report.rows:
         assert row.after >= 0.6 * sizes[row.layer]
         assert row.after % 2 == 0 or row.after == row.before
+
+
+def test_every_reader_keeps_something_to_read() -> None:
+    whole, left, right = torch.arange(8), torch.arange(4), torch.arange(4, 8)
+    members = (
+        Member("maker", "out", whole, whole, 8),
+        Member("left", "in", left, left, 4),
+        Member("right", "in", left, right, 4),
+    )
+    groups = (NeuronGroup("maker", 8, members),)
+    scores = {"maker": torch.tensor([9.0, 8, 7, 6, 1, 3, 2, 0])}
+    critical = Slice({"maker": scores["maker"] > 6}, groups)
+    kept = limited(critical, Limits(), scores.__getitem__).kept["maker"]
+    assert kept.tolist() == [True, True, True, False, False, True, False, False]
+
+    def share(critical: Slice) -> float:
+        return float(critical.kept["maker"].float().mean())
+
+    best, _ = solve(groups, scores.__getitem__, 0.3, share, Limits())
+    assert best.kept["maker"].tolist() == [True] + [False] * 4 + [True] + [False] * 2
 
 
 @pytest.mark.parametrize(

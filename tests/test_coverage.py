@@ -64,7 +64,7 @@ def made_up(name: str) -> nn.Module:
 def test_the_smallest_of_every_family(monkeypatch) -> None:
     names = {"a": ["a_30", "broken", "a_20", "a_100"], "b": ["broken"], "c": ["d_7", "c_7"]}
     monkeypatch.setattr(timm, "list_modules", lambda: list(names))
-    monkeypatch.setattr(timm, "list_models", lambda module: names[module])
+    monkeypatch.setattr(timm, "list_models", lambda module, exclude_filters: names[module])
     monkeypatch.setattr(timm, "create_model", made_up)
     chosen = coverage.choose("timm", {})
     assert chosen == {

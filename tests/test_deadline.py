@@ -27,6 +27,26 @@ def test_what_never_ends_is_interrupted_and_named() -> None:
     assert time.monotonic() - start < 10
 
 
+class Finalised:
+    """Swallows what is raised in it, as Python does for every finaliser."""
+
+    def __del__(self) -> None:
+        for _ in range(50):
+            time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_a_finaliser_swallows_comes_again() -> None:
+    model = nn.Linear(2, 2)
+
+    def finalise_and_circle() -> None:
+        Finalised()
+        circle(model)
+
+    with pytest.raises(GraphError), deadline(0.1, model):
+        finalise_and_circle()
+
+
 def test_what_is_done_in_time_is_left_in_peace() -> None:
     model = nn.Linear(2, 2)
     with deadline(0.05, model):
