@@ -203,7 +203,7 @@ def _with_prefix(group: NeuronGroup, prefix: str) -> NeuronGroup:
         replace(member, name=f"{prefix}.{member.name}" if member.name else prefix)
         for member in group.members
     )
-    return NeuronGroup(f"{prefix}.{group.name}", group.size, members)
+    return replace(group, name=f"{prefix}.{group.name}", members=members)
 
 
 def _first_line(error: Exception) -> str:

@@ -35,6 +35,7 @@ class NSSImportance:
             name: _without_ties(1 - entry, contributions[name].abs().mean(0))
             for name, entry in thresholds.items()
         }
+        self._ties = {group.name: group.ties for group in profile.groups}
 
     def __call__(self, group: Any) -> Tensor | None:
         """Importance of the neurons of a torch-pruning group, float32 ``[neurons]``.
@@ -51,7 +52,7 @@ class NSSImportance:
                 break
         else:
             return None
-        scores, neurons = self.scores[name], group[0].root_idxs
+        scores, neurons = self.scores[name].repeat(self._ties[name]), group[0].root_idxs
         if max(neurons) >= len(scores):
             raise ModelMismatchError(
                 f"{name} has {max(neurons) + 1} neurons, {len(scores)} were profiled; profile "

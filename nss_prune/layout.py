@@ -20,15 +20,17 @@ def encode_groups(groups: Sequence[NeuronGroup]) -> tuple[dict[str, Tensor], lis
             _encode_member(member, group.size, f"group/{group.name}/{number}", tensors)
             for number, member in enumerate(group.members)
         ]
-        notes.append([group.name, group.size, members])
+        notes.append([group.name, group.size, members, group.ties])
     return tensors, notes
 
 
 def decode_groups(tensors: Mapping[str, Tensor], notes: Sequence[Any]) -> tuple[NeuronGroup, ...]:
     """What :func:`encode_groups` encoded."""
     return tuple(
-        NeuronGroup(name, size, tuple(_decode_member(note, size, tensors) for note in members))
-        for name, size, members in notes
+        NeuronGroup(
+            name, size, tuple(_decode_member(note, size, tensors) for note in members), ties
+        )
+        for name, size, members, ties in notes
     )
 
 

@@ -1,13 +1,15 @@
 """Dependency groups -> neurons: who makes them and who reads them.
 
 A neuron is one channel of a torch-pruning dependency group: the set of channels that can only
-be removed together. What is kept here is plain data under qualified module names, so it outlives
-the graph, fits any model of the same structure, and can be saved.
+be removed together. Where grouped convolutions or GroupNorm tie channels in groups of equal size,
+a neuron is one channel of each of their groups. What is kept here is plain data under qualified
+module names, so it outlives the graph, fits any model of the same structure, and can be saved.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +39,6 @@ MAKES_THE_OUTPUT = "makes the model's output"
 UNSUPPORTED = {
     tp.ops.OPTYPE.MHA: "nn.MultiheadAttention ties its heads",
     tp.ops.OPTYPE.LSTM: "nn.LSTM ties its gates",
-    tp.ops.OPTYPE.GN: "nn.GroupNorm mixes the channels of its groups",
     tp.ops.OPTYPE.CUSTOMIZED: "a customized layer has no known parameter axes",
 }
 
@@ -73,11 +74,14 @@ class NeuronGroup:
         name: Qualified name of the root layer.
         size: Number of neurons.
         members: All that must shrink when neurons go.
+        ties: Channels of the root layer in each neuron: neuron n is its channels n, n + size,
+            n + 2 size ...
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    ties: int = 1
 
     @property
     def readers(self) -> tuple[Member, ...]:
@@ -308,11 +312,11 @@ def find_neurons(
         name = graph._module2name[group[0].dep.target.module]
         reason = _reason_to_leave(graph, group, output_nodes, ignored_modules)
         members: tuple[Member, ...] = ()
+        size, ties = len(group[0].idxs), _ties(group)
         if reason is None:
-            members, reason = _members(graph, group)
-        size = len(group[0].idxs)
+            members, reason = _members(graph, group, size // ties)
         if reason is None:
-            groups.append(NeuronGroup(name, size, members))
+            groups.append(NeuronGroup(name, size // ties, members, ties))
         else:
             left_alone[name] = (reason, size)
     if not groups:
@@ -346,7 +350,8 @@ def _reason_to_leave(
 ) -> str | None:
     """Why a whole group must stay, or None."""
     readers = 0
-    for dependency, _ in group:
+    size, ties = len(group[0].idxs), _ties(group)
+    for dependency, channels in group:
         node, handler = dependency.target, dependency.handler
         makes = graph.is_out_channel_pruning_fn(handler)
         reads = graph.is_in_channel_pruning_fn(handler)
@@ -358,7 +363,7 @@ def _reason_to_leave(
         if node.type in UNSUPPORTED:
             return UNSUPPORTED[node.type]
         groups = _channel_groups(node.module, node.type)
-        if groups > 1:
+        if groups > 1 and (size % ties or not _can_be_tied(node.module, channels, size)):
             return f"{graph._module2name.get(node.module)} ties channels in {groups} groups"
     return None if readers else "nothing reads it"
 
@@ -369,10 +374,26 @@ def _channel_groups(module: Any, kind: Any) -> int:
         return int(module.groups)
     if kind == tp.ops.OPTYPE.DEPTHWISE_CONV:
         return 1 if module.groups == module.in_channels else int(module.groups)
+    if kind == tp.ops.OPTYPE.GN:
+        return int(module.num_groups)
     return 1
 
 
-def _members(graph: tp.DependencyGraph, group: Any) -> tuple[tuple[Member, ...], str | None]:
+def _ties(group: Any) -> int:
+    """Channels that must go together so that all channel groups stay of equal size."""
+    return math.lcm(*(_channel_groups(dep.target.module, dep.target.type) for dep, _ in group))
+
+
+def _can_be_tied(module: Any, channels: Sequence[int], size: int) -> bool:
+    """Whether a layer with channel groups sees all channels of the root, in their order."""
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels:
+        return False  # several channels from each that is read
+    return list(channels) == list(range(size))
+
+
+def _members(
+    graph: tp.DependencyGraph, group: Any, neurons_in_group: int
+) -> tuple[tuple[Member, ...], str | None]:
     """Members of a group, or the inconsistency that forbids to use it."""
     size = len(group[0].idxs)
     if list(group[0].idxs) != list(range(size)):
@@ -385,6 +406,9 @@ def _members(graph: tp.DependencyGraph, group: Any) -> tuple[tuple[Member, ...],
         channels, neurons = list(item.idxs), list(item.root_idxs)
         name = _name(graph, node)
         width = side_width(node.module, _side(graph, item.dep), node.pruning_dim)
+        tied_here = _channel_groups(node.module, node.type) > 1
+        if tied_here and neurons != channels:
+            return (), f"{name} ties channels that come in another order"
         if width is None:  # a PReLU with a single weight serves any number of channels
             continue
         if len(channels) != len(neurons) or any(neuron is None for neuron in neurons):
@@ -393,7 +417,8 @@ def _members(graph: tp.DependencyGraph, group: Any) -> tuple[tuple[Member, ...],
             return (), f"{name} has {width} channels but is asked for others"
         if not all(0 <= neuron < size for neuron in neurons):
             return (), f"{name} maps to neurons that the root does not have"
-        members.append(_member(graph, item.dep, name, channels, neurons, width))
+        tied = [neuron % neurons_in_group for neuron in neurons]
+        members.append(_member(graph, item.dep, name, channels, tied, width))
     return tuple(members), None
 
 
@@ -484,12 +509,16 @@ def input_axis(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
 
 
+def _is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
+    return 1 < convolution.groups == convolution.in_channels == convolution.out_channels
+
+
 def parameter_axes(module: nn.Module) -> dict[str, tuple[int, int | None]]:
     """Parameter -> (axis of the channels it makes, axis of the channels it reads or None)."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if isinstance(module, nn.Linear):
         return {name: (0, 1 if name == "weight" else None) for name in names}
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
+    if isinstance(module, nn.modules.conv._ConvNd) and not _is_depthwise(module):
         weight = (1, 0) if module.transposed else (0, 1)
         return {name: weight if name == "weight" else (0, None) for name in names}
     if isinstance(module, (nn.LayerNorm, nn.Embedding)):

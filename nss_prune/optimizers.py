@@ -59,7 +59,8 @@ def rebind_optimizer(
     if all(after.get(name) is parameter for name, parameter in before.items()):
         return
     critical = removal.slice if isinstance(removal, NSSPruner) else removal
-    _replace(optimizer, _succession(optimizer, before, after, _removed_entries(critical, model)))
+    gone = _removed_entries(critical, model, before)
+    _replace(optimizer, _succession(optimizer, before, after, gone))
 
 
 def _check_removal(model: nn.Module, removal: NSSPruner | Slice) -> None:
@@ -106,8 +107,10 @@ def _follows(value: Any, parameter: Tensor) -> bool:
     )
 
 
-def _removed_entries(critical: Slice, model: nn.Module) -> dict[str, list[tuple[int, Tensor]]]:
-    """Parameter -> (axis, positions removed along it)."""
+def _removed_entries(
+    critical: Slice, model: nn.Module, before: Mapping[str, Tensor]
+) -> dict[str, list[tuple[int, Tensor]]]:
+    """Parameter -> (axis, positions removed along it), from the parameters as they were."""
     gone: dict[str, list[tuple[int, Tensor]]] = {}
     for (name, side), (member, channels) in critical.removed_channels().items():
         if member.axis is not None:
@@ -115,8 +118,11 @@ def _removed_entries(critical: Slice, model: nn.Module) -> dict[str, list[tuple[
             continue
         for key, (made, read) in parameter_axes(submodule(model, name)).items():
             axis = read if side == "in" else made
+            parameter = f"{name}.{key}" if name else key
             if axis is not None:
-                gone.setdefault(f"{name}.{key}" if name else key, []).append((axis, channels))
+                # A grouped convolution loses the same channels in each group, and holds one's.
+                held = channels[channels < before[parameter].shape[axis]]
+                gone.setdefault(parameter, []).append((axis, held))
     return gone
 
 

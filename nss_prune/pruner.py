@@ -254,17 +254,29 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._set_neurons(self._neurons_in_parts(untraceable(self.model, None)))
         else:
             with deadline(self.timeout, self.model):
-                self.DG, output_nodes = trace(
-                    self.model,
-                    self._example_inputs,
-                    ignored_params=self.ignored_params,
-                    unwrapped_parameters=list(self._unwrapped),
-                    **self._graph_arguments,
-                )
+                self.DG, output_nodes = self._trace()
                 found = self._neurons_of(self.DG, output_nodes)
             self._set_neurons(found)
         self._profile = self._slice = self._ranking = None
         self._stale = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but torch-pruning's graph, whose nodes hold on to autograd's."""
+        return {**vars(self), "DG": None if self.DG is None else "to be traced"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.DG is not None:
+            self.DG, _ = self._trace()
+
+    def _trace(self) -> tuple[Any, set[Any]]:
+        return trace(
+            self.model,
+            self._example_inputs,
+            ignored_params=self.ignored_params,
+            unwrapped_parameters=list(self._unwrapped),
+            **self._graph_arguments,
+        )
 
     def _check_profile(self, profile: Profile) -> None:
         sizes = {group.name: group.size for group in self.neurons.groups}
@@ -378,9 +390,13 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self._own_criterion:
             module = self.model.get_submodule(layer)
             function = self.DG.get_pruner_of_module(module).prune_out_channels
-            size = {group.name: group.size for group in self.neurons.groups}[layer]
-            scores = self.importance(self.DG.get_pruning_group(module, function, range(size)))
-            return torch.zeros(size) if scores is None else scores.detach().cpu()
+            known = {group.name: group for group in self.neurons.groups}[layer]
+            channels = list(range(known.size * known.ties))
+            scores = self.importance(self.DG.get_pruning_group(module, function, channels))
+            if scores is None:
+                return torch.zeros(known.size)
+            by_channel: torch.Tensor = scores.detach().cpu()
+            return by_channel.view(known.ties, known.size).mean(0)
         return self._semantic_ranking().scores[layer]
 
     def _slice_by_ranking(self) -> Slice:
@@ -392,7 +408,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             for group in self._prune():
                 name = self.DG._module2name[group[0].dep.target.module]
                 if name in kept:
-                    kept[name][group[0].idxs] = False
+                    kept[name][torch.as_tensor(group[0].idxs) % len(kept[name])] = False
             for name in self._vanished(kept):
                 kept[name] = self._scores(name) >= self._scores(name).max()
         return Slice(kept, self.neurons.groups)
@@ -473,10 +489,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 f"be built: {self.neurons.notes[0]}; call step() without it"
             )
         self._stale = True
+        ties = {group.name: group.ties for group in self.neurons.groups}
         for name, neurons in critical.removed.items():
             module = self.model.get_submodule(name)
             function = self.DG.get_pruner_of_module(module).prune_out_channels
-            yield self.DG.get_pruning_group(module, function, neurons.tolist())
+            tied = [neurons + len(critical.kept[name]) * tie for tie in range(ties[name])]
+            yield self.DG.get_pruning_group(module, function, torch.cat(tied).tolist())
 
     def _notes(self) -> tuple[str, ...]:
         profiled = () if self._profile is None else self._profile.notes

@@ -21,6 +21,7 @@ from nss_prune.neurons import (
     check_fits,
     evaluation,
     flags_kept,
+    map_tensors,
     submodule,
     tensors_in,
 )
@@ -144,6 +145,8 @@ def verified(
         NothingToPruneError: No group can be trusted.
     """
 
+    deaf = readers_without_samples(model, neurons, example_inputs, forward)
+    neurons = neurons.without(deaf)
     halves = _random_halves(neurons)
     trains = _uses_more_in_training(model, example_inputs, forward)
 
@@ -168,6 +171,62 @@ def verified(
             f"no layer is left to prune: without half of the neurons of {name}, {reason}"
         )
     return neurons.without(blamed) if blamed else neurons
+
+
+def readers_without_samples(
+    model: nn.Module, neurons: NeuronMap, example_inputs: Any, forward: Forward = call_model
+) -> dict[str, str]:
+    """Groups that read something else than samples, such as a table of positions, and why.
+
+    What they read has no first axis that grows with the batch.
+    """
+    other = _other_batch(example_inputs)
+    here, there = (_first_axes(model, neurons, x, forward) for x in (example_inputs, other))
+    if not here or not there:  # the model takes no other batch size
+        return {}
+    samples, others = len(tensors_in(example_inputs)[0]), len(tensors_in(other)[0])
+    return {
+        group.name: f"{reader.name} reads no samples"
+        for group in neurons.groups
+        for reader in group.readers
+        if here.get(reader.name, 0) * others != there.get(reader.name, 0) * samples
+    }
+
+
+def _other_batch(example_inputs: Any) -> Any:
+    """The example inputs with one sample, or two where they have one."""
+    samples = len(tensors_in(example_inputs)[0])
+
+    def changed(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or len(tensor) != samples:
+            return tensor
+        return tensor[:1] if samples > 1 else torch.cat([tensor, tensor])
+
+    return map_tensors(changed, example_inputs)
+
+
+def _first_axes(
+    model: nn.Module, neurons: NeuronMap, inputs: Any, forward: Forward
+) -> dict[str, int]:
+    """Reader -> length of the first axis of what it reads; nothing where the model fails."""
+    found: dict[str, int] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            found[name] = len(arguments[0])
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name in {reader.name for group in neurons.groups for reader in group.readers}:
+            handle = submodule(model, name).register_forward_pre_hook(look(name))
+            stack.callback(handle.remove)
+        try:
+            with evaluation(model), torch.no_grad():
+                forward(model, inputs)
+        except Exception:
+            return {}
+    return found
 
 
 def _random_halves(neurons: NeuronMap) -> dict[str, Tensor]:
@@ -301,6 +360,12 @@ def _forward(model: nn.Module, example_inputs: Any, forward: Forward) -> Any:
 
 def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> None:
     """Carry a plan out. On an error the model is left half done: see ``undone_on_error``."""
+    # Chosen before anything shrinks: a grouped convolution may come to look like a depthwise one.
+    functions = {
+        step.member.name: _pruning_function(submodule(model, step.member.name), customized)
+        for step in steps
+        if step.member.axis is None
+    }
     for step in steps:
         name, indices = step.member.name, step.channels.tolist()
         if step.member.axis is not None:
@@ -308,7 +373,7 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
             continue
         module = submodule(model, name)
         flags = {key: value.requires_grad for key, value in module.named_parameters()}
-        function = _pruning_function(module, customized)
+        function = functions[name]
         if step.member.side == "in":
             function.prune_in_channels(module, indices)
         else:

@@ -103,7 +103,7 @@ class Slice:
                 if side == "in":
                     hook = _zeroing_hook(module, channels)
                     stack.callback(module.register_forward_pre_hook(hook).remove)
-                elif isinstance(module, nn.LayerNorm):
+                elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
                     norm_hook = _norm_hook(module, channels)
                     stack.callback(module.register_forward_hook(norm_hook).remove)
             yield model
@@ -155,21 +155,22 @@ def parameters_left(critical: Slice, model: nn.Module) -> dict[str, int]:
         ModelMismatchError: The model does not have the layers of the slice.
     """
     check_fits(critical.groups, model)
-    gone: dict[tuple[str, int], int] = {}
+    gone: dict[tuple[str, int], float] = {}
     for (name, side), (member, channels) in critical.removed_channels().items():
+        share = len(channels) / member.width
         if member.axis is not None:
-            gone[name, member.axis] = len(channels)
+            gone[name, member.axis] = share
             continue
         for parameter, (made, read) in parameter_axes(submodule(model, name)).items():
             axis = read if side == "in" else made
             if axis is not None:
-                gone[f"{name}.{parameter}" if name else parameter, axis] = len(channels)
+                gone[f"{name}.{parameter}" if name else parameter, axis] = share
     left = {}
     for name, value in model.named_parameters():
         shape = list(value.shape)
         for axis in range(-value.dim(), value.dim()):
             if shape[axis] > 1:
-                shape[axis] -= gone.get((name, axis), 0)
+                shape[axis] -= round(shape[axis] * gone.get((name, axis), 0))
         left[name] = int(torch.Size(shape).numel())
     return left
 
@@ -190,8 +191,9 @@ def _zeroing_hook(module: nn.Module, channels: Tensor) -> Any:
     return zero
 
 
-def _norm_hook(norm: nn.LayerNorm, channels: Tensor) -> Any:
-    width = norm.normalized_shape[-1]
+def _norm_hook(norm: nn.LayerNorm | nn.GroupNorm, channels: Tensor) -> Any:
+    grouped = isinstance(norm, nn.GroupNorm)
+    width = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
     kept = torch.ones(width, dtype=torch.bool)
     kept[channels] = False
     positions = kept.nonzero().flatten()
@@ -202,10 +204,13 @@ def _norm_hook(norm: nn.LayerNorm, channels: Tensor) -> Any:
             key: None if value is None else nn.Parameter(value[positions.to(value.device)])
             for key, value in norm._parameters.items()
         }
-        small.normalized_shape = (len(positions),)
+        if isinstance(small, nn.GroupNorm):
+            small.num_channels = len(positions)
+        else:
+            small.normalized_shape = (len(positions),)
         small._forward_hooks = type(norm._forward_hooks)()
         where = positions.to(output.device)
-        axis = 1 if arguments[0].shape[-1] != width else -1
+        axis = 1 if grouped or arguments[0].shape[-1] != width else -1
         normalized = small(arguments[0].index_select(axis, where))
         return torch.zeros_like(output).index_copy(axis, where, normalized)
 

@@ -79,6 +79,24 @@ def settled(model: nn.Module, inputs: Tensor) -> nn.Module:
     return model.eval()
 
 
+class Tied(nn.Module):
+    """Grouped convolutions and GroupNorm, which tie channels, in a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 24)
+        self.grouped = nn.Conv2d(24, 36, 3, padding=1, groups=3)
+        self.inner = nn.GroupNorm(2, 36)
+        self.back = nn.Conv2d(36, 24, 1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stream = self.stem(inputs)
+        stream = stream + self.back(self.inner(self.grouped(self.norm(stream).relu())).relu())
+        return self.head(stream.mean((2, 3)))
+
+
 def batches(
     samples: int, shape: tuple[int, ...], classes: int, *, size: int = 16, seed: int = 0
 ) -> list[tuple[Tensor, Tensor]]:

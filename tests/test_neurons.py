@@ -58,7 +58,7 @@ def test_an_output_that_is_also_read_is_left_alone() -> None:
     assert set(found.left_alone) == {"second", "head"}
 
 
-def test_grouped_convolutions_and_group_norms_are_left_alone() -> None:
+def test_grouped_convolutions_and_group_norms_tie_channels() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.Conv2d(8, 8, 3, groups=2),
@@ -68,9 +68,23 @@ def test_grouped_convolutions_and_group_norms_are_left_alone() -> None:
         nn.Conv2d(5, 2, 1),
     ).double()
     found = neurons_of(model, 3, 8, 8)
-    assert [group.name for group in found.groups] == ["4"]
-    assert "2 groups" in found.left_alone["0"]
-    assert "GroupNorm" in found.left_alone["2"]
+    sizes = {group.name: (group.size, group.ties) for group in found.groups}
+    assert sizes == {"0": (4, 2), "1": (4, 2), "2": (3, 2), "4": (5, 1)}
+    (maker, reader) = found.groups[0].members
+    assert (maker.name, maker.side, reader.name, reader.side) == ("0", "out", "1", "in")
+    # Neuron n is the channels n and n + 4, one for each half of the convolution.
+    assert maker.neurons.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert maker.channels.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_ties_that_cannot_be_kept_are_left_alone() -> None:
+    multiplied = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 2, 1)
+    ).double()
+    found = neurons_of(multiplied, 3, 8, 8)
+    assert [group.name for group in found.groups] == ["2"]
+    assert "8 groups" in found.left_alone["0"]
+    assert "8 groups" in found.left_alone["1"]
 
 
 def test_depthwise_convolutions_pass_neurons_on() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -320,3 +321,20 @@ def test_masked_weights_must_be_made_permanent_first(model, data) -> None:
         NSSPruner(model, INPUTS, data=data)
     prune.remove(model[1], "weight")
     NSSPruner(model, INPUTS, theta=0.8, data=data).step()
+
+
+def test_a_pruner_can_be_pickled_and_goes_on(model, data) -> None:
+    pruner = NSSPruner(model, INPUTS, theta=0.8, data=data)
+    expected = pruner.slice.kept
+    again = pickle.loads(pickle.dumps(pruner))
+    assert all(torch.equal(again.slice.kept[name], mask) for name, mask in expected.items())
+    again.step()
+    pruner.step()
+    assert widths(again.model) == widths(model)
+    torch.testing.assert_close(again.model(INPUTS), model(INPUTS), rtol=0, atol=0)
+
+
+def test_a_pruned_model_can_be_copied_and_pickled(model, data) -> None:
+    NSSPruner(model, INPUTS, theta=0.8, data=data).step()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(INPUTS), model(INPUTS), rtol=0, atol=0)

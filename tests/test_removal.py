@@ -13,6 +13,7 @@ from torch import nn
 
 from networks import (
     Residual,
+    Tied,
     assert_unchanged,
     batches,
     cnn,
@@ -33,11 +34,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (12,)),
     "cnn with flatten": (cnn, (3, 12, 12)),
     "residual, norm, concat": (Residual, (6,)),
+    "grouped convolution and norm": (Tied, (3, 8, 8)),
     "torchvision resnet18": (torchvision.models.resnet18, (3, 64, 64)),
     "torchvision vgg11_bn": (torchvision.models.vgg11_bn, (3, 32, 32)),
     "torchvision mobilenet_v2": (torchvision.models.mobilenet_v2, (3, 64, 64)),
     "torchvision densenet121": (torchvision.models.densenet121, (3, 64, 64)),
     "timm resnet18": (lambda: timm.create_model("resnet18"), (3, 64, 64)),
+    "timm resnext": (lambda: timm.create_model("resnext26ts"), (3, 64, 64)),
     "timm efficientnet_lite0": (lambda: timm.create_model("efficientnet_lite0"), (3, 64, 64)),
 }
 
@@ -238,3 +241,47 @@ def test_masking_leaves_nothing_behind() -> None:
     masked_copy = copy.deepcopy(model)
     with critical.masked(masked_copy):
         assert not torch.equal(masked_copy(inputs), expected)
+
+
+def test_tied_channels_are_one_neuron_each() -> None:
+    torch.manual_seed(0)
+    model, inputs = Tied().double(), torch.randn(2, 3, 8, 8).double()
+    pruner = NSSPruner(model, inputs, theta=0.9)
+    groups = {group.name: group for group in pruner.neurons.groups}
+    # 24 channels in the 4 groups of the norm and the 3 of the convolution; 36 in 3 and 2.
+    assert (groups["stem"].size, groups["stem"].ties) == (2, 12)
+    assert (groups["grouped"].size, groups["grouped"].ties) == (6, 6)
+    critical = Slice(
+        {"stem": torch.tensor([True, False]), "grouped": torch.arange(6) != 2},
+        pruner.neurons.groups,
+    )
+    remove(model, critical, inputs)
+    assert (model.stem.out_channels, model.norm.num_channels) == (12, 12)
+    assert (model.grouped.in_channels, model.grouped.out_channels) == (12, 30)
+    assert (model.norm.num_groups, model.grouped.groups, model.inner.num_groups) == (4, 3, 2)
+
+
+class Positions(nn.Module):
+    """Adds a learned function of the positions, which is the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Sequential(nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, 6))
+        self.hidden = nn.Linear(6, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        positions = torch.ones(4, 2, dtype=inputs.dtype)
+        return self.head(torch.relu(self.hidden(inputs + self.table(positions).mean(0))))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_what_reads_no_samples_is_left_alone(samples: int) -> None:
+    torch.manual_seed(0)
+    model, inputs = Positions().double(), torch.randn(40, 6).double()
+    data = [(inputs, torch.arange(40) % 3)]
+    pruner = NSSPruner(model, inputs[:samples], params_budget=0.6, data=data)
+    assert pruner.neurons.left_alone["table.0"] == "table.2 reads no samples"
+    pruner.step()
+    assert model.table[0].out_features == 9
+    assert model.hidden.out_features < 16
