@@ -134,6 +134,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise ArgumentError(f"timeout is {timeout!r}; give a number of seconds above 0")
         self.timeout = timeout
         refuse_reparametrised(model)
+        _refuse_distributed(model)
         self.data = data
         self.strategy = strategy
         self.categories = categories
@@ -531,6 +532,14 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, A
     return own
 
 
+def _refuse_distributed(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ArgumentError(
+            "DistributedDataParallel holds on to the parameters that it was given; prune "
+            "model.module, with the same data or profile= on every process, and wrap it again"
+        )
+
+
 def _check_ratio(ratio: float | None) -> float | None:
     if ratio is not None and not 0 <= ratio < 1:
         raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
@@ -601,7 +610,11 @@ def make_report(
 ) -> Report:
     """A row for each layer that has neurons, in the order of the model's modules."""
     rows = {
-        group.name: Row(group.name, group.size, int(critical.kept[group.name].sum()))
+        group.name: Row(
+            group.name,
+            group.size * group.ties,
+            int(critical.kept[group.name].sum()) * group.ties,
+        )
         for group in neurons.groups
     }
     for name, reason in neurons.left_alone.items():

@@ -16,7 +16,7 @@ from nss_prune.neurons import call_model, evaluation
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: neurons before and after, and why it was left alone ("" where it was not)."""
+    """One layer: channels before and after, and why it was left alone ("" where it was not)."""
 
     layer: str
     before: int

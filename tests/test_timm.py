@@ -1,0 +1,128 @@
+"""Models of timm, small ones: each way in which torch-pruning fails alone, and timm's own toys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from networks import assert_unchanged, fingerprint
+from nss_prune import NSSPruner
+from nss_prune.errors import ArgumentError
+
+CLASSES = 3
+
+# What torch-pruning's standard recipe does with the model, the model, its arguments, its picture.
+FAILURES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "ZeroDivisionError while building": (
+        "hiera_tiny_224", {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}, 224,
+    ),
+    "ZeroDivisionError in windows": (
+        "twins_svt_small",
+        {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}, 64,
+    ),
+    "IndexError in separate q, k and v": (
+        "cait_xxs24_224", {"depth": 1, "img_size": 64, "embed_dim": 32, "num_heads": 2}, 64,
+    ),
+    "IndexError in a table of positions": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "img_size": 56}, 56,
+    ),
+    "IndexError in recurrent layers": (
+        "sequencer2d_s",
+        {"layers": (1, 1, 1, 1), "embed_dims": (12, 24, 24, 24), "hidden_sizes": (4, 6, 6, 6),
+         "img_size": 56}, 56,
+    ),
+    "stale attribute of attention": ("xcit_nano_12_p8_224", {"depth": 1, "img_size": 64}, 64),
+    "auxiliary tensor of a blurring pool": ("resnetblur18", {}, 64),
+    "search without end": ("test_coatnet", {}, 160),
+}  # fmt: skip
+
+
+def pruned(model: nn.Module, size: tuple[int, ...], **arguments: Any) -> NSSPruner:
+    """The pruner after a step to 70 % of the parameters; the model then trains."""
+    inputs = torch.randn(8, *size)
+    data = [(inputs, torch.arange(8) % 2)]
+    pruner = NSSPruner(
+        model, inputs[:2], params_budget=0.7, data=data, progress=False, timeout=9, **arguments
+    )
+    pruner.step()
+    report = pruner.report
+    assert report is not None
+    assert report.after.parameters < report.before.parameters
+    share = report.after.parameters / report.before.parameters
+    assert abs(share - 0.7) < 0.01 or any("the budget is" in note for note in report.notes)
+    assert model.eval()(inputs).shape == (8, CLASSES)
+    model.train()(inputs).square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    return pruner
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_where_torch_pruning_fails(failure: str) -> None:
+    name, arguments, size = FAILURES[failure]
+    torch.manual_seed(0)
+    pruned(timm.create_model(name, num_classes=CLASSES, **arguments), (3, size, size))
+
+
+@pytest.mark.parametrize("name", timm.list_models("test_*", exclude_filters="test_coatnet"))
+def test_toys_of_every_kind(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=CLASSES)
+    pruned(model, model.pretrained_cfg["input_size"])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_fused_or_not(fused: bool) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=CLASSES)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    pruner = pruned(model, model.pretrained_cfg["input_size"])
+    assert {row.reason for row in pruner.report.rows if row.layer.endswith("qkv")} != {""}
+
+
+def test_exported_after_pruning() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext", num_classes=CLASSES)
+    size = model.pretrained_cfg["input_size"]
+    pruned(model, size)
+    inputs = torch.randn(2, *size)
+    exported = torch.export.export(model.eval(), (inputs,)).module()
+    torch.testing.assert_close(exported(inputs), model(inputs))
+
+
+def test_a_bfloat16_model() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=CLASSES).bfloat16()
+    inputs = torch.randn(8, *model.pretrained_cfg["input_size"]).bfloat16()
+    pruner = NSSPruner(model, inputs[:2], theta=0.5, data=[(inputs, torch.arange(8) % 2)])
+    pruner.step()
+    assert pruner.report.after.parameters < pruner.report.before.parameters
+    assert model(inputs).dtype == torch.bfloat16
+
+
+def test_data_parallel_is_pruned_inside_its_wrapper() -> None:
+    torch.manual_seed(0)
+    model = nn.DataParallel(timm.create_model("test_resnet", num_classes=CLASSES))
+    pruned(model, model.module.pretrained_cfg["input_size"])
+
+
+def test_distributed_data_parallel_must_be_wrapped_again(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+        before = fingerprint(model)
+        with pytest.raises(ArgumentError, match=r"model\.module"):
+            NSSPruner(model, torch.randn(2, 4))
+        assert_unchanged(model, before)
+    finally:
+        torch.distributed.destroy_process_group()
