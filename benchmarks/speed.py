@@ -15,6 +15,8 @@ memory      peak memory of a profile of ResNet-50 at 32 px beyond the model, by 
             categories; each in a process of its own
 unstructured one global LAMP step against LAMP's definition written plainly and against
             torch.nn.utils.prune.global_unstructured: time and peak memory
+planning    NSSPruner's constructor and step, given a profile, against torch-pruning's pruner
+latency     a forward pass of the model against that of the model at half of its MACs
 
 Times are of single runs in turn (A B A B ...); a ratio is given as median (minimum .. maximum).
 """
@@ -46,6 +48,7 @@ from nss_prune.neurons import NeuronMap, evaluation, find_neurons, trace
 from nss_prune.profile import profile_neurons, ranked
 from nss_prune.similarity import Landscape, LandscapeSums, entry_thresholds, similarity_curve
 from results import Column
+from speed_pruner import LATENCY_COLUMNS, latency, planning
 from speed_unstructured import COLUMNS_WITH_MEMORY, lamp_steps
 from timing import COLUMNS, Rows, in_turn, printed_by, ratio_row, resident_peak, show
 
@@ -54,7 +57,8 @@ MEMORY_COLUMNS = (
     Column("megabytes", "MB beyond the model", 0),
     Column("seconds", "s", 1),
 )
-OTHER_COLUMNS = {"memory": MEMORY_COLUMNS, "unstructured": COLUMNS_WITH_MEMORY}
+OTHER_COLUMNS = {"memory": MEMORY_COLUMNS, "unstructured": COLUMNS_WITH_MEMORY,
+                 "latency": LATENCY_COLUMNS}  # fmt: skip
 SELECTION = ((1000, 256), (1000, 512), (5000, 512))
 SELECTION_TARGETS = {(1000, 512): ">= 100", (5000, 512): ">= 500"}
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
@@ -278,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--parts", default="selection,profile,deeplift,memory,unstructured",
+    add("--parts", default="selection,profile,deeplift,memory,unstructured,planning,latency",
         help="comma list (default: %(default)s)")  # fmt: skip
     add("--models", default=",".join(MODELS), help="comma list (default: %(default)s)")
     add("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: 5)")
@@ -302,6 +306,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "deeplift": lambda: deeplift(names, asked.repeats),
         "memory": memory,
         "unstructured": lambda: lamp_steps(asked.repeats),
+        "planning": lambda: planning(asked.repeats),
+        "latency": lambda: latency(asked.repeats),
     }
     for part in asked.parts.split(","):
         if part not in parts:
