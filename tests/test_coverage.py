@@ -37,6 +37,9 @@ coverage = imported()
 Model, Outcome, State = coverage.Model, coverage.Outcome, coverage.State
 OURS, THEIRS = coverage.OURS, coverage.THEIRS
 RESNET = Model("timm", "test_resnet")
+needs_toys = pytest.mark.skipif(
+    not timm.is_model(RESNET.name), reason=f"this timm has no {RESNET.name}"
+)
 
 
 def python(code: str) -> list[str]:
@@ -93,6 +96,7 @@ def test_torchvisions_architectures() -> None:
         assert len(modules) == 1
 
 
+@needs_toys
 def test_names() -> None:
     assert coverage.model_named("resnet18") == Model("timm", "resnet18")
     assert coverage.model_named("torchvision:resnet18") == Model("torchvision", "resnet18")
@@ -182,6 +186,7 @@ def test_gradients_must_be_finite() -> None:
         coverage.training_step(network, torch.full((2, 2), torch.inf))
 
 
+@needs_toys
 def test_one_real_model_end_to_end(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     coverage.main(["--models", str(RESNET), "--theta", "0.95", "--output", str(tmp_path)])
@@ -204,6 +209,7 @@ def wait_for_outcomes(path: Path, count: int) -> None:
         time.sleep(0.01)
 
 
+@needs_toys
 def test_resume_and_fresh(tmp_path: Path, monkeypatch, capsys) -> None:
     path = tmp_path / "coverage.json"
     other = Model("torchvision", "alexnet")
