@@ -3,7 +3,8 @@
     python benchmarks/readme.py
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
-`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor.
+`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, or `NAME summary`: what NeuSemSlice
+gains in that RQ2 file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import results
 from rq1 import THETA_COLUMNS
+from rq2 import SUMMARY_COLUMNS
 from storage import written_aside
 
 README = Path(__file__).parent.parent / "README.md"
@@ -31,6 +33,8 @@ def table(name: str) -> str:
             if row["metric"] == "taylor" and row["theta"] in SHOWN_THETAS
         ]
         return results.markdown_table(THETA_COLUMNS, rows)
+    if part == ["summary"]:
+        return results.markdown_table(SUMMARY_COLUMNS, content["summary"])
     return results.markdown_table(content["columns"], content["rows"])
 
 

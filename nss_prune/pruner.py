@@ -160,7 +160,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._construct(model, importance or self._semantic_importance, arguments)
         self._sizes = {group.name: group.size for group in self.neurons.groups}
         if self._budgets:
-            self._whole = measure(model, example_inputs, self._forward)
+            self._whole = self._measured()
         if profile is not None:
             self._check_profile(profile)
         if importance is None and data is None and profile and self.iterative_steps > 1:
@@ -467,7 +467,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             critical = self.slice
             if interactive:
                 return self._groups(critical)
-            before = measure(self.model, self._example_inputs, self._forward)
+            known = bool(self._budgets) and self.current_step == 1
+            before = self._whole if known else self._measured()
             remove(
                 self.model,
                 critical,
@@ -479,7 +480,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.current_step -= 1
             raise
         self._stale = True
-        after = measure(self.model, self._example_inputs, self._forward)
+        after = self._measured()
         self.report = make_report(self.model, critical, self.neurons, before, after, self._notes())
         return None
 
@@ -496,6 +497,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             function = self.DG.get_pruner_of_module(module).prune_out_channels
             tied = [neurons + len(critical.kept[name]) * tie for tie in range(ties[name])]
             yield self.DG.get_pruning_group(module, function, torch.cat(tied).tolist())
+
+    def _measured(self) -> Cost:
+        return measure(self.model, self._example_inputs, self._forward)
 
     def _notes(self) -> tuple[str, ...]:
         profiled = () if self._profile is None else self._profile.notes
