@@ -1,6 +1,6 @@
 """One global LAMP step: against LAMP's definition written plainly, and against torch's own pruning.
 
-The weights lie in Linear layers of 2,000 x 2,000 whose sizes spread over four orders of
+The weights lie in Linear layers of 1,000 x 1,000 whose sizes spread over four orders of
 magnitude. torch.nn.utils.prune.global_unstructured ranks |w| over all layers: an easier task,
 without LAMP's sums. Memory is the peak beyond the model, each in a process of its own.
 """
@@ -21,8 +21,8 @@ from timing import COLUMNS, Rows, printed_by, ratio_row, resident_peak, seconds,
 
 MEMORY = (Column("ours_memory", "ours, MB", 0), Column("other_memory", "other, MB", 0))
 COLUMNS_WITH_MEMORY = (*COLUMNS, *MEMORY)
-WIDTH = 2000
-WEIGHTS = (12_000_000, 100_000_000)
+WIDTH = 1000
+WEIGHTS = (10_000_000, 100_000_000)
 AMOUNT = 0.3
 
 
