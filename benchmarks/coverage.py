@@ -41,6 +41,7 @@ import results
 from nss_prune import NSSPruner, Report
 from nss_prune.errors import ArgumentError, NSSPruneError, RemovalError
 from nss_prune.neurons import tensors_in
+from recipe import attention_heads
 from results import Column
 
 STAGES = ("create", "build", "prune", "forward", "equal", "backward", "export")
@@ -388,17 +389,6 @@ def classifiers(network: nn.Module) -> list[nn.Module]:
         if classes in (getattr(layer, "out_features", None), getattr(layer, "out_channels", None))
     ]
     return wide[-1:]
-
-
-def attention_heads(network: nn.Module) -> dict[nn.Module, int]:
-    """The fused query, key and value layers of attention -> their heads."""
-    modules: Iterable[Any] = network.modules()
-    return {
-        module.qkv: module.num_heads
-        for module in modules
-        if isinstance(getattr(module, "num_heads", None), int)
-        and isinstance(getattr(module, "qkv", None), nn.Linear)
-    }
 
 
 def prune_ours(trial: Trial, network: nn.Module, inputs: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nss_prune import NSSPruner, Profile, profile
+from recipe import attention_heads
 from results import Column
 from timing import COLUMNS, Rows, in_turn, ratio_row, seconds, show
 
@@ -58,14 +59,9 @@ def prune_ours(model: nn.Module, inputs: Tensor, known: Profile) -> None:
 
 def prune_theirs(model: nn.Module, inputs: Tensor) -> None:
     """torch-pruning's recipe for timm models: the classifier stays, attention by its heads."""
-    heads = {
-        module.qkv: module.num_heads
-        for module in model.modules()
-        if hasattr(module, "qkv") and hasattr(module, "num_heads")
-    }
     pruner = tp.pruner.BasePruner(
         model, (inputs,), tp.importance.GroupMagnitudeImportance(), pruning_ratio=RATIO,
-        ignored_layers=[model.get_classifier()], num_heads=heads,  # type: ignore[operator]
+        ignored_layers=[model.get_classifier()], num_heads=attention_heads(model),  # type: ignore[operator]
     )  # fmt: skip
     pruner.step()
 

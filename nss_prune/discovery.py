@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from nss_prune.deadline import deadline
 from nss_prune.errors import GraphError, NothingToPruneError
 from nss_prune.neurons import (
     MAKES_THE_OUTPUT,
+    Forward,
     NeuronGroup,
     NeuronMap,
     call_model,
@@ -34,10 +35,10 @@ from nss_prune.neurons import (
 TIMEOUT = 60.0
 """Seconds that torch-pruning may take to follow a model, unless ``timeout`` says otherwise."""
 
+WHOLE_SHARE = 1 / 3  # of the time: for the model as a whole, the rest for its parts
 ROOT_TYPES: tuple[type, ...] = (nn.modules.conv._ConvNd, nn.Linear)
 PATIENCE = 2  # failures of a class of modules after which only their children are tried
 PART_SHARE = 0.05  # of the time; a part that never ends must leave enough for the others
-Forward = Callable[[nn.Module, Any], Any]
 
 
 def discover(
@@ -62,13 +63,12 @@ def discover(
         NothingToPruneError: No group is left.
     """
     try:
-        with deadline(timeout / 3, model):
+        with deadline(WHOLE_SHARE * timeout, model):
             graph, output_nodes = trace(model, example_inputs)
             return find_neurons(model, graph, output_nodes, ignored)
     except GraphError as error:
-        return discover_parts(
-            model, example_inputs, ignored, error, timeout=timeout * 2 / 3, forward=forward
-        )
+        rest = (1 - WHOLE_SHARE) * timeout
+        return discover_parts(model, example_inputs, ignored, error, timeout=rest, forward=forward)
 
 
 def discover_parts(

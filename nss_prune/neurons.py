@@ -116,6 +116,10 @@ class NeuronMap:
         )
 
 
+Forward = Callable[[nn.Module, Any], Any]
+"""Function of (model, inputs) that gives the outputs."""
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call ``model`` as a batch asks for: a tensor, a sequence of arguments, or keywords."""
     if isinstance(inputs, Mapping):

@@ -18,7 +18,7 @@ from nss_prune.categories import Categories, check_categories
 from nss_prune.collector import Loss
 from nss_prune.contributions import Contribution, metric_named
 from nss_prune.deadline import deadline
-from nss_prune.discovery import TIMEOUT, discover_parts
+from nss_prune.discovery import TIMEOUT, WHOLE_SHARE, discover_parts
 from nss_prune.errors import (
     ArgumentError,
     GraphError,
@@ -43,7 +43,6 @@ from nss_prune.report import Cost, Report, Row, measure
 from nss_prune.similarity import Features, Landscape
 from nss_prune.slicing import STRATEGIES, Slice, Strategy, check_theta
 
-WHOLE_SHARE = 1 / 3  # of the time: for the model as a whole, the rest for its parts
 BUDGETS = ("parameters", "MACs")
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
@@ -210,10 +209,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for name in ("iterative_steps", "round_to", "max_pruning_ratio", "root_module_types"):
             setattr(self, name, arguments.get(name, defaults[name].default))
         self.current_step = 0
-        reason = error if isinstance(error, GraphError) else untraceable(model, error)
+        self._untraceable = error if isinstance(error, GraphError) else untraceable(model, error)
         if self._needs_graph:
-            raise reason
-        return self._neurons_in_parts(reason)
+            raise self._untraceable
+        return self._neurons_in_parts()
 
     @property
     def _needs_graph(self) -> bool:
@@ -224,12 +223,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ignored: list[nn.Module | nn.Parameter] = [*self.ignored_layers, *self.ignored_params]
         return find_neurons(self.model, graph, output_nodes, ignored, self.root_module_types)
 
-    def _neurons_in_parts(self, reason: GraphError) -> NeuronMap:
+    def _neurons_in_parts(self) -> NeuronMap:
         return discover_parts(
             self.model,
             self._example_inputs,
             [*self.ignored_layers, *self.ignored_params],
-            reason,
+            self._untraceable,
             timeout=(1 - WHOLE_SHARE) * self.timeout,
             forward=self._forward,
         )
@@ -252,7 +251,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if not self._stale:
             return
         if self.DG is None:
-            self._set_neurons(self._neurons_in_parts(untraceable(self.model, None)))
+            self._set_neurons(self._neurons_in_parts())
         else:
             with deadline(self.timeout, self.model):
                 self.DG, output_nodes = self._trace()
@@ -452,6 +451,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         Raises:
             DataError, NumericalError: The data cannot be used.
+            GraphError: ``interactive``, and the model could only be traced in parts.
             RemovalError: The smaller model would not work. In every case the model is as before.
         """
         if self.current_step >= self.iterative_steps:
@@ -461,6 +461,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 stacklevel=2,
             )
             return iter(()) if interactive else None
+        if interactive and self.DG is None:
+            raise GraphError(
+                "interactive=True needs torch-pruning's graph of the whole model, which could not "
+                f"be built: {self._untraceable}; call step() without it"
+            )
         self.current_step += 1
         try:
             self._refresh()
@@ -485,11 +490,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return None
 
     def _groups(self, critical: Slice) -> Iterator[Any]:
-        if self.DG is None:
-            raise GraphError(
-                "interactive=True needs torch-pruning's graph of the whole model, which could not "
-                f"be built: {self.neurons.notes[0]}; call step() without it"
-            )
         self._stale = True
         ties = {group.name: group.ties for group in self.neurons.groups}
         for name, neurons in critical.removed.items():
@@ -586,7 +586,7 @@ def _shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:
     return (f"{reached:.1%} of the {kind} are kept, the budget is {wanted:.1%}: {why}",)
 
 
-def untraceable(model: nn.Module, error: Exception | None) -> GraphError:
+def untraceable(model: nn.Module, error: Exception) -> GraphError:
     """torch-pruning's error in our words."""
     return GraphError(
         f"torch-pruning could not trace {type(model).__name__}: {error}; check that "

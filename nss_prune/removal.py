@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nss_prune.errors import NothingToPruneError, NSSPruneError, RemovalError
 from nss_prune.neurons import (
+    Forward,
     Member,
     NeuronMap,
     call_model,
@@ -28,7 +29,6 @@ from nss_prune.neurons import (
 from nss_prune.slicing import Slice
 
 Pruners = Mapping[Any, Any]
-Forward = Callable[[nn.Module, Any], Any]
 
 
 class LayerNormPruner(tp.pruner.function.LayernormPruner):  # type: ignore[misc]
@@ -144,10 +144,9 @@ def verified(
     Raises:
         NothingToPruneError: No group can be trusted.
     """
-
     deaf = readers_without_samples(model, neurons, example_inputs, forward)
-    neurons = neurons.without(deaf)
-    halves = _random_halves(neurons)
+    tried = neurons.without(deaf)
+    halves = _random_halves(tried)
     trains = _uses_more_in_training(model, example_inputs, forward)
 
     def failure(names: Sequence[str]) -> str | None:
@@ -155,22 +154,20 @@ def verified(
         chosen = {name: kept for name, kept in halves.items() if name in names}
         return trial(
             model,
-            Slice(chosen, neurons.groups),
+            Slice(chosen, tried.groups),
             example_inputs,
             customized_pruners,
             forward,
             trains=trains,
         )
 
-    blamed = _blamed([group.name for group in neurons.groups], failure)
-    if len(blamed) == len(neurons.groups):
-        if not _is_finite(model, example_inputs, forward):
-            return neurons  # NaN compares with nothing; what profiles the model refuses it
-        name, reason = next(iter(blamed.items()))
-        raise NothingToPruneError(
-            f"no layer is left to prune: without half of the neurons of {name}, {reason}"
-        )
-    return neurons.without(blamed) if blamed else neurons
+    blamed = deaf | _blamed([group.name for group in tried.groups], failure)
+    if len(blamed) < len(neurons.groups):
+        return neurons.without(blamed)
+    if tried.groups and not _is_finite(model, example_inputs, forward):
+        return tried  # NaN compares with nothing; what profiles the model refuses it
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in blamed.items())
+    raise NothingToPruneError(f"no layer is left to prune on trial: {reasons}")
 
 
 def readers_without_samples(

@@ -98,8 +98,12 @@ def test_pruned_in_parts_and_steps() -> None:
     data = [(inputs, torch.arange(40) % 3)]
     pruner = NSSPruner(model, inputs[:2], params_budget=0.6, data=data, iterative_steps=2)
     whole = sum(p.numel() for p in model.parameters())
+    with pytest.raises(GraphError, match="call step"):
+        pruner.step(interactive=True)
     pruner.step()
+    assert any("no gradients here" in note for note in pruner.report.notes)
     pruner.step()
+    assert any("no gradients here" in note for note in pruner.report.notes)
     assert sum(p.numel() for p in model.parameters()) <= 0.6 * whole
     assert any("in parts" in note for note in pruner.report.notes)
     with torch.no_grad():

@@ -275,6 +275,14 @@ class Positions(nn.Module):
         return self.head(torch.relu(self.hidden(inputs + self.table(positions).mean(0))))
 
 
+def test_nothing_reads_samples() -> None:
+    model = Positions().double()
+    before = fingerprint(model)
+    with pytest.raises(NothingToPruneError, match="reads no samples"):
+        NSSPruner(model, torch.randn(2, 6).double(), ignored_layers=["hidden"])
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("samples", [1, 2, 4])
 def test_what_reads_no_samples_is_left_alone(samples: int) -> None:
     torch.manual_seed(0)
