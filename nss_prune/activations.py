@@ -15,8 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.errors import DataError
-from nss_prune.neurons import Member, NeuronGroup, input_axis, submodule
+from nss_prune.errors import DataError, NothingToPruneError
+from nss_prune.neurons import (
+    Forward,
+    Member,
+    NeuronGroup,
+    NeuronMap,
+    call_model,
+    evaluation,
+    input_axis,
+    map_tensors,
+    submodule,
+    tensors_in,
+)
 
 
 @dataclass(frozen=True)
@@ -139,3 +150,73 @@ def _by_neuron(picked: Tensor, neurons: Tensor, size: int) -> Tensor:
     result = picked.new_zeros(picked.shape[0], size * repeats, picked.shape[2])
     result.index_copy_(1, slots.to(picked.device), picked)
     return result.reshape(picked.shape[0], size, repeats * picked.shape[2])
+
+
+def readable(
+    model: nn.Module, neurons: NeuronMap, example_inputs: Any, forward: Forward = call_model
+) -> NeuronMap:
+    """The neurons whose readers read samples; the model is left as found.
+
+    Some read something else, such as a table of positions, and what they read has no first axis
+    that grows with the batch.
+
+    Raises:
+        NothingToPruneError: No group is left.
+    """
+    found = neurons.without(_readers_without_samples(model, neurons, example_inputs, forward))
+    if not found.groups:
+        raise NothingToPruneError(f"no layer is left to profile: {found.left_alone}")
+    return found
+
+
+def _readers_without_samples(
+    model: nn.Module, neurons: NeuronMap, example_inputs: Any, forward: Forward
+) -> dict[str, str]:
+    """Groups -> the reader that reads something else."""
+    other = _other_batch(example_inputs)
+    here, there = (_first_axes(model, neurons, x, forward) for x in (example_inputs, other))
+    if not here or not there:  # the model takes no other batch size
+        return {}
+    samples, others = len(tensors_in(example_inputs)[0]), len(tensors_in(other)[0])
+    return {
+        group.name: f"{reader.name} reads no samples"
+        for group in neurons.groups
+        for reader in group.readers
+        if here.get(reader.name, 0) * others != there.get(reader.name, 0) * samples
+    }
+
+
+def _other_batch(example_inputs: Any) -> Any:
+    """The example inputs with one sample, or two where they have one."""
+    samples = len(tensors_in(example_inputs)[0])
+
+    def changed(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or len(tensor) != samples:
+            return tensor
+        return tensor[:1] if samples > 1 else torch.cat([tensor, tensor])
+
+    return map_tensors(changed, example_inputs)
+
+
+def _first_axes(
+    model: nn.Module, neurons: NeuronMap, inputs: Any, forward: Forward
+) -> dict[str, int]:
+    """Reader -> length of the first axis of what it reads; nothing where the model fails."""
+    found: dict[str, int] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            found[name] = len(arguments[0])
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name in {reader.name for group in neurons.groups for reader in group.readers}:
+            handle = submodule(model, name).register_forward_pre_hook(look(name))
+            stack.callback(handle.remove)
+        try:
+            with evaluation(model), torch.no_grad():
+                forward(model, inputs)
+        except Exception:
+            return {}
+    return found

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nss_prune.neurons import NeuronGroup, call_model
+from nss_prune.neurons import Member, NeuronGroup, call_model
 from nss_prune.report import macs_by_module
-from nss_prune.slicing import Slice, parameters_left
+from nss_prune.slicing import ParameterCount, Slice
 
 TOLERANCE = 0.01
 """A budget counts as met within this share of the whole model's cost."""
@@ -45,17 +45,26 @@ def limited(critical: Slice, limits: Limits, scores: Scores) -> Slice:
     for name, mask in critical.kept.items():
         count = limits.kept(name, len(mask), int(mask.sum()))
         kept[name] = mask if count == int(mask.sum()) else _best(mask, scores(name), count)
-    return _readable(Slice(kept, critical.groups), scores)
+    return _readable(Slice(kept, critical.groups), scores, _partial_members(critical.groups))
 
 
-def _readable(critical: Slice, scores: Scores) -> Slice:
-    """A slice that leaves every member of a group a neuron: one may see only a part of them."""
+def _partial_members(groups: Sequence[NeuronGroup]) -> list[tuple[str, Member]]:
+    """Group and member, for the members that see only a part of the neurons of their group."""
+    return [
+        (group.name, member)
+        for group in groups
+        for member in group.members
+        if len(member.neurons) < group.size or len(member.neurons.unique()) < group.size
+    ]
+
+
+def _readable(critical: Slice, scores: Scores, partial: Sequence[tuple[str, Member]]) -> Slice:
+    """A slice that leaves every member of a group a neuron."""
     kept = dict(critical.kept)
-    for group in critical.groups:
-        for member in group.members if group.name in kept else ():
-            if not kept[group.name][member.neurons].any():
-                best = member.neurons[scores(group.name)[member.neurons].argmax()]
-                kept[group.name] = kept[group.name].index_fill(0, best, True)
+    for name, member in partial:
+        if name in kept and not kept[name][member.neurons].any():
+            best = member.neurons[scores(name)[member.neurons].argmax()]
+            kept[name] = kept[name].index_fill(0, best, True)
     return Slice(kept, critical.groups)
 
 
@@ -66,13 +75,18 @@ def _best(first: Tensor, scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(first).index_fill(0, order[:count], True)
 
 
-def parameter_share(model: nn.Module, whole: int) -> ShareOf:
-    """The parameters that a slice keeps, as a share of ``whole``."""
-    return lambda critical: sum(parameters_left(critical, model).values()) / whole
+def parameter_share(groups: Sequence[NeuronGroup], model: nn.Module, whole: int) -> ShareOf:
+    """The parameters that a slice of some groups keeps, as a share of ``whole``."""
+    count = ParameterCount(groups, model)
+    return lambda critical: sum(count.left(critical).values()) / whole
 
 
 def mac_share(
-    model: nn.Module, whole: int, example_inputs: Any, forward: Any = call_model
+    groups: Sequence[NeuronGroup],
+    model: nn.Module,
+    whole: int,
+    example_inputs: Any,
+    forward: Any = call_model,
 ) -> ShareOf:
     """The multiply-accumulates of one call that a slice keeps, as a share of ``whole``.
 
@@ -87,8 +101,10 @@ def mac_share(
         if f"{name}.weight".lstrip(".") in sizes
     }
 
+    count = ParameterCount(groups, model)
+
     def share(critical: Slice) -> float:
-        left = parameters_left(critical, model)
+        left = count.left(critical)
         gone = sum(macs * (1 - left[name] / sizes[name]) for name, macs in counted.items())
         return (by_module[""] - gone) / whole
 
@@ -115,19 +131,19 @@ def solve(
     owners = torch.cat([torch.full((group.size,), i) for i, group in enumerate(groups)])
     order = torch.cat(list(by_layer.values())).argsort(stable=True)
     owners = owners[order]
-    nothing = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
+    rankings = {
+        name: values.argsort(descending=True, stable=True) for name, values in by_layer.items()
+    }
+    partial = _partial_members(groups)
 
     def without(count: int) -> Slice:
         gone = torch.bincount(owners[:count], minlength=len(groups))
-        kept = {
-            group.name: _best(
-                nothing[group.name],
-                by_layer[group.name],
-                limits.kept(group.name, group.size, group.size - int(removed)),
-            )
-            for group, removed in zip(groups, gone, strict=True)
-        }
-        return _readable(Slice(kept, groups), by_layer.__getitem__)
+        kept = {}
+        for group, removed in zip(groups, gone.tolist(), strict=True):
+            stay = limits.kept(group.name, group.size, group.size - removed)
+            best = rankings[group.name][:stay]
+            kept[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, best, True)
+        return _readable(Slice(kept, groups), by_layer.__getitem__, partial)
 
     fewest, most = 0, len(owners)
     while fewest < most:

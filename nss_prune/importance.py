@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,12 +63,20 @@ class NSSImportance:
 
 
 def _without_ties(importance: Tensor, contribution: Tensor) -> Tensor:
-    """Distinct float32 values in the same order, ties ordered by contribution."""
-    order = sorted(
-        range(len(importance)), key=lambda i: (float(importance[i]), float(contribution[i]), -i)
-    )
-    values = importance.float()[order]
-    infinity = torch.tensor(float("inf"))
-    for i in range(1, len(values)):
-        values[i] = torch.maximum(values[i], torch.nextafter(values[i - 1], infinity))
-    return torch.empty_like(values).scatter(0, torch.tensor(order), values)
+    """Distinct float32 values in the same order, ties ordered by contribution.
+
+    Args:
+        importance: In [0, 1], ``[neurons]``.
+        contribution: ``[neurons]``.
+    """
+    by_position = -np.arange(len(importance))
+    keys = (by_position, contribution.cpu().numpy(), importance.cpu().numpy())
+    order = np.lexsort(keys)
+    # The bits of floats that are not negative are integers in the same order, and the next float
+    # has the next integer: each value is raised just above the one before it.
+    bits = importance.float().abs().cpu().numpy()[order].view(np.int32).astype(np.int64)
+    ranks = np.arange(len(bits))
+    distinct = (np.maximum.accumulate(bits - ranks) + ranks).astype(np.int32).view(np.float32)
+    values = np.empty_like(distinct)
+    values[order] = distinct
+    return torch.from_numpy(values).to(importance.device)

@@ -152,12 +152,21 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Put training modes and requires_grad flags back as they were, whatever the body does."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Put training modes and requires_grad flags back as they were, whatever the body does.
+
+    The parameters are what it gives: to walk through a deep model takes as long as a layer.
+    """
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    gradients = [
+        (parameter, parameter.requires_grad)
+        for module in modules
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
     try:
-        yield
+        yield [parameter for parameter, _ in gradients]
     finally:
         for module, training in modes:
             module.training = training
@@ -168,9 +177,10 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with frozen parameters inside, everything as it was outside."""
-    with flags_kept(model):
+    with flags_kept(model) as parameters:
         model.eval()
-        model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         yield
 
 
@@ -178,10 +188,10 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def traceable(model: nn.Module) -> Iterator[None]:
     """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after."""
     hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
-    with flags_kept(model), torch.enable_grad(), warnings.catch_warnings():
+    with flags_kept(model) as parameters, torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         model.eval()
-        for parameter in model.parameters():
+        for parameter in parameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         try:
@@ -407,23 +417,28 @@ def _members(
         node = item.dep.target
         if node.type in GRAPH_OPERATIONS:
             continue
-        channels, neurons = list(item.idxs), list(item.root_idxs)
         name = _name(graph, node)
         width = side_width(node.module, _side(graph, item.dep), node.pruning_dim)
-        tied_here = _channel_groups(node.module, node.type) > 1
-        if tied_here and neurons != channels:
-            return (), f"{name} ties channels that come in another order"
         if width is None:  # a PReLU with a single weight serves any number of channels
             continue
-        if len(channels) != len(neurons) or any(neuron is None for neuron in neurons):
+        if len(item.idxs) != len(item.root_idxs) or None in item.root_idxs:
             return (), f"{name} cannot be mapped back to the root"
-        if len(set(channels)) != len(channels) or not all(0 <= c < width for c in channels):
+        channels = torch.tensor(item.idxs, dtype=torch.long)
+        neurons = torch.tensor(item.root_idxs, dtype=torch.long)
+        tied_here = _channel_groups(node.module, node.type) > 1
+        if tied_here and not torch.equal(neurons, channels):
+            return (), f"{name} ties channels that come in another order"
+        if len(channels.unique()) != len(channels) or _outside(channels, width):
             return (), f"{name} has {width} channels but is asked for others"
-        if not all(0 <= neuron < size for neuron in neurons):
+        if _outside(neurons, size):
             return (), f"{name} maps to neurons that the root does not have"
-        tied = [neuron % neurons_in_group for neuron in neurons]
-        members.append(_member(graph, item.dep, name, channels, tied, width))
+        members.append(_member(graph, item.dep, name, channels, neurons % neurons_in_group, width))
     return tuple(members), None
+
+
+def _outside(positions: Tensor, size: int) -> bool:
+    """Whether some positions are not among 0 .. size - 1."""
+    return bool(len(positions)) and not 0 <= int(positions.min()) <= int(positions.max()) < size
 
 
 def _name(graph: tp.DependencyGraph, node: Any) -> str:
@@ -442,17 +457,17 @@ def _member(
     graph: tp.DependencyGraph,
     dependency: Any,
     name: str,
-    channels: list[int],
-    neurons: list[int],
+    channels: Tensor,
+    neurons: Tensor,
     width: int,
 ) -> Member:
     is_parameter = dependency.target.type == tp.ops.OPTYPE.PARAMETER
-    order = sorted(range(len(neurons)), key=lambda i: (neurons[i], channels[i]))
+    order = (neurons * width + channels).argsort()
     return Member(
         name=name,
         side=_side(graph, dependency),
-        channels=torch.tensor([channels[i] for i in order]),
-        neurons=torch.tensor([neurons[i] for i in order]),
+        channels=channels[order],
+        neurons=neurons[order],
         width=width,
         axis=dependency.target.pruning_dim if is_parameter else None,
     )
@@ -477,12 +492,12 @@ def side_width(target: nn.Module | nn.Parameter, side: Side, axis: int | None) -
 
 def check_fits(groups: Iterable[NeuronGroup], model: nn.Module) -> None:
     """Raise ModelMismatchError unless ``model`` has the layers of the groups, at their widths."""
+    parameters = dict(model.named_parameters())
     for group in groups:
         for member in group.members:
             if member.axis is None:
                 width = side_width(submodule(model, member.name), member.side, None)
             else:
-                parameters = dict(model.named_parameters())
                 found = parameters.get(member.name)
                 width = None if found is None else int(found.shape[member.axis])
             if width != member.width:

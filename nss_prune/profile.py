@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nss_prune.activations import readable
 from nss_prune.categories import MINIMUM_SAMPLES, Categories, check_categories, joined
 from nss_prune.collector import CategorySums, Collector, GroupSums, Loss, device_of, split_batch
 from nss_prune.contributions import Contribution, metric_named, needs_reference
@@ -352,7 +353,7 @@ def profile(
     return profile_neurons(
         model,
         data,
-        neurons,
+        readable(model, neurons, example_inputs),
         metrics=metrics,
         categories=categories,
         landscape=Landscape(features, centered, positions),

@@ -7,12 +7,14 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import nn
 
+from nss_prune.activations import readable
 from nss_prune.budget import TOLERANCE, Limits, limited, mac_share, parameter_share, solve
 from nss_prune.categories import Categories, check_categories
 from nss_prune.collector import Loss
@@ -24,6 +26,7 @@ from nss_prune.errors import (
     GraphError,
     ModelMismatchError,
     NothingToPruneError,
+    RemovalError,
 )
 from nss_prune.importance import NSSImportance
 from nss_prune.neurons import (
@@ -39,12 +42,22 @@ from nss_prune.neurons import (
 )
 from nss_prune.profile import Profile, profile_neurons
 from nss_prune.removal import remove, verified
-from nss_prune.report import Cost, Report, Row, measure
+from nss_prune.report import Report, Row, macs_by_module, measure, skeleton
 from nss_prune.similarity import Features, Landscape
 from nss_prune.slicing import STRATEGIES, Slice, Strategy, check_theta
 
 BUDGETS = ("parameters", "MACs")
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A report whose costs are still to be counted: models without values, before and after."""
+
+    rows: tuple[Row, ...]
+    before: nn.Module
+    after: nn.Module
+    notes: tuple[str, ...]
 
 
 class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
@@ -86,9 +99,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
             model's output are left alone without being named.
-
-    Attributes:
-        report: What the last step did, or None.
 
     Raises:
         ArgumentError: An argument is outside what it may be.
@@ -140,7 +150,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.landscape = Landscape(features)
         self.loss = loss
         self.progress = progress
-        self.report: Report | None = None
+        self._report: Report | _Counted | None = None
         self._by_theta = importance is None and ratio is None and not self._budgets
         self._share = ratio
         self._example_inputs = example_inputs
@@ -155,11 +165,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             arguments["pruning_ratio"] = ratio
         self._own_criterion = importance is not None
         self._shortfall: tuple[str, ...] = ()
-        self._whole = Cost(0, 0)
         self._construct(model, importance or self._semantic_importance, arguments)
         self._sizes = {group.name: group.size for group in self.neurons.groups}
-        if self._budgets:
-            self._whole = self._measured()
+        self._whole = self._cost_with_budget()
         if profile is not None:
             self._check_profile(profile)
         if importance is None and data is None and profile and self.iterative_steps > 1:
@@ -235,13 +243,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _set_neurons(self, found: NeuronMap) -> None:
         """Keep what can be removed; torch-pruning must leave alone what we leave alone."""
-        self.neurons = verified(
-            self.model,
-            found,
-            self._example_inputs,
-            customized_pruners=self._graph_arguments.get("customized_pruners"),
-            forward=self._forward,
-        )
+        self.neurons = found
         known = set(self.ignored_layers)
         modules = (self.model.get_submodule(name) for name in self.neurons.left_alone)
         self.ignored_layers.extend(module for module in modules if module not in known)
@@ -278,7 +280,20 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             **self._graph_arguments,
         )
 
+    def _verify(self) -> None:
+        """Leave alone, with the reason, the groups whose removal fails on trial."""
+        found = verified(
+            self.model,
+            self.neurons,
+            self._example_inputs,
+            customized_pruners=self._graph_arguments.get("customized_pruners"),
+            forward=self._forward,
+        )
+        self._set_neurons(found)
+        self._slice = None
+
     def _check_profile(self, profile: Profile) -> None:
+        self._set_neurons(self.neurons.without(profile.neurons.left_alone))
         sizes = {group.name: group.size for group in self.neurons.groups}
         if any(profile.layers.get(name) != size for name, size in sizes.items()):
             raise ModelMismatchError(
@@ -316,6 +331,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _profile_of(
         self, data: Iterable[Any], categories: Categories, minimum_samples: int
     ) -> Profile:
+        self._set_neurons(readable(self.model, self.neurons, self._example_inputs, self._forward))
         return profile_neurons(
             self.model,
             data,
@@ -345,6 +361,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _make_slice(self) -> Slice:
         done = max(self.current_step, 1) / self.iterative_steps
+        if not self._own_criterion:
+            self._semantic_ranking()  # first: the profile says which neurons can be ranked
         if self._budgets:
             return self._slice_by_budget(done)
         return limited(self._slice_wanted(done), self._limits(), self._scores)
@@ -369,9 +387,15 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _slice_by_budget(self, done: float) -> Slice:
         ((kind, budget),) = self._budgets.items()
         share = (
-            parameter_share(self.model, self._whole.parameters)
+            parameter_share(self.neurons.groups, self.model, self._whole)
             if kind == "parameters"
-            else mac_share(self.model, self._whole.macs, self._example_inputs, self._forward)
+            else mac_share(
+                self.neurons.groups,
+                self.model,
+                self._whole,
+                self._example_inputs,
+                self._forward,
+            )
         )
         wanted = 1 - (1 - budget) * done
         critical, reached = solve(self.neurons.groups, self._scores, wanted, share, self._limits())
@@ -469,25 +493,54 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.current_step += 1
         try:
             self._refresh()
-            critical = self.slice
             if interactive:
-                return self._groups(critical)
-            known = bool(self._budgets) and self.current_step == 1
-            before = self._whole if known else self._measured()
-            remove(
-                self.model,
-                critical,
-                self._example_inputs,
-                customized_pruners=self._graph_arguments.get("customized_pruners"),
-                forward=self._forward,
-            )
+                self._verify()
+                return self._groups(self.slice)
+            before = skeleton(self.model)
+            critical = self._removed()
         except BaseException:
             self.current_step -= 1
             raise
         self._stale = True
-        after = self._measured()
-        self.report = make_report(self.model, critical, self.neurons, before, after, self._notes())
+        rows = report_rows(self.model, critical, self.neurons)
+        self._report = _Counted(rows, before, skeleton(self.model), self._notes())
         return None
+
+    @property
+    def report(self) -> Report | None:
+        """What the last step did, or None; its costs are counted when it is first read."""
+        if isinstance(self._report, _Counted):
+            counted = self._report
+            before, after = (
+                measure(model, self._example_inputs, self._forward)
+                for model in (counted.before, counted.after)
+            )
+            self._report = Report(counted.rows, before, after, counted.notes)
+        return self._report
+
+    def _removed(self) -> Slice:
+        """The slice that is all that is left of the model.
+
+        Where its removal fails, the groups to blame are left alone.
+        """
+        try:
+            return self._remove(self.slice)
+        except RemovalError:
+            known = len(self.neurons.groups)
+            self._verify()
+            if len(self.neurons.groups) == known:
+                raise
+            return self._remove(self.slice)
+
+    def _remove(self, critical: Slice) -> Slice:
+        remove(
+            self.model,
+            critical,
+            self._example_inputs,
+            customized_pruners=self._graph_arguments.get("customized_pruners"),
+            forward=self._forward,
+        )
+        return critical
 
     def _groups(self, critical: Slice) -> Iterator[Any]:
         self._stale = True
@@ -498,8 +551,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             tied = [neurons + len(critical.kept[name]) * tie for tie in range(ties[name])]
             yield self.DG.get_pruning_group(module, function, torch.cat(tied).tolist())
 
-    def _measured(self) -> Cost:
-        return measure(self.model, self._example_inputs, self._forward)
+    def _cost_with_budget(self) -> int:
+        """What the budget is a share of; 0 where there is none."""
+        if "MACs" in self._budgets:
+            return macs_by_module(self.model, self._example_inputs, self._forward)[""]
+        return sum(p.numel() for p in self.model.parameters()) if self._budgets else 0
 
     def _notes(self) -> tuple[str, ...]:
         profiled = () if self._profile is None else self._profile.notes
@@ -604,14 +660,7 @@ def _check_strategy(strategy: str, ratio: float | None, importance: Any) -> None
         )
 
 
-def make_report(
-    model: nn.Module,
-    critical: Slice,
-    neurons: NeuronMap,
-    before: Cost,
-    after: Cost,
-    notes: tuple[str, ...],
-) -> Report:
+def report_rows(model: nn.Module, critical: Slice, neurons: NeuronMap) -> tuple[Row, ...]:
     """A row for each layer that has neurons, in the order of the model's modules."""
     rows = {
         group.name: Row(
@@ -624,5 +673,4 @@ def make_report(
     for name, reason in neurons.left_alone.items():
         size = neurons.left_alone_sizes[name]
         rows[name] = Row(name, size, size, reason)
-    order = [name for name, _ in model.named_modules() if name in rows]
-    return Report(tuple(rows[name] for name in order), before, after, notes)
+    return tuple(rows[name] for name, _ in model.named_modules() if name in rows)

@@ -29,6 +29,7 @@ from nss_prune.neurons import (
 from nss_prune.slicing import Slice
 
 Pruners = Mapping[Any, Any]
+PIECE = 32  # pixels; what models that halve their maps five times can divide
 
 
 class LayerNormPruner(tp.pruner.function.LayernormPruner):  # type: ignore[misc]
@@ -100,12 +101,13 @@ def remove(
 ) -> nn.Module:
     """Remove everything outside the slice, in place, and check the result.
 
-    The smaller model must give what the masked one gave on the example inputs. Training modes,
-    requires_grad flags and hooks stay as they were; tensors that shrink are new ones, so build
-    optimisers afterwards.
+    The smaller model must give what the masked one gave on the example inputs, or on a piece of
+    them where the model takes smaller pictures. If the model has layers that only training uses,
+    it must also run in training mode. Training modes, requires_grad flags and hooks stay as they
+    were; tensors that shrink are new ones, so build optimisers afterwards.
 
     Args:
-        example_inputs: Inputs of a call of the model; they are run twice.
+        example_inputs: Inputs of a call of the model.
         customized_pruners: As torch-pruning takes them.
         forward: Function of (model, example_inputs) that gives the outputs.
 
@@ -117,13 +119,72 @@ def remove(
         ModelMismatchError: The slice is of another model.
     """
     steps = plan_removal(critical, model)
-    with evaluation(model), torch.no_grad(), critical.masked(model):
-        expected = [tensor.clone() for tensor in tensors_in(forward(model, example_inputs))]
+    with _layers_used(model) as used, critical.masked(model):
+        inputs, expected = _masked_outputs(model, example_inputs, forward)
+    resting = {layer for layer in model.modules() if _has_parameters(layer)} - used
+    trains = bool(resting) and _trains_any(model, resting, example_inputs, forward)
     with undone_on_error(model):
         execute(model, steps, customized_pruners or {})
         with evaluation(model), torch.no_grad():
-            check_outputs(expected, tensors_in(_forward(model, example_inputs, forward)))
+            check_outputs(expected, tensors_in(_forward(model, inputs, forward)))
+        if trains:
+            with training(model), torch.no_grad():
+                _forward(model, example_inputs, forward)
     return model
+
+
+def _masked_outputs(
+    model: nn.Module, example_inputs: Any, forward: Forward
+) -> tuple[Any, list[Tensor]]:
+    """Inputs that a masked model takes, small ones if it can, and what it makes of them."""
+    with evaluation(model), torch.no_grad():
+        small = map_tensors(_piece, example_inputs)
+        if any(len(tensor) for tensor in tensors_in(small)):
+            with contextlib.suppress(Exception):
+                return small, [tensor.clone() for tensor in tensors_in(forward(model, small))]
+        try:
+            outputs = tensors_in(forward(model, example_inputs))
+        except Exception as error:
+            raise RemovalError(
+                f"the masked model does not run: {error}; name the layer in ignored_layers"
+            ) from error
+        return example_inputs, [tensor.clone() for tensor in outputs]
+
+
+def _piece(tensor: Tensor) -> Tensor:
+    """A quarter of a picture's height and width, in multiples of 32 pixels."""
+    if tensor.dim() != 4 or min(tensor.shape[2:]) < 2 * PIECE:
+        return tensor
+    height, width = (-(-side // (4 * PIECE)) * PIECE for side in tensor.shape[2:])
+    return tensor[..., :height, :width]
+
+
+@contextlib.contextmanager
+def _layers_used(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The layers with parameters that are called inside."""
+    used: set[nn.Module] = set()
+    with contextlib.ExitStack() as stack:
+        for layer in model.modules():
+            if _has_parameters(layer):
+                hook = layer.register_forward_pre_hook(lambda called, _: used.add(called))
+                stack.callback(hook.remove)
+        yield used
+
+
+def _has_parameters(layer: nn.Module) -> bool:
+    return any(parameter is not None for parameter in layer._parameters.values())
+
+
+def _trains_any(
+    model: nn.Module, layers: set[nn.Module], example_inputs: Any, forward: Forward
+) -> bool:
+    """Whether a call in training mode works, and uses some of these layers."""
+    with _layers_used(model) as used, training(model), torch.no_grad():
+        try:
+            forward(model, example_inputs)
+        except Exception:
+            return False
+    return not used.isdisjoint(layers)
 
 
 def verified(
@@ -137,93 +198,28 @@ def verified(
     """The neurons whose removal can be trusted; the model is left as found.
 
     About half of the neurons of all groups, drawn at random and an odd number, are removed on
-    trial: what only works for multiples of something must not pass. If the model then does not
-    compute what the masked one does, or has layers that only training uses and does not train any
-    more, the groups to blame are searched for, and left alone with the reason.
+    trial: what only works for multiples of something must not pass. If that fails the check of
+    :func:`remove`, the groups to blame are searched for, and left alone with the reason.
 
     Raises:
         NothingToPruneError: No group can be trusted.
     """
-    deaf = readers_without_samples(model, neurons, example_inputs, forward)
-    tried = neurons.without(deaf)
-    halves = _random_halves(tried)
-    trains = _uses_more_in_training(model, example_inputs, forward)
+    halves = _random_halves(neurons)
 
     def failure(names: Sequence[str]) -> str | None:
         """Why these groups cannot be halved together, or None."""
         chosen = {name: kept for name, kept in halves.items() if name in names}
-        return trial(
-            model,
-            Slice(chosen, tried.groups),
-            example_inputs,
-            customized_pruners,
-            forward,
-            trains=trains,
-        )
+        critical = Slice(chosen, neurons.groups)
+        return trial(model, critical, example_inputs, customized_pruners, forward)
 
-    blamed = deaf | _blamed([group.name for group in tried.groups], failure)
+    blamed = _blamed([group.name for group in neurons.groups], failure)
     if len(blamed) < len(neurons.groups):
         return neurons.without(blamed)
-    if tried.groups and not _is_finite(model, example_inputs, forward):
-        return tried  # NaN compares with nothing; what profiles the model refuses it
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in blamed.items())
+    if not _is_finite(model, example_inputs, forward):
+        return neurons  # NaN compares with nothing; what profiles the model refuses it
+    all_reasons = {**neurons.left_alone, **blamed}
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in all_reasons.items())
     raise NothingToPruneError(f"no layer is left to prune on trial: {reasons}")
-
-
-def readers_without_samples(
-    model: nn.Module, neurons: NeuronMap, example_inputs: Any, forward: Forward = call_model
-) -> dict[str, str]:
-    """Groups that read something else than samples, such as a table of positions, and why.
-
-    What they read has no first axis that grows with the batch.
-    """
-    other = _other_batch(example_inputs)
-    here, there = (_first_axes(model, neurons, x, forward) for x in (example_inputs, other))
-    if not here or not there:  # the model takes no other batch size
-        return {}
-    samples, others = len(tensors_in(example_inputs)[0]), len(tensors_in(other)[0])
-    return {
-        group.name: f"{reader.name} reads no samples"
-        for group in neurons.groups
-        for reader in group.readers
-        if here.get(reader.name, 0) * others != there.get(reader.name, 0) * samples
-    }
-
-
-def _other_batch(example_inputs: Any) -> Any:
-    """The example inputs with one sample, or two where they have one."""
-    samples = len(tensors_in(example_inputs)[0])
-
-    def changed(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or len(tensor) != samples:
-            return tensor
-        return tensor[:1] if samples > 1 else torch.cat([tensor, tensor])
-
-    return map_tensors(changed, example_inputs)
-
-
-def _first_axes(
-    model: nn.Module, neurons: NeuronMap, inputs: Any, forward: Forward
-) -> dict[str, int]:
-    """Reader -> length of the first axis of what it reads; nothing where the model fails."""
-    found: dict[str, int] = {}
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            found[name] = len(arguments[0])
-
-        return hook
-
-    with contextlib.ExitStack() as stack:
-        for name in {reader.name for group in neurons.groups for reader in group.readers}:
-            handle = submodule(model, name).register_forward_pre_hook(look(name))
-            stack.callback(handle.remove)
-        try:
-            with evaluation(model), torch.no_grad():
-                forward(model, inputs)
-        except Exception:
-            return {}
-    return found
 
 
 def _random_halves(neurons: NeuronMap) -> dict[str, Tensor]:
@@ -242,28 +238,6 @@ def _is_finite(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
     with evaluation(model), torch.no_grad():
         outputs = tensors_in(forward(model, example_inputs))
     return all(bool(torch.isfinite(tensor).all()) for tensor in outputs)
-
-
-def _uses_more_in_training(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
-    """Whether layers with parameters rest in evaluation mode, but not in training."""
-    resting = {
-        module
-        for module in model.modules()
-        if next(module.parameters(recurse=False), None) is not None
-    }
-    with contextlib.ExitStack() as stack:
-        for module in list(resting):
-            hook = module.register_forward_pre_hook(lambda called, _: resting.discard(called))
-            stack.callback(hook.remove)
-        with evaluation(model), torch.no_grad():
-            forward(model, example_inputs)
-        before = len(resting)
-        if not before:
-            return False
-        with training(model), torch.no_grad(), contextlib.suppress(Exception):
-            forward(model, example_inputs)
-            return len(resting) < before
-    return False
 
 
 @contextlib.contextmanager
@@ -320,14 +294,8 @@ def trial(
     example_inputs: Any,
     customized_pruners: Pruners | None = None,
     forward: Forward = call_model,
-    *,
-    trains: bool = False,
 ) -> str | None:
-    """Why a removal would fail, or None; the model is left as found either way.
-
-    Args:
-        trains: Whether it must also run in training mode.
-    """
+    """Why a removal would fail, or None; the model is left as found either way."""
     try:
         with undone_on_error(model):
             remove(
@@ -337,9 +305,6 @@ def trial(
                 customized_pruners=customized_pruners,
                 forward=forward,
             )
-            if trains:
-                with training(model), torch.no_grad():
-                    _forward(model, example_inputs, forward)
             raise _TrialOver
     except RemovalError as error:
         return None if isinstance(error.__cause__, _TrialOver) else str(error)

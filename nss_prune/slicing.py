@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,25 +155,69 @@ def parameters_left(critical: Slice, model: nn.Module) -> dict[str, int]:
     Raises:
         ModelMismatchError: The model does not have the layers of the slice.
     """
-    check_fits(critical.groups, model)
-    gone: dict[tuple[str, int], float] = {}
-    for (name, side), (member, channels) in critical.removed_channels().items():
-        share = len(channels) / member.width
-        if member.axis is not None:
-            gone[name, member.axis] = share
-            continue
-        for parameter, (made, read) in parameter_axes(submodule(model, name)).items():
-            axis = read if side == "in" else made
-            if axis is not None:
-                gone[f"{name}.{parameter}" if name else parameter, axis] = share
-    left = {}
-    for name, value in model.named_parameters():
-        shape = list(value.shape)
-        for axis in range(-value.dim(), value.dim()):
-            if shape[axis] > 1:
-                shape[axis] -= round(shape[axis] * gone.get((name, axis), 0))
-        left[name] = int(torch.Size(shape).numel())
-    return left
+    return ParameterCount(critical.groups, model).left(critical)
+
+
+class ParameterCount:
+    """What slices leave of the parameters of a model, without a look at it for each.
+
+    Raises:
+        ModelMismatchError: The model does not have the layers of the groups.
+
+    Attributes:
+        shapes: Parameter -> its shape.
+    """
+
+    def __init__(self, groups: Sequence[NeuronGroup], model: nn.Module) -> None:
+        check_fits(groups, model)
+        self.shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        self._shrinking: dict[str, set[int]] = {}
+        self._members: dict[tuple[str, int], list[tuple[str, Member, int | None]]] = {}
+        for group in groups:
+            for member in group.members:
+                entry = (group.name, member, _repeats(member, group.size))
+                for parameter, axis in _axes_of(member, model):
+                    axis %= len(self.shapes[parameter])
+                    self._shrinking.setdefault(parameter, set()).add(axis)
+                    self._members.setdefault((parameter, axis), []).append(entry)
+
+    def left(self, critical: Slice) -> dict[str, int]:
+        """Parameter -> number of its entries after the removal of all outside a slice."""
+        gone = {name: ~kept for name, kept in critical.kept.items()}
+        counts = {name: int(mask.sum()) for name, mask in gone.items()}
+        left = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        for parameter, axes in self._shrinking.items():
+            shape = list(self.shapes[parameter])
+            for axis in axes:
+                share = 0.0
+                for name, member, repeats in self._members[parameter, axis]:
+                    if not counts.get(name):
+                        continue
+                    if repeats is None:
+                        share += int(gone[name][member.neurons].sum()) / member.width
+                    else:
+                        share += counts[name] * repeats / member.width
+                if shape[axis] > 1:
+                    shape[axis] -= round(shape[axis] * share)
+            left[parameter] = math.prod(shape)
+        return left
+
+
+def _repeats(member: Member, size: int) -> int | None:
+    """How often each neuron of a group comes on a side, where that is the same for all."""
+    counts = torch.bincount(member.neurons, minlength=size)
+    return int(counts[0]) if bool((counts == counts[0]).all()) else None
+
+
+def _axes_of(member: Member, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """The parameters, and the axis of each, that shrink with a member."""
+    if member.axis is not None:
+        yield member.name, member.axis
+        return
+    for parameter, (made, read) in parameter_axes(submodule(model, member.name)).items():
+        axis = read if member.side == "in" else made
+        if axis is not None:
+            yield f"{member.name}.{parameter}" if member.name else parameter, axis
 
 
 def _zeroing_hook(module: nn.Module, channels: Tensor) -> Any:

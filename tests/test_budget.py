@@ -50,7 +50,7 @@ def test_budget_is_the_largest_that_fits(model, data, kind: str, budget: float) 
 def test_the_slice_is_that_of_the_search_over_all_thresholds(model, data) -> None:
     known = profile(model, data)
     scores = NSSImportance(known).scores
-    share = parameter_share(model, sum(p.numel() for p in model.parameters()))
+    share = parameter_share(known.groups, model, sum(p.numel() for p in model.parameters()))
     critical, reached = solve(known.groups, scores.__getitem__, 0.5, share, Limits())
     # One threshold for all layers: whatever stays scores higher than whatever goes, but for the
     # one neuron that each layer keeps in any case.
@@ -63,8 +63,8 @@ def test_the_slice_is_that_of_the_search_over_all_thresholds(model, data) -> Non
 def test_costs_foreseen_are_those_measured(model, data) -> None:
     whole = measure(model, IMAGES)
     critical = profile(model, data).slice(0.8)
-    parameters = parameter_share(model, whole.parameters)(critical)
-    macs = mac_share(model, whole.macs, IMAGES)(critical)
+    parameters = parameter_share(critical.groups, model, whole.parameters)(critical)
+    macs = mac_share(critical.groups, model, whole.macs, IMAGES)(critical)
     after = measure(remove(model, critical, IMAGES), IMAGES)
     assert parameters * whole.parameters == pytest.approx(after.parameters)
     assert macs * whole.macs == pytest.approx(after.macs, rel=1e-9)
