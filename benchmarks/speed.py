@@ -45,8 +45,14 @@ from nss_prune.contributions.deeplift import DeepLift, difference, target_scores
 from nss_prune.contributions.rescale import RescaleRule
 from nss_prune.errors import ArgumentError, NSSPruneError
 from nss_prune.neurons import NeuronMap, evaluation, find_neurons, trace
-from nss_prune.profile import profile_neurons, ranked
-from nss_prune.similarity import Landscape, LandscapeSums, entry_thresholds, similarity_curve
+from nss_prune.profile import profile_neurons
+from nss_prune.similarity import (
+    Landscape,
+    LandscapeSums,
+    entry_thresholds,
+    ranked,
+    similarity_curve,
+)
 from results import Column
 from speed_pruner import LATENCY_COLUMNS, latency, planning
 from speed_unstructured import COLUMNS_WITH_MEMORY, lamp_steps

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.neurons import Member, NeuronGroup, call_model
+from nss_prune.neurons import Member, NeuronGroup, call_model, submodule
 from nss_prune.report import macs_by_module
 from nss_prune.slicing import ParameterCount, Slice
 
@@ -28,15 +28,18 @@ class Limits:
     Attributes:
         least: Layer -> neurons that stay at least; 1 where it is not named.
         round_to: Neurons are kept in multiples of this; layers with fewer keep all.
+        unrounded: Layers whose neurons are heads, and not single channels.
     """
 
     least: Mapping[str, int] = field(default_factory=dict)
     round_to: int = 1
+    unrounded: frozenset[str] = frozenset()
 
     def kept(self, layer: str, size: int, wanted: int) -> int:
         """How many of ``size`` neurons to keep where ``wanted`` would do."""
         least = max(1, wanted, self.least.get(layer, 1))
-        return min(size, -(-least // self.round_to) * self.round_to)
+        step = 1 if layer in self.unrounded else self.round_to
+        return min(size, -(-least // step) * step)
 
 
 def limited(critical: Slice, limits: Limits, scores: Scores) -> Slice:
@@ -90,25 +93,39 @@ def mac_share(
 ) -> ShareOf:
     """The multiply-accumulates of one call that a slice keeps, as a share of ``whole``.
 
-    Those of a layer shrink as its weight does; what has no weight (the products of attention)
-    stays as it is.
+    Those of a layer shrink as its weight does, the products of attention with its heads, and
+    what else has no weight stays as it is.
     """
     by_module = macs_by_module(model, example_inputs, forward)
+    count = ParameterCount(groups, model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     counted = {
         f"{name}.weight".lstrip("."): macs
         for name, macs in by_module.items()
         if f"{name}.weight".lstrip(".") in sizes
     }
-
-    count = ParameterCount(groups, model)
+    products = {
+        group.name: (group.size, _own_macs(model, group.name.rpartition(".")[0], by_module))
+        for group in groups
+        if not group.has_channels
+    }
 
     def share(critical: Slice) -> float:
         left = count.left(critical)
         gone = sum(macs * (1 - left[name] / sizes[name]) for name, macs in counted.items())
+        for name, (size, macs) in products.items():
+            gone += macs * (1 - int(critical.kept[name].sum()) / size)
         return (by_module[""] - gone) / whole
 
     return share
+
+
+def _own_macs(model: nn.Module, name: str, by_module: Mapping[str, int]) -> int:
+    """What a module computes besides its children."""
+    children = (
+        f"{name}.{child}".lstrip(".") for child, _ in submodule(model, name).named_children()
+    )
+    return by_module.get(name, 0) - sum(by_module.get(child, 0) for child in children)
 
 
 def solve(

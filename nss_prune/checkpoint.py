@@ -81,8 +81,14 @@ def load_pruned(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     _check_modules(model, notes["modules"])
     present = _named_tensors(model)
     saved = {name: stored[first] for first, names in notes["ties"].items() for name in names}
+    added = {
+        name: _new_bias(model, name, saved.pop(name))
+        for name in sorted(saved.keys() - present.keys())
+        if _lacks_bias(model, name)
+    }
     _check_tensors(present, saved)
-    new = _new_tensors(present, stored, notes["ties"])
+    ties = {first: names for first, names in notes["ties"].items() if first not in added}
+    new = {**_new_tensors(present, stored, ties), **added}
     with torch.no_grad():
         for name in saved.keys() - new.keys():
             present[name].copy_(saved[name])
@@ -289,6 +295,18 @@ def _new_tensors(
             tensor = nn.Parameter(tensor, old.requires_grad)
         new.update(dict.fromkeys(names, tensor))
     return new
+
+
+def _lacks_bias(model: nn.Module, name: str) -> bool:
+    """Whether this is a bias for a layer that has none: folding makes one there."""
+    layer, _, key = name.rpartition(".")
+    parameters = submodule(model, layer)._parameters
+    return key == "bias" and parameters.get("bias", 0) is None and "weight" in parameters
+
+
+def _new_bias(model: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+    weight: Any = submodule(model, name.rpartition(".")[0]).weight
+    return nn.Parameter(value.to(weight.device, copy=True), weight.requires_grad)
 
 
 def _can_hold(old: Tensor, value: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ from nss_prune.neurons import NeuronGroup, call_model, map_tensors, tensors_in
 from nss_prune.similarity import Landscape, LandscapeSums
 
 Loss = Callable[[Any, Any], Tensor]
+Beside = Callable[[int], contextlib.AbstractContextManager[None]]
+
+
+def alone(samples: int) -> contextlib.AbstractContextManager[None]:
+    """A context in which nothing else is done."""
+    return contextlib.nullcontext()
 
 
 @dataclass
@@ -92,6 +99,8 @@ class Collector:
         loss: Function of (outputs, labels); cross entropy by default.
         device: Where the sums are kept: that of the model.
         baseline: The reference of metrics that compare with one.
+        beside: Function of the number of samples that gives a context, in which each batch is run
+            for the first time.
 
     Attributes:
         sums: Category -> its sums.
@@ -108,8 +117,10 @@ class Collector:
         loss: Loss | None = None,
         device: torch.device | str = "cpu",
         baseline: Any = "zeros",
+        beside: Beside = alone,
     ) -> None:
         self.groups = groups
+        self.beside = beside
         self.metrics = metrics
         self.landscape = landscape
         self.categories = categories
@@ -177,7 +188,8 @@ class Collector:
         gathered = BatchStatistics(with_gradient)
         watcher = Watcher(self.groups, samples, gathered.add if with_gradient else None)
         with watcher.attached(model), torch.set_grad_enabled(bool(with_gradient)):
-            outputs = run(model, inputs, number)
+            with self.beside(samples):
+                outputs = run(model, inputs, number)
             membership = assign(self.categories, inputs, labels, outputs, samples)
             if admitted is not None:
                 membership = {c: membership[c] for c in membership if c in admitted}

@@ -8,16 +8,17 @@ the neurons hidden inside are found all the same.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from nss_prune.adapters import ADAPTERS, Adapter, claims
+from nss_prune.adapters.trial import adapted_on_trial
+from nss_prune.calls import Call, recorded_calls, recording
 from nss_prune.deadline import deadline
 from nss_prune.errors import GraphError, NothingToPruneError
 from nss_prune.neurons import (
@@ -26,9 +27,7 @@ from nss_prune.neurons import (
     NeuronGroup,
     NeuronMap,
     call_model,
-    evaluation,
     find_neurons,
-    map_tensors,
     trace,
 )
 
@@ -48,6 +47,7 @@ def discover(
     *,
     timeout: float = TIMEOUT,
     forward: Forward = call_model,
+    adapters: Sequence[Adapter] = ADAPTERS,
 ) -> NeuronMap:
     """The neurons of a model; it is left as found.
 
@@ -56,19 +56,25 @@ def discover(
         ignored: Modules whose output channels must stay.
         timeout: Seconds for the whole model and its parts together.
         forward: Function of (model, example_inputs) that gives the outputs.
+        adapters: The structures in which neurons are more than channels.
 
     Raises:
         ArgumentError: Weights are masked or parametrized.
         GraphError: The model does not run, or no part of it can be traced.
         NothingToPruneError: No group is left.
     """
-    try:
-        with deadline(WHOLE_SHARE * timeout, model):
-            graph, output_nodes = trace(model, example_inputs)
-            return find_neurons(model, graph, output_nodes, ignored)
-    except GraphError as error:
-        rest = (1 - WHOLE_SHARE) * timeout
-        return discover_parts(model, example_inputs, ignored, error, timeout=rest, forward=forward)
+    claimed = list(claims(model, adapters, ignored))
+    with recording({module for module, _, _ in claimed}) as calls:
+        try:
+            with deadline(WHOLE_SHARE * timeout, model):
+                graph, output_nodes = trace(model, example_inputs)
+                found = find_neurons(model, graph, output_nodes, ignored)
+        except GraphError as error:
+            rest = (1 - WHOLE_SHARE) * timeout
+            found = discover_parts(
+                model, example_inputs, ignored, error, timeout=rest, forward=forward
+            )
+    return adapted_on_trial(model, found, claimed, calls)
 
 
 def discover_parts(
@@ -101,49 +107,6 @@ def discover_parts(
         left_alone_sizes={name: size for name, (_, size) in search.left_alone.items()},
         notes=(note,),
     )
-
-
-@dataclass
-class Call:
-    """The arguments of one call of a module."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-def recorded_calls(
-    model: nn.Module, example_inputs: Any, forward: Forward = call_model
-) -> dict[nn.Module, Call]:
-    """The first call of every module that has children, in one call of the model.
-
-    Raises:
-        GraphError: The model does not run.
-    """
-    calls: dict[nn.Module, Call] = {}
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            if next(module.children(), None) is not None:
-                hook = _recording_hook(calls)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        with evaluation(model), torch.no_grad():
-            try:
-                forward(model, example_inputs)
-            except Exception as error:
-                raise GraphError(
-                    f"{type(model).__name__} does not run on the example inputs: {error}; give "
-                    "the inputs of one call: a tensor, a tuple of arguments or a dict"
-                ) from error
-    return calls
-
-
-def _recording_hook(calls: dict[nn.Module, Call]) -> Any:
-    def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if module not in calls:
-            # Copies: what runs later may work in place.
-            copied = map_tensors(torch.clone, (tuple(arguments), dict(keywords)))
-            calls[module] = Call(*copied)
-
-    return record
 
 
 @dataclass

@@ -36,12 +36,13 @@ class NSSImportance:
             name: _without_ties(1 - entry, contributions[name].abs().mean(0))
             for name, entry in thresholds.items()
         }
-        self._ties = {group.name: group.ties for group in profile.groups}
+        self._ties = {group.name: group.ties for group in profile.groups if group.has_channels}
 
     def __call__(self, group: Any) -> Tensor | None:
         """Importance of the neurons of a torch-pruning group, float32 ``[neurons]``.
 
-        None, which torch-pruning takes as 'leave it alone', for groups that were not profiled.
+        None, which torch-pruning takes as 'leave it alone', for groups that were not profiled,
+        and for the heads of attention, which it would take apart.
 
         Raises:
             ModelMismatchError: The group has another size than the profiled one.
@@ -49,7 +50,7 @@ class NSSImportance:
         graph = group._DG
         for dependency, _ in group:
             name = graph._module2name.get(dependency.target.module)
-            if name in self.scores and graph.is_out_channel_pruning_fn(dependency.handler):
+            if name in self._ties and graph.is_out_channel_pruning_fn(dependency.handler):
                 break
         else:
             return None

@@ -84,6 +84,12 @@ class NeuronGroup:
     ties: int = 1
 
     @property
+    def has_channels(self) -> bool:
+        """Whether a neuron is ``ties`` channels of the root layer; more make up a head."""
+        root = next((member for member in self.members if member.name == self.name), None)
+        return root is None or len(root.channels) == self.size * self.ties
+
+    @property
     def readers(self) -> tuple[Member, ...]:
         """Members that read the neurons; their inputs are the neurons' activations."""
         return tuple(member for member in self.members if member.side == "in")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ def rebind_optimizer(
             pruner.step()
 
     Afterwards the parameter groups hold the new, smaller parameters, and the state (momentum,
-    moments) has the entries of the weights that stay. Learning rates and other options remain, and
-    a scheduler goes on.
+    moments) has the entries of the weights that stay. A bias that folding has made joins the group
+    of its weight. Learning rates and other options remain, and a scheduler goes on.
 
     Args:
         optimizer: Any whose state tensors are single numbers, have their parameter's shape, or
@@ -58,9 +58,10 @@ def rebind_optimizer(
     after = dict(model.named_parameters(remove_duplicate=False))
     if all(after.get(name) is parameter for name, parameter in before.items()):
         return
-    critical = removal.slice if isinstance(removal, NSSPruner) else removal
-    gone = _removed_entries(critical, model, before)
-    _replace(optimizer, _succession(optimizer, before, after, gone))
+    pruner = removal if isinstance(removal, NSSPruner) else None
+    gone = _removed_entries(removal if pruner is None else pruner.slice, model, before)
+    folded = set() if pruner is None else set(pruner.folded)
+    _replace(optimizer, _succession(optimizer, before, after, gone, folded))
 
 
 def _check_removal(model: nn.Module, removal: NSSPruner | Slice) -> None:
@@ -131,8 +132,12 @@ def _succession(
     before: Mapping[str, nn.Parameter],
     after: Mapping[str, nn.Parameter],
     gone: Mapping[str, list[tuple[int, Tensor]]],
+    folded: Collection[str],
 ) -> dict[nn.Parameter, Heirs]:
     """Every parameter of the optimiser -> its heirs.
+
+    Args:
+        folded: Modules whose weights have other values than before.
 
     Raises:
         ArgumentError: A new parameter is not the old one without what was to go.
@@ -146,9 +151,14 @@ def _succession(
         new, state = after.get(name), optimizer.state.get(old, {})
         if new is not old:
             removed = gone.get(name, [])
-            new = _checked_heir(name, new, _kept(old.detach(), removed))
+            expected = _kept(old.detach(), removed)
+            new = _checked_heir(name, new, expected, name.rpartition(".")[0] in folded)
             state = {key: _kept(value, removed) for key, value in state.items()}
         succession[old][new] = state
+    for name in after.keys() - before.keys():
+        weight = before.get(f"{name.rpartition('.')[0]}.weight".lstrip("."))
+        if weight in succession:
+            succession[weight][after[name]] = {}
     return succession
 
 
@@ -165,9 +175,12 @@ def _kept(value: Any, removed: list[tuple[int, Tensor]]) -> Any:
     return kept
 
 
-def _checked_heir(name: str, new: nn.Parameter | None, expected: Tensor) -> nn.Parameter:
-    # A removal copies values, so that a difference means that other entries went.
-    if new is None or not _equal(new.detach(), expected):
+def _checked_heir(
+    name: str, new: nn.Parameter | None, expected: Tensor, folded: bool
+) -> nn.Parameter:
+    # A removal alone copies values, so that a difference means that other entries went.
+    same = _alike if folded else _equal
+    if new is None or not same(new.detach(), expected):
         shape = "gone" if new is None else f"of shape {tuple(new.shape)}"
         raise ArgumentError(
             f"{name} is {shape} and not what the slice leaves of it, {tuple(expected.shape)}: take "
@@ -177,10 +190,12 @@ def _checked_heir(name: str, new: nn.Parameter | None, expected: Tensor) -> nn.P
     return new
 
 
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+
+
 def _equal(first: Tensor, second: Tensor) -> bool:
-    if first.dtype != second.dtype or first.device != second.device:
-        return False
-    return torch.equal(first, second)
+    return _alike(first, second) and torch.equal(first, second)
 
 
 def _replace(optimizer: Optimizer, succession: Mapping[nn.Parameter, Heirs]) -> None:

@@ -7,17 +7,27 @@ import itertools
 import operator
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nss_prune.activations import readable
+from nss_prune.adapters import ADAPTERS, Adapter
 from nss_prune.categories import MINIMUM_SAMPLES, Categories, check_categories, joined
-from nss_prune.collector import CategorySums, Collector, GroupSums, Loss, device_of, split_batch
+from nss_prune.collector import (
+    CategorySums,
+    Collector,
+    GroupSums,
+    Loss,
+    alone,
+    device_of,
+    split_batch,
+)
 from nss_prune.contributions import Contribution, metric_named, needs_reference
 from nss_prune.discovery import discover
+from nss_prune.distributed import processes
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.files import read_file, write_file
 from nss_prune.layout import decode_groups, encode_groups
@@ -29,18 +39,18 @@ from nss_prune.neurons import (
     resolve_layers,
     tensors_in,
 )
+from nss_prune.readers import ReaderStatistics, ReaderSums, survey
 from nss_prune.similarity import (
     Features,
     Landscape,
     LandscapeSums,
     check_interval,
     entry_thresholds,
+    ranked,
     similarity_curve,
 )
+from nss_prune.slicing import Slice, Strategy, slice_profile
 from nss_prune.streaming import Part, Sums, stream_parts
-
-if TYPE_CHECKING:
-    from nss_prune.slicing import Slice, Strategy
 
 PAPER: dict[str, Any] = {"features": "flat", "centered": False, "positions": None}
 """The paper's Eq. 1 and 2 to the letter: ``profile(model, data, **PAPER)``."""
@@ -79,6 +89,8 @@ class Profile:
         interval: Neurons that Algorithm 1 adds at a time.
         notes: What a reader of the report should know.
         statistics: The sums, where ``profile(..., keep_statistics=True)`` kept them.
+        readers: What every reader reads, where ``profile(..., keep_readers=True)`` kept it: what
+            folding needs. It is not saved.
     """
 
     neurons: NeuronMap
@@ -90,6 +102,7 @@ class Profile:
     interval: int = 1
     notes: tuple[str, ...] = ()
     statistics: Statistics | None = field(default=None, repr=False)
+    readers: dict[str, ReaderStatistics] | None = field(default=None, repr=False)
 
     @property
     def groups(self) -> tuple[NeuronGroup, ...]:
@@ -151,8 +164,6 @@ class Profile:
         interval: int | None = None,
     ) -> Slice:
         """The critical neurons. See :func:`nss_prune.slicing.slice_profile`."""
-        from nss_prune.slicing import slice_profile
-
         return slice_profile(
             self, theta, ratio=ratio, metric=metric, strategy=strategy, interval=interval
         )
@@ -282,15 +293,6 @@ def _decode_statistics(
     return Statistics(metrics, Landscape(**notes["landscape"]), sums)
 
 
-def ranked(contributions: Tensor) -> Tensor:
-    """Neurons from the largest contribution to the smallest; ties by position.
-
-    By magnitude: a neuron that speaks against a category (DeepLIFT), or whose average is below
-    zero, changes as much when it is removed as one that speaks for it.
-    """
-    return contributions.abs().argsort(dim=-1, descending=True, stable=True)
-
-
 def profile(
     model: nn.Module,
     data: Iterable[Any],
@@ -307,6 +309,8 @@ def profile(
     ignored_layers: Iterable[nn.Module | nn.Parameter | type | str] = (),
     memory_limit: int = MEMORY_LIMIT,
     keep_statistics: bool = False,
+    keep_readers: bool = False,
+    adapters: Sequence[Adapter] = ADAPTERS,
     progress: bool | None = None,
 ) -> Profile:
     """Profile a model in one pass over labelled data.
@@ -338,6 +342,9 @@ def profile(
         memory_limit: Bytes for the sums of the categories that are open at a time. Data with
             more categories is read in their order, or several times.
         keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category.
+        keep_readers: Keep the mean and covariance of what each reader reads, to fold with: 8 C²
+            bytes for a reader of C channels.
+        adapters: The structures in which neurons are more than channels, such as heads.
         progress: Show a progress bar; by default when stderr is a terminal.
 
     Raises:
@@ -349,11 +356,13 @@ def profile(
     if example_inputs is None:
         first, data = first_batch(data)
         example_inputs = split_batch(first)[0]
-    neurons = discover(model, example_inputs, resolve_layers(model, ignored_layers))
+    ignored = resolve_layers(model, ignored_layers)
+    neurons = discover(model, example_inputs, ignored, adapters=adapters)
     return profile_neurons(
         model,
         data,
         readable(model, neurons, example_inputs),
+        example_inputs,
         metrics=metrics,
         categories=categories,
         landscape=Landscape(features, centered, positions),
@@ -362,6 +371,7 @@ def profile(
         baseline=baseline,
         memory_limit=memory_limit,
         keep_statistics=keep_statistics,
+        keep_readers=keep_readers,
         progress=progress,
     )
 
@@ -383,6 +393,7 @@ def profile_neurons(
     model: nn.Module,
     data: Iterable[Any],
     neurons: NeuronMap,
+    example_inputs: Any = None,
     *,
     metrics: Sequence[str | Contribution] = ("taylor",),
     categories: Categories = "labels",
@@ -392,10 +403,15 @@ def profile_neurons(
     baseline: Any = "zeros",
     memory_limit: int = MEMORY_LIMIT,
     keep_statistics: bool = False,
+    keep_readers: bool = False,
     progress: bool | None = None,
     minimum_samples: int = 2,
 ) -> Profile:
-    """:func:`profile` for neurons that are already known."""
+    """:func:`profile` for neurons that are already known.
+
+    Args:
+        example_inputs: Of one call; only needed with ``keep_readers``.
+    """
     check_categories(categories)
     landscape = landscape or Landscape()
     chosen = [metric_named(metric) for metric in metrics]
@@ -404,8 +420,21 @@ def profile_neurons(
     builder = ProfileBuilder(neurons, chosen, landscape, check_interval(interval), keep_statistics)
     if any(needs_reference(metric) for metric in chosen) and isinstance(baseline, str):
         baseline = mean_inputs(data) if baseline == "mean" else baseline
+    sums_read = ReaderSums(model, neurons.groups)
+    if keep_readers and processes() > 1:
+        raise ArgumentError(
+            "keep_readers=True is for one process: what the readers read is not summed over "
+            "several; profile in one of them"
+        )
     collector = Collector(
-        neurons.groups, chosen, landscape, categories, loss, device_of(model), baseline
+        neurons.groups,
+        chosen,
+        landscape,
+        categories,
+        loss,
+        device_of(model),
+        baseline,
+        sums_read.watching if keep_readers else alone,
     )
     room = max(1, memory_limit // sum(BYTES * group.size**2 for group in neurons.groups))
     with evaluation(model):
@@ -416,7 +445,12 @@ def profile_neurons(
             if not keep_statistics:
                 for used in sums.values():
                     collector.reuse(used)
-    return builder.build(minimum_samples, notes_on_rule(collector.uncovered))
+    found = builder.build(minimum_samples, notes_on_rule(collector.uncovered))
+    if not keep_readers:
+        return found
+    with evaluation(model), torch.no_grad():
+        norms = survey(model, sums_read.readers, example_inputs).norms
+    return replace(found, readers=sums_read.statistics(norms))
 
 
 class ProfileBuilder:

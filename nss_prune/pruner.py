@@ -15,12 +15,16 @@ import torch_pruning as tp
 from torch import nn
 
 from nss_prune.activations import readable
+from nss_prune.adapters import ADAPTERS, Adapter, Claim, claims
+from nss_prune.adapters.trial import adapted_on_trial
 from nss_prune.budget import TOLERANCE, Limits, limited, mac_share, parameter_share, solve
+from nss_prune.calls import recording
 from nss_prune.categories import Categories, check_categories
 from nss_prune.collector import Loss
 from nss_prune.contributions import Contribution, metric_named
 from nss_prune.deadline import deadline
 from nss_prune.discovery import TIMEOUT, WHOLE_SHARE, discover_parts
+from nss_prune.distributed import processes
 from nss_prune.errors import (
     ArgumentError,
     GraphError,
@@ -28,6 +32,8 @@ from nss_prune.errors import (
     NothingToPruneError,
     RemovalError,
 )
+from nss_prune.folding import Folded
+from nss_prune.folding import fold as fold_into_readers
 from nss_prune.importance import NSSImportance
 from nss_prune.neurons import (
     NeuronMap,
@@ -41,7 +47,8 @@ from nss_prune.neurons import (
     traceable,
 )
 from nss_prune.profile import Profile, profile_neurons
-from nss_prune.removal import remove, verified
+from nss_prune.readers import ReaderStatistics, reader_statistics
+from nss_prune.removal import remove, undone_on_error, verified
 from nss_prune.report import Report, Row, macs_by_module, measure, skeleton
 from nss_prune.similarity import Features, Landscape
 from nss_prune.slicing import STRATEGIES, Slice, Strategy, check_theta
@@ -92,9 +99,14 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         categories: See :func:`nss_prune.profile`; "labels" by default where there is data.
         features: See :func:`nss_prune.profile`.
         loss: See :func:`nss_prune.profile`.
+        fold: Fold the removed neurons into their readers (see :mod:`nss_prune.folding`), from what
+            the readers read of ``data``, or of the data of a ``profile`` that kept it. False is
+            the paper's plain removal. Example inputs alone are not folded from.
         profile: A profile of this model, instead of ``data``.
         timeout: Seconds that torch-pruning may take to follow the model, and its parts if it
             cannot.
+        adapters: The structures in which neurons are more than channels, such as heads; see
+            :mod:`nss_prune.adapters` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
@@ -128,8 +140,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         categories: Categories = "labels",
         features: Features = "pixel",
         loss: Loss | None = None,
+        fold: bool = True,
         profile: Profile | None = None,
         timeout: float = TIMEOUT,
+        adapters: Sequence[Adapter] = ADAPTERS,
         progress: bool | None = None,
         **torch_pruning_arguments: Any,
     ) -> None:
@@ -142,6 +156,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if not timeout > 0:
             raise ArgumentError(f"timeout is {timeout!r}; give a number of seconds above 0")
         self.timeout = timeout
+        self.adapters = tuple(adapters)
         refuse_reparametrised(model)
         _refuse_distributed(model)
         self.data = data
@@ -149,6 +164,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.categories = categories
         self.landscape = Landscape(features)
         self.loss = loss
+        self.fold = fold
+        self._folded: Folded | None = None
         self.progress = progress
         self._report: Report | _Counted | None = None
         self._by_theta = importance is None and ratio is None and not self._budgets
@@ -189,7 +206,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         recorder = OutputRecorder(arguments.pop("output_transform", None))
         inputs = as_arguments(self._example_inputs)
         ignored = [*arguments["ignored_layers"]]
-        with traceable(model):
+        claimed, modules = self._claims(model, ignored)
+        with recording(modules) as calls, traceable(model):
             try:
                 with deadline(WHOLE_SHARE * self.timeout, model):
                     super().__init__(
@@ -200,7 +218,14 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 raise
             except Exception as error:
                 found = self._construct_in_parts(model, ignored, arguments, error)
-        self._set_neurons(found)
+        self._set_neurons(adapted_on_trial(model, found, claimed, calls))
+
+    def _claims(
+        self, model: nn.Module, ignored: Sequence[nn.Module | nn.Parameter]
+    ) -> tuple[list[Claim], set[nn.Module]]:
+        """What the adapters claim, and the modules that it is about."""
+        claimed = list(claims(model, self.adapters, ignored))
+        return claimed, {module for module, _, _ in claimed}
 
     def _construct_in_parts(
         self,
@@ -252,13 +277,15 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Trace and profile anew after an earlier step."""
         if not self._stale:
             return
-        if self.DG is None:
-            self._set_neurons(self._neurons_in_parts())
-        else:
-            with deadline(self.timeout, self.model):
-                self.DG, output_nodes = self._trace()
-                found = self._neurons_of(self.DG, output_nodes)
-            self._set_neurons(found)
+        claimed, modules = self._claims(self.model, [*self.ignored_layers, *self.ignored_params])
+        with recording(modules) as calls:
+            if self.DG is None:
+                found = self._neurons_in_parts()
+            else:
+                with deadline(self.timeout, self.model):
+                    self.DG, output_nodes = self._trace()
+                    found = self._neurons_of(self.DG, output_nodes)
+        self._set_neurons(adapted_on_trial(self.model, found, claimed, calls))
         self._profile = self._slice = self._ranking = None
         self._stale = False
 
@@ -288,6 +315,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._example_inputs,
             customized_pruners=self._graph_arguments.get("customized_pruners"),
             forward=self._forward,
+            adapters=self.adapters,
         )
         self._set_neurons(found)
         self._slice = None
@@ -336,10 +364,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.model,
             data,
             self.neurons,
+            self._example_inputs,
             metrics=(self.metric,),
             categories=categories,
             landscape=self.landscape,
             loss=self.loss,
+            keep_readers=self.fold and self.data is not None and processes() == 1,
             progress=self.progress,
             minimum_samples=minimum_samples,
         )
@@ -407,7 +437,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             name: math.ceil(size * (1 - self.max_pruning_ratio) - 1e-9)
             for name, size in self._sizes.items()
         }
-        return Limits(least, self.round_to or 1)
+        heads = (group.name for group in self.neurons.groups if not group.has_channels)
+        return Limits(least, self.round_to or 1, frozenset(heads))
 
     def _scores(self, layer: str) -> torch.Tensor:
         """Importance of the neurons of a layer."""
@@ -428,12 +459,13 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         kept = {
             group.name: torch.ones(group.size, dtype=torch.bool) for group in self.neurons.groups
         }
+        ranked = {group.name for group in self.neurons.groups if group.has_channels}
         with self._ranking_only():
             for group in self._prune():
                 name = self.DG._module2name[group[0].dep.target.module]
-                if name in kept:
+                if name in ranked:
                     kept[name][torch.as_tensor(group[0].idxs) % len(kept[name])] = False
-            for name in self._vanished(kept):
+            for name in self._vanished({name: kept[name] for name in ranked}):
                 kept[name] = self._scores(name) >= self._scores(name).max()
         return Slice(kept, self.neurons.groups)
 
@@ -471,7 +503,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         Args:
             interactive: Yield torch-pruning groups instead, each with the neurons to remove, for
-                the caller to ``.prune()``. Nothing is checked or undone then.
+                the caller to ``.prune()``. Nothing is checked, folded or undone then.
 
         Raises:
             DataError, NumericalError: The data cannot be used.
@@ -533,19 +565,44 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return self._remove(self.slice)
 
     def _remove(self, critical: Slice) -> Slice:
-        remove(
-            self.model,
-            critical,
-            self._example_inputs,
-            customized_pruners=self._graph_arguments.get("customized_pruners"),
-            forward=self._forward,
-        )
+        with undone_on_error(self.model):
+            self._folded = self._fold(critical)
+            remove(
+                self.model,
+                critical,
+                self._example_inputs,
+                customized_pruners=self._graph_arguments.get("customized_pruners"),
+                forward=self._forward,
+                adapters=self.adapters,
+            )
         return critical
+
+    def _fold(self, critical: Slice) -> Folded | None:
+        """Fold the neurons outside the slice into their readers, where that is wanted."""
+        statistics = self._reader_statistics() if self.fold else None
+        if statistics is not None:
+            return fold_into_readers(self.model, critical, statistics)
+        return Folded(("nothing was folded: there is no data",), {}) if self.fold else None
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """The readers whose weights the last step changed beyond the removal."""
+        return () if self._folded is None else tuple(self._folded.errors)
+
+    def _reader_statistics(self) -> Mapping[str, ReaderStatistics] | None:
+        """What the readers read, from the profile's own pass where there was one."""
+        if self._profile is not None:
+            return self._profile.readers
+        if self.data is None:
+            return None
+        return reader_statistics(self.model, self.data, self.neurons.groups, progress=self.progress)
 
     def _groups(self, critical: Slice) -> Iterator[Any]:
         self._stale = True
-        ties = {group.name: group.ties for group in self.neurons.groups}
+        ties = {group.name: group.ties for group in self.neurons.groups if group.has_channels}
         for name, neurons in critical.removed.items():
+            if name not in ties:  # torch-pruning would take heads apart
+                continue
             module = self.model.get_submodule(name)
             function = self.DG.get_pruner_of_module(module).prune_out_channels
             tied = [neurons + len(critical.kept[name]) * tie for tie in range(ties[name])]
@@ -559,7 +616,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _notes(self) -> tuple[str, ...]:
         profiled = () if self._profile is None else self._profile.notes
-        return (*self.neurons.notes, *self._shortfall, *profiled)
+        folded = () if self._folded is None else self._folded.notes
+        return (*self.neurons.notes, *self._shortfall, *profiled, *folded)
 
     def _forward(self, model: nn.Module, inputs: Any) -> Any:
         return (
@@ -667,6 +725,7 @@ def report_rows(model: nn.Module, critical: Slice, neurons: NeuronMap) -> tuple[
             group.name,
             group.size * group.ties,
             int(critical.kept[group.name].sum()) * group.ties,
+            unit="channels" if group.has_channels else "heads",
         )
         for group in neurons.groups
     }

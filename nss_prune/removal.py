@@ -13,6 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from nss_prune.adapters import ADAPTERS, Adapter, apply_changes, planned_changes
 from nss_prune.errors import NothingToPruneError, NSSPruneError, RemovalError
 from nss_prune.neurons import (
     Forward,
@@ -98,6 +99,7 @@ def remove(
     *,
     customized_pruners: Pruners | None = None,
     forward: Forward = call_model,
+    adapters: Sequence[Adapter] = ADAPTERS,
 ) -> nn.Module:
     """Remove everything outside the slice, in place, and check the result.
 
@@ -110,6 +112,7 @@ def remove(
         example_inputs: Inputs of a call of the model.
         customized_pruners: As torch-pruning takes them.
         forward: Function of (model, example_inputs) that gives the outputs.
+        adapters: Those with which the neurons were found.
 
     Returns:
         ``model``.
@@ -119,12 +122,14 @@ def remove(
         ModelMismatchError: The slice is of another model.
     """
     steps = plan_removal(critical, model)
+    changes = planned_changes(model, critical, adapters)
     with _layers_used(model) as used, critical.masked(model):
         inputs, expected = _masked_outputs(model, example_inputs, forward)
     resting = {layer for layer in model.modules() if _has_parameters(layer)} - used
     trains = bool(resting) and _trains_any(model, resting, example_inputs, forward)
     with undone_on_error(model):
         execute(model, steps, customized_pruners or {})
+        apply_changes(changes)
         with evaluation(model), torch.no_grad():
             check_outputs(expected, tensors_in(_forward(model, inputs, forward)))
         if trains:
@@ -194,6 +199,7 @@ def verified(
     *,
     customized_pruners: Pruners | None = None,
     forward: Forward = call_model,
+    adapters: Sequence[Adapter] = ADAPTERS,
 ) -> NeuronMap:
     """The neurons whose removal can be trusted; the model is left as found.
 
@@ -210,7 +216,7 @@ def verified(
         """Why these groups cannot be halved together, or None."""
         chosen = {name: kept for name, kept in halves.items() if name in names}
         critical = Slice(chosen, neurons.groups)
-        return trial(model, critical, example_inputs, customized_pruners, forward)
+        return trial(model, critical, example_inputs, customized_pruners, forward, adapters)
 
     blamed = _blamed([group.name for group in neurons.groups], failure)
     if len(blamed) < len(neurons.groups):
@@ -294,6 +300,7 @@ def trial(
     example_inputs: Any,
     customized_pruners: Pruners | None = None,
     forward: Forward = call_model,
+    adapters: Sequence[Adapter] = ADAPTERS,
 ) -> str | None:
     """Why a removal would fail, or None; the model is left as found either way."""
     try:
@@ -304,6 +311,7 @@ def trial(
                 example_inputs,
                 customized_pruners=customized_pruners,
                 forward=forward,
+                adapters=adapters,
             )
             raise _TrialOver
     except RemovalError as error:

@@ -18,12 +18,21 @@ from nss_prune.neurons import Forward, call_model, evaluation, map_tensors, tens
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: channels before and after, and why it was left alone ("" where it was not)."""
+    """One layer: channels before and after, and why it was left alone ("" where it was not).
+
+    ``unit`` says what is counted.
+    """
 
     layer: str
     before: int
     after: int
     reason: str = ""
+    unit: str = "channels"
+
+    @property
+    def title(self) -> str:
+        """The layer, with the unit where it is not channels."""
+        return self.layer if self.unit == "channels" else f"{self.layer} ({self.unit})"
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Report:
     def __str__(self) -> str:
         lines = _table(
             ("layer", "before", "after", "left alone because"),
-            [(row.layer, str(row.before), str(row.after), row.reason) for row in self.rows],
+            [(row.title, str(row.before), str(row.after), row.reason) for row in self.rows],
         )
         lines.append("")
         lines.append(_change("parameters", self.before.parameters, self.after.parameters))

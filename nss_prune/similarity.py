@@ -155,6 +155,15 @@ class LandscapeSums:
         return (self.matrix - torch.outer(self.total, self.total) / self.rows).square_()
 
 
+def ranked(contributions: Tensor) -> Tensor:
+    """Neurons from the largest contribution to the smallest; ties by position.
+
+    By magnitude: a neuron that speaks against a category (DeepLIFT), or whose average is below
+    zero, changes as much when it is removed as one that speaks for it.
+    """
+    return contributions.abs().argsort(dim=-1, descending=True, stable=True)
+
+
 def similarity_curve(kernel: Tensor, order: Tensor) -> Tensor:
     """CKA (paper, Eq. 2) of every prefix of a ranking with the whole layer.
 

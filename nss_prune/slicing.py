@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,10 @@ from nss_prune.neurons import (
     parameter_axes,
     submodule,
 )
-from nss_prune.profile import Profile, ranked
+from nss_prune.similarity import ranked
+
+if TYPE_CHECKING:
+    from nss_prune.profile import Profile
 
 KIND = "nss_prune slice"
 

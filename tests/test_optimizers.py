@@ -369,3 +369,22 @@ def test_two_steps_inside_are_refused() -> None:
     with pytest.raises(ArgumentError, match="one step"):
         prune_twice()
     assert marks(optimizer) == before
+
+
+def test_the_optimiser_follows_a_folded_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    inputs = torch.randn(64, 6)
+    pruner = NSSPruner(model, inputs[:2], theta=0.6, data=[(inputs, torch.arange(64) % 3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(inputs).square().sum().backward()
+    optimizer.step()
+    old = optimizer.state[model[2].weight]["momentum_buffer"].clone()
+    with rebind_optimizer(optimizer, model, pruner):
+        pruner.step()
+    kept = pruner.slice.kept["0"]
+    assert not kept.all()
+    assert pruner.folded == ("2",)
+    assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
+    assert model[2].bias is not None
+    assert torch.equal(optimizer.state[model[2].weight]["momentum_buffer"], old[:, kept])

@@ -87,7 +87,9 @@ def test_attention_fused_or_not(fused: bool) -> None:
     for block in model.blocks:
         block.attn.fused_attn = fused
     pruner = pruned(model, model.pretrained_cfg["input_size"])
-    assert {row.reason for row in pruner.report.rows if row.layer.endswith("qkv")} != {""}
+    heads = [row for row in pruner.report.rows if row.layer.endswith("qkv")]
+    # Older versions of timm reshape to the width of the input, which fewer heads do not have.
+    assert all(row.unit == "heads" or "does not run" in row.reason for row in heads)
 
 
 def test_exported_after_pruning() -> None:

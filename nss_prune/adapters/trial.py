@@ -1,0 +1,227 @@
+"""Claims of adapters, each tried on its module before it is believed.
+
+A structure may look like attention and mix its heads, order its channels otherwise, or tie the
+number of heads to something else. So each claim is tried on a copy of its module, with the inputs
+that the module gets in one call of the model: the neurons must be independent, and the smaller
+module must run and give what the masked one gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.adapters import Adapter, Claim, apply_changes, joined, planned_changes
+from nss_prune.calls import Call
+from nss_prune.errors import RemovalError
+from nss_prune.neurons import (
+    Member,
+    NeuronGroup,
+    NeuronMap,
+    evaluation,
+    input_axis,
+    map_tensors,
+    parameter_axes,
+    tensors_in,
+)
+from nss_prune.removal import check_outputs, execute, plan_removal
+from nss_prune.slicing import Slice
+
+
+def adapted_on_trial(
+    model: nn.Module,
+    neurons: NeuronMap,
+    claimed: Sequence[Claim],
+    calls: Mapping[nn.Module, Call],
+) -> NeuronMap:
+    """The map with the neurons that adapters claim and a trial confirms; the model stays.
+
+    Of several claims on a module the first that stands is taken. Where none does, the map says
+    why, unless it has neurons there already. Modules that look the same, such as those of
+    repeated blocks, are tried once.
+
+    Args:
+        claimed: By :func:`nss_prune.adapters.claims`.
+        calls: Module -> what it is called with in one call of the model.
+    """
+    verdicts: dict[Any, str | None] = {}
+    taken: dict[nn.Module, tuple[NeuronGroup, ...]] = {}
+    refused: dict[str, tuple[str, int]] = {}
+    for module, adapter, groups in claimed:
+        call = calls.get(module)
+        look = (adapter, *_look(module, call))
+        if module in taken:
+            continue
+        if look not in verdicts:
+            verdicts[look] = refusal(module, adapter, call)
+        if (reason := verdicts[look]) is None:
+            taken[module] = groups
+        else:
+            roots = {group.name: (reason, group.members[0].width) for group in groups}
+            refused = {**roots, **refused}  # of several reasons the first
+    result = joined(model, neurons, [group for groups in taken.values() for group in groups])
+    known = {group.name for group in result.groups}
+    left = {name: why for name, why in refused.items() if name not in known}
+    return replace(
+        result,
+        left_alone={**result.left_alone, **{name: why for name, (why, _) in left.items()}},
+        left_alone_sizes={
+            **result.left_alone_sizes,
+            **{name: size for name, (_, size) in left.items()},
+        },
+    )
+
+
+def _look(module: nn.Module, call: Call | None) -> tuple[Any, ...]:
+    """What modules have in common that work the same: class, structure, settings and inputs."""
+    settings = [
+        (path, name, value)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (bool, int, str)) and name != "training"
+    ]
+    shapes = [(name, value.shape) for name, value in module.named_parameters()]
+    inputs = [] if call is None else tensors_in((call.arguments, call.keywords))
+    called_with = [call is None, *(value.shape for value in inputs)]
+    return type(module), repr(module), *settings, *shapes, *called_with
+
+
+def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | None:
+    """Why the neurons that an adapter claims in a module cannot go one by one, or None.
+
+    Args:
+        call: What the module is called with; None where it is not.
+    """
+    if call is None:
+        return "the heads cannot be tried, because the module is not called"
+    groups = adapter.groups("", module)
+    try:
+        halves = {group.name: torch.arange(group.size) % 2 == 0 for group in groups}
+        reason = _removal_failure(_twin(module), Slice(halves, groups), adapter, call)
+        if reason is None and not all(_independent(module, group, call) for group in groups):
+            reason = "the heads depend on each other, or are not told apart"
+    except Exception as error:
+        reason = f"the heads cannot be tried alone: {_first_line(error)}"
+    return reason
+
+
+def _removal_failure(
+    module: nn.Module, critical: Slice, adapter: Adapter, call: Call
+) -> str | None:
+    """Cut a slice out of a module; what is wrong with the result, or None."""
+    with critical.masked(module):
+        expected = tensors_in(_run(module, call))
+    changes = planned_changes(module, critical, (adapter,))
+    try:
+        execute(module, plan_removal(critical, module), {})
+        apply_changes(changes)
+        check_outputs(expected, tensors_in(_run(module, call)))
+    except RemovalError:
+        return "with fewer heads it computes something else"
+    except Exception as error:
+        return f"with fewer heads it does not run: {_first_line(error)}"
+    return None
+
+
+def _independent(module: nn.Module, group: NeuronGroup, call: Call) -> bool:
+    """Whether no neuron reaches the channels of another one.
+
+    Some neurons are made NaN, and what reads the others must not see any. Any two neurons differ
+    in a binary digit of their number, so it takes two calls for each digit to try them all.
+    """
+    numbers = torch.arange(group.size)
+    for digit in range((group.size - 1).bit_length()):
+        for value in (0, 1):
+            poisoned = (numbers >> digit) % 2 == value
+            twin = _twin(module)
+            _poison(twin, group, poisoned)
+            with _watched(twin, group, ~poisoned) as clean:
+                _run(twin, call)
+            if not (clean and all(clean)):
+                return False
+    return True
+
+
+def _poison(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> None:
+    """Make all that some neurons come from NaN, in place."""
+    parameters = dict(module.named_parameters())
+    for member in group.members:
+        if member.side != "out":
+            continue
+        channels = member.channels[neurons[member.neurons]]
+        if member.axis is not None:
+            axes = {member.name: member.axis}
+        else:
+            layer = module.get_submodule(member.name)
+            axes = {f"{member.name}.{key}": out for key, (out, _) in parameter_axes(layer).items()}
+        for name, axis in axes.items():
+            value = parameters[name].data
+            value.index_fill_(axis, channels.to(value.device), torch.nan)
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> Iterator[list[bool]]:
+    """Collect whether some neurons arrive without NaN, and take all NaN away there.
+
+    They are looked at before the norms over all neurons, which mix them on purpose.
+    """
+    clean: list[bool] = []
+
+    def hook(member: Member) -> Any:
+        channels = member.channels[neurons[member.neurons]]
+
+        def look(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            inputs: Tensor = arguments[0]
+            seen = inputs.index_select(input_axis(layer), channels.to(inputs.device))
+            clean.append(not seen.isnan().any())
+            return (inputs.nan_to_num(), *arguments[1:])
+
+        return look
+
+    with contextlib.ExitStack() as stack:
+        for member in group.members:
+            layer = None if member.axis is not None else module.get_submodule(member.name)
+            if layer is not None and (member.side == "in" or isinstance(layer, nn.LayerNorm)):
+                stack.callback(layer.register_forward_pre_hook(hook(member)).remove)
+        yield clean
+
+
+def _run(module: nn.Module, call: Call) -> Any:
+    with evaluation(module), torch.no_grad():
+        # Clones, because a module may work in place.
+        arguments, keywords = map_tensors(torch.clone, (call.arguments, call.keywords))
+        return module(*arguments, **keywords)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy with tensors and children of its own, and without hooks.
+
+    Not a deep copy: that fails on attributes that hold a part of an autograd graph.
+    """
+    twin = copy.copy(module)
+    own = vars(twin)
+    own.update({name: value.copy() for name, value in own.items() if isinstance(value, dict)})
+    for name in [name for name in own if name.endswith("_hooks")]:
+        own[name] = type(own[name])()
+    own["_parameters"] = {
+        name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    own["_buffers"] = {
+        name: None if value is None else value.detach().clone()
+        for name, value in module._buffers.items()
+    }
+    own["_modules"] = {
+        name: None if child is None else _twin(child) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
