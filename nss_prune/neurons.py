@@ -9,6 +9,7 @@ module names, so it outlives the graph, fits any model of the same structure, an
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -155,6 +156,41 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(function, item) for item in value)
     return value
+
+
+def twin(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy with children of its own, without hooks, and with ``copied`` of every tensor.
+
+    What is shared inside stays shared. Not a deep copy: that fails on attributes that hold a part
+    of an autograd graph.
+    """
+    made: nn.Module = _twin(module, copied, {})
+    return made
+
+
+def _twin(module: nn.Module, copied: Callable[[Tensor], Tensor], known: dict[int, Any]) -> Any:
+    if id(module) in known:
+        return known[id(module)]
+    made = known[id(module)] = copy.copy(module)
+    own = vars(made)
+    own.update({name: value.copy() for name, value in own.items() if isinstance(value, dict)})
+    for name in [name for name in own if name.endswith("_hooks")]:
+        own[name] = type(own[name])()
+    for held in (made._parameters, made._buffers):
+        tensors: dict[str, Any] = {name: value for name, value in held.items() if value is not None}
+        for value in tensors.values():
+            if id(value) not in known:
+                known[id(value)] = _like(value, copied(value))
+        held.update((name, known[id(value)]) for name, value in tensors.items())
+    children = made._modules.items()
+    own["_modules"] = {
+        name: None if child is None else _twin(child, copied, known) for name, child in children
+    }
+    return made
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
 @contextlib.contextmanager

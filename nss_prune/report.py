@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nss_prune.neurons import Forward, call_model, evaluation, map_tensors, tensors_in
+from nss_prune.neurons import Forward, call_model, evaluation, map_tensors, tensors_in, twin
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,7 @@ def measure(model: nn.Module, example_inputs: Any, forward: Forward = call_model
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of a model without values, whose cost :func:`measure` can count at any time."""
-    tensors = [
-        tensor
-        for module in model.modules()
-        for held in (module._parameters, module._buffers)
-        for tensor in held.values()
-        if tensor is not None
-    ]
-    return copy.deepcopy(model, {id(tensor): _like(tensor) for tensor in tensors})
+    return twin(model, _without_values)
 
 
 def macs_by_module(
@@ -92,24 +83,22 @@ def macs_by_module(
     nothing is computed.
     """
     try:
-        return _counted(model, map_tensors(_without_values, example_inputs), forward, meta=True)
+        inputs = map_tensors(_without_values, example_inputs)
+        return _counted(skeleton(model), inputs, forward)
     except Exception:
         if any(parameter.is_meta for parameter in model.parameters()):
             device = next((tensor.device for tensor in tensors_in(example_inputs)), "cpu")
             model = model.to_empty(device=device)
-        return _counted(model, example_inputs, forward, meta=False)
+        return _counted(model, example_inputs, forward)
 
 
-def _counted(
-    model: nn.Module, example_inputs: Any, forward: Forward, *, meta: bool
-) -> dict[str, int]:
+def _counted(model: nn.Module, example_inputs: Any, forward: Forward) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    values = _values_replaced(model) if meta else contextlib.nullcontext()
     try:
         # The fused kernels of attention are not counted on every device, their parts are.
-        with evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), values, counter:
+        with evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             forward(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -119,29 +108,6 @@ def _counted(
         for name, operations in counter.get_flop_counts().items()
     }
     return {**found, "": counter.get_total_flops() // 2}
-
-
-@contextlib.contextmanager
-def _values_replaced(model: nn.Module) -> Iterator[None]:
-    """Every parameter and buffer without its values inside, itself again outside."""
-    holders: list[tuple[Any, dict[str, Tensor | None]]] = [
-        (held, {**held}) for m in model.modules() for held in (m._parameters, m._buffers) if held
-    ]
-    try:
-        for held, tensors in holders:
-            held.update(
-                (name, None if tensor is None else _like(tensor))
-                for name, tensor in tensors.items()
-            )
-        yield
-    finally:
-        for held, tensors in holders:
-            held.update(tensors)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    empty = _without_values(tensor)
-    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _without_values(tensor: Tensor) -> Tensor:

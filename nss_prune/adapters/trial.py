@@ -9,7 +9,6 @@ module must run and give what the masked one gives.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,7 @@ from nss_prune.neurons import (
     map_tensors,
     parameter_axes,
     tensors_in,
+    twin,
 )
 from nss_prune.removal import check_outputs, execute, plan_removal
 from nss_prune.slicing import Slice
@@ -103,7 +103,7 @@ def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | Non
     groups = adapter.groups("", module)
     try:
         halves = {group.name: torch.arange(group.size) % 2 == 0 for group in groups}
-        reason = _removal_failure(_twin(module), Slice(halves, groups), adapter, call)
+        reason = _removal_failure(twin(module, _copied), Slice(halves, groups), adapter, call)
         if reason is None and not all(_independent(module, group, call) for group in groups):
             reason = "the heads depend on each other, or are not told apart"
     except Exception as error:
@@ -139,10 +139,10 @@ def _independent(module: nn.Module, group: NeuronGroup, call: Call) -> bool:
     for digit in range((group.size - 1).bit_length()):
         for value in (0, 1):
             poisoned = (numbers >> digit) % 2 == value
-            twin = _twin(module)
-            _poison(twin, group, poisoned)
-            with _watched(twin, group, ~poisoned) as clean:
-                _run(twin, call)
+            part = twin(module, _copied)
+            _poison(part, group, poisoned)
+            with _watched(part, group, ~poisoned) as clean:
+                _run(part, call)
             if not (clean and all(clean)):
                 return False
     return True
@@ -199,28 +199,8 @@ def _run(module: nn.Module, call: Call) -> Any:
         return module(*arguments, **keywords)
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy with tensors and children of its own, and without hooks.
-
-    Not a deep copy: that fails on attributes that hold a part of an autograd graph.
-    """
-    twin = copy.copy(module)
-    own = vars(twin)
-    own.update({name: value.copy() for name, value in own.items() if isinstance(value, dict)})
-    for name in [name for name in own if name.endswith("_hooks")]:
-        own[name] = type(own[name])()
-    own["_parameters"] = {
-        name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
-        for name, value in module._parameters.items()
-    }
-    own["_buffers"] = {
-        name: None if value is None else value.detach().clone()
-        for name, value in module._buffers.items()
-    }
-    own["_modules"] = {
-        name: None if child is None else _twin(child) for name, child in module._modules.items()
-    }
-    return twin
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _first_line(error: Exception) -> str:

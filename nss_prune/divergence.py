@@ -1,0 +1,268 @@
+"""How far the outputs drift for every number of neurons that go, foreseen from two matrices.
+
+When neurons P of a group go and are folded into those that stay, S, what their readers miss is
+x_P − B x_S, with covariance Σ_P|S = Σ_PP − Σ_PS Σ_SS⁻¹ Σ_SP. To second order the outputs then
+diverge from those of the whole model, in nats of Kullback-Leibler divergence, by
+
+    D(P) ≈ ½ tr(Γ_PP Σ_P|S),    Γ = E[Σ_positions g gᵀ],
+
+where g is the gradient of −log p(y | x), with y drawn from the model's own p, by what the readers
+read: the Fisher information of Optimal Brain Surgeon (Hassibi, Stork, 1993), for whole neurons and
+after folding, with what the readers read in the place of weights. Γ and Σ come from one pass over
+the data, forward and backward, and labels are not used.
+
+Neurons are eliminated one by one, each time the one that adds least. With W any root of Γ = WᵀW,
+eliminating p adds ½ ‖w_p‖² / [Σ⁻¹]_pp exactly, after which W and Σ⁻¹ are those of the neurons that
+are left; so one elimination gives the order of a group and D for every number of neurons.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.activations import Reading, Watcher
+from nss_prune.categories import class_scores
+from nss_prune.collector import as_computed, run
+from nss_prune.errors import NumericalError
+from nss_prune.neurons import NeuronGroup, evaluation
+from nss_prune.readers import Moments, ReaderStatistics, counted_batches
+from nss_prune.similarity import evenly_spaced
+
+POSITIONS = 64  # of a map that are looked at
+ROUNDS = 96  # a round eliminates as many neurons as are left, divided by this
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The neurons of a group in the order in which they can best be spared.
+
+    Attributes:
+        order: Neurons, the first to go first, ``[neurons]``.
+        divergence: D after each of them, in nats a sample, ``[neurons]``, float64.
+    """
+
+    order: Tensor
+    divergence: Tensor
+
+
+@dataclass
+class Sensitivity:
+    """What one pass adds up for a group.
+
+    Attributes:
+        read: Mean and covariance of what its readers read.
+        information: Σ over samples and positions of g gᵀ, ``[neurons, neurons]``, float64.
+        effects: Σ over samples of e², e f and f², where e = Σ_positions g x and
+            f = Σ_positions g, float64 ``[3, neurons]``.
+    """
+
+    read: Moments
+    information: Tensor
+    effects: Tensor
+
+
+def eliminations(
+    model: nn.Module,
+    data: Iterable[Any],
+    groups: Sequence[NeuronGroup],
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, Elimination]:
+    """Layer -> its elimination, from one pass over the data; the model is left as found.
+
+    Args:
+        data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
+            must be class scores.
+        seed: For the labels that are drawn from the model's outputs.
+        progress: Show a progress bar; None for only on a terminal.
+
+    Raises:
+        DataError: The data is empty, or the model refuses it or gives no class scores.
+        NumericalError: A reader reads NaN or infinite values, or gets such gradients.
+    """
+    found = sensitivities(model, data, groups, seed=seed, progress=progress)
+    return {name: eliminated(name, sums) for name, sums in found.items()}
+
+
+def sensitivities(
+    model: nn.Module,
+    data: Iterable[Any],
+    groups: Sequence[NeuronGroup],
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, Sensitivity]:
+    """Layer -> its sums, see :func:`eliminations`."""
+    found: dict[str, Sensitivity] = {}
+    sizes = {group.name: group.size for group in groups}
+
+    def add(reading: Reading, gradient: Tensor) -> None:
+        name = reading.group
+        if name not in found:
+            zeros = torch.zeros(
+                sizes[name] + 3, sizes[name], dtype=torch.float64, device=gradient.device
+            )
+            found[name] = Sensitivity(Moments(), zeros[3:], zeros[:3])
+        activation, gradient = as_computed(reading.activation), as_computed(gradient)
+        found[name].read.add(activation)
+        found[name].information += _information(gradient)
+        found[name].effects += _effects(activation, gradient)
+
+    generator = torch.Generator().manual_seed(seed)
+    with evaluation(model), torch.enable_grad():
+        for number, inputs, samples in counted_batches(model, data, progress, "divergence"):
+            with Watcher(groups, samples, add).attached(model):
+                scores = class_scores(run(model, inputs, number)).float()
+                _drawn_loss(scores, generator).backward()
+    return found
+
+
+def _information(gradient: Tensor) -> Tensor:
+    """Σ g gᵀ over the samples and positions of ``[samples, neurons, positions]``."""
+    positions = gradient.shape[2]
+    if positions > POSITIONS:
+        picked = evenly_spaced(positions, POSITIONS).to(gradient.device)
+        gradient = gradient.index_select(2, picked)
+    by_neuron = gradient.transpose(0, 1).flatten(1)
+    total: Tensor = (by_neuron @ by_neuron.T).double() * (positions / gradient.shape[2])
+    return total
+
+
+def _effects(activation: Tensor, gradient: Tensor) -> Tensor:
+    """See :class:`Sensitivity`; both are ``[samples, neurons, positions]``."""
+    effect = (activation * gradient).sum(2).double()
+    total = gradient.sum(2).double()
+    return torch.stack([effect**2, effect * total, total**2]).sum(1)
+
+
+def _drawn_loss(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """−log p of labels drawn from p, summed; scores are ``[samples, classes, ...]``."""
+    by_place = scores.movedim(1, -1).flatten(0, -2)
+    chances = by_place.detach().softmax(1).cpu()
+    labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(scores.device)
+    return nn.functional.cross_entropy(by_place, labels, reduction="sum")
+
+
+def eliminated(name: str, sums: Sensitivity) -> Elimination:
+    """The elimination of one group.
+
+    Raises:
+        NumericalError: Its sums are NaN or infinite.
+    """
+    statistics = sums.read.statistics(name, (), None)
+    information = sums.information / statistics.samples
+    weights = _togetherness(sums, information, statistics)
+    information = weights[:, None] * information * weights
+    if not torch.isfinite(information.sum()):
+        raise NumericalError(
+            f"the gradients of what reads {name} are NaN or infinite; check the data and the "
+            "model's weights"
+        )
+    return eliminate(shrunk(statistics.covariance, statistics.observations), information)
+
+
+def _togetherness(sums: Sensitivity, information: Tensor, statistics: ReaderStatistics) -> Tensor:
+    """How much more each neuron matters where it says something, ``[neurons]``.
+
+    Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
+    Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
+    """
+    mean = statistics.mean
+    first, mixed, second = sums.effects / statistics.samples
+    alone = first - 2 * mean * mixed + mean**2 * second
+    apart = information.diagonal() * statistics.covariance.diagonal()
+    return torch.where(apart > 0, (alone / apart).clamp(min=0).sqrt(), torch.zeros_like(apart))
+
+
+def shrunk(covariance: Tensor, observations: float) -> Tensor:
+    """A covariance that can be inverted: oracle approximating shrinkage.
+
+    Chen, Wiesel, Eldar, Hero (2010), IEEE Transactions on Signal Processing 58(10), eq. 23.
+    """
+    size = len(covariance)
+    trace, square = covariance.trace(), covariance.square().sum()
+    numerator = (1 - 2 / size) * square + trace**2
+    denominator = (observations + 1 - 2 / size) * (square - trace**2 / size)
+    share = 1.0 if denominator <= 0 else min(1.0, max(0.0, float(numerator / denominator)))
+    least = torch.finfo(covariance.dtype).eps * size
+    smoothed = (1 - share) * covariance
+    smoothed.diagonal().add_(max(share, least) * trace / size + torch.finfo(torch.float64).tiny)
+    return smoothed
+
+
+def eliminate(covariance: Tensor, information: Tensor) -> Elimination:
+    """Backward elimination, see the module's text.
+
+    Args:
+        covariance: Σ, positive definite float64 ``[neurons, neurons]``.
+        information: Γ of one sample, ``[neurons, neurons]``.
+    """
+    precision = torch.linalg.inv(covariance)
+    variances, directions = torch.linalg.eigh(information)
+    root = (variances.clamp(min=0).sqrt()[:, None] * directions.T).contiguous()
+    alive = torch.arange(len(covariance), device=covariance.device)
+    order, added = [], []
+    while len(alive):
+        costs = root.square().sum(0) / precision.diagonal()
+        count = max(1, len(alive) // ROUNDS)
+        out = costs.argsort(stable=True)[:count]
+        # Within a round one by one as well: the Cholesky factor eliminates in the order given.
+        factor = torch.linalg.cholesky(precision[out][:, out])
+        scaled = torch.linalg.solve_triangular(factor, root[:, out].T, upper=False)
+        added.append(scaled.square().sum(1) / 2)
+        order.append(alive[out])
+        stay = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
+        stay[out] = False
+        reach = torch.linalg.solve_triangular(factor, precision[out][:, stay], upper=False)
+        root = root[:, stay] - scaled.T @ reach
+        precision = precision[stay][:, stay] - reach.T @ reach
+        alive = alive[stay]
+    return Elimination(torch.cat(order), torch.cat(added).cumsum(0))
+
+
+def slopes(divergence: Tensor) -> Tensor:
+    """What each neuron of an elimination adds on the lower convex hull of D, ``[neurons]``.
+
+    A budget can only be met at the corners of the hull; between them all neurons count alike.
+    """
+    values = [0.0, *divergence.tolist()]
+    corners: list[int] = []
+    for here in range(len(values)):
+        while len(corners) > 1 and _is_above(values, corners[-2], corners[-1], here):
+            corners.pop()
+        corners.append(here)
+    steps = torch.empty_like(divergence)
+    for left, right in itertools.pairwise(corners):
+        steps[left:right] = (values[right] - values[left]) / (right - left)
+    return steps
+
+
+def _is_above(values: Sequence[float], left: int, middle: int, right: int) -> bool:
+    """Whether the middle one of three points is on or above the line through the others."""
+    rise = (values[right] - values[left]) * (middle - left)
+    return (values[middle] - values[left]) * (right - left) >= rise
+
+
+def scores(found: Mapping[str, Elimination], costs: Mapping[str, float]) -> dict[str, Tensor]:
+    """Layer -> divergence for each unit of cost that a neuron saves, all different, ``[neurons]``.
+
+    Removing the lowest scores of all layers together until a budget is met minimises the sum of
+    the divergences under it: the budget's Lagrange multiplier is the threshold.
+
+    Args:
+        costs: Layer -> what one of its neurons costs.
+    """
+    result = {}
+    for name, elimination in found.items():
+        by_rank = slopes(elimination.divergence) / max(costs[name], torch.finfo(torch.float64).tiny)
+        ranks = torch.arange(len(by_rank), device=by_rank.device)
+        distinct = by_rank * (1 + 1e-9 * ranks) + torch.finfo(torch.float64).tiny * ranks
+        result[name] = torch.empty_like(distinct).scatter(0, elimination.order, distinct).cpu()
+    return result
