@@ -27,14 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.activations import Reading, Watcher
+from nss_prune.budget import Limits, ShareOf, solve
 from nss_prune.categories import class_scores
-from nss_prune.collector import as_computed, run
+from nss_prune.collector import Beside, alone, as_computed, run
 from nss_prune.errors import NumericalError
 from nss_prune.neurons import NeuronGroup, evaluation
 from nss_prune.readers import Moments, ReaderStatistics, counted_batches
 from nss_prune.similarity import evenly_spaced
+from nss_prune.slicing import Slice
 
 POSITIONS = 64  # of a map that are looked at
+ALLOCATIONS = 4
 ROUNDS = 96  # a round eliminates as many neurons as are left, divided by this
 
 
@@ -73,6 +76,7 @@ def eliminations(
     groups: Sequence[NeuronGroup],
     *,
     seed: int = 0,
+    beside: Beside = alone,
     progress: bool | None = None,
 ) -> dict[str, Elimination]:
     """Layer -> its elimination, from one pass over the data; the model is left as found.
@@ -81,13 +85,14 @@ def eliminations(
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
             must be class scores.
         seed: For the labels that are drawn from the model's outputs.
+        beside: See :class:`nss_prune.collector.Collector`.
         progress: Show a progress bar; None for only on a terminal.
 
     Raises:
         DataError: The data is empty, or the model refuses it or gives no class scores.
         NumericalError: A reader reads NaN or infinite values, or gets such gradients.
     """
-    found = sensitivities(model, data, groups, seed=seed, progress=progress)
+    found = sensitivities(model, data, groups, seed=seed, beside=beside, progress=progress)
     return {name: eliminated(name, sums) for name, sums in found.items()}
 
 
@@ -97,6 +102,7 @@ def sensitivities(
     groups: Sequence[NeuronGroup],
     *,
     seed: int = 0,
+    beside: Beside = alone,
     progress: bool | None = None,
 ) -> dict[str, Sensitivity]:
     """Layer -> its sums, see :func:`eliminations`."""
@@ -118,7 +124,7 @@ def sensitivities(
     generator = torch.Generator().manual_seed(seed)
     with evaluation(model), torch.enable_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "divergence"):
-            with Watcher(groups, samples, add).attached(model):
+            with Watcher(groups, samples, add).attached(model), beside(samples):
                 scores = class_scores(run(model, inputs, number)).float()
                 _drawn_loss(scores, generator).backward()
     return found
@@ -250,19 +256,72 @@ def _is_above(values: Sequence[float], left: int, middle: int, right: int) -> bo
     return (values[middle] - values[left]) * (right - left) >= rise
 
 
-def scores(found: Mapping[str, Elimination], costs: Mapping[str, float]) -> dict[str, Tensor]:
-    """Layer -> divergence for each unit of cost that a neuron saves, all different, ``[neurons]``.
+def allocate(
+    groups: tuple[NeuronGroup, ...],
+    found: Mapping[str, Elimination],
+    budget: float,
+    share: ShareOf,
+    limits: Limits,
+) -> tuple[Slice, float]:
+    """The slice of least divergence within a budget, layers added up.
 
-    Removing the lowest scores of all layers together until a budget is met minimises the sum of
-    the divergences under it: the budget's Lagrange multiplier is the threshold.
+    Removing what adds least for each unit of cost, of all layers together, minimises the sum under
+    the budget, whose Lagrange multiplier is the threshold. What a neuron costs depends on how many
+    are left around it, so the costs are those at the last solution, and the best of some rounds is
+    taken.
+
+    Args:
+        found: Layer -> its elimination; layers without one are left alone.
+        budget: Share of the cost to keep, in (0, 1].
+        share: The share that a slice keeps.
+
+    Returns:
+        As :func:`nss_prune.budget.solve`.
+    """
+    current = Slice({group.name: torch.ones(group.size).bool() for group in groups}, groups)
+    found = {group.name: found[group.name] for group in groups if group.name in found}
+    solutions = []
+    for _ in range(ALLOCATIONS):
+        values = scores(groups, found, _costs(current, found, share))
+        current, reached = solve(groups, values.__getitem__, budget, share, limits)
+        solutions.append((reached > budget, foreseen(current, found), current, reached))
+    _, _, best, reached = min(solutions, key=lambda solution: solution[:2])
+    return best, reached
+
+
+def foreseen(critical: Slice, found: Mapping[str, Elimination]) -> float:
+    """Σ D of a slice that follows the eliminations, in nats a sample."""
+    removed = {name: len(neurons) for name, neurons in critical.removed.items()}
+    return sum(float(found[name].divergence[n - 1]) for name, n in removed.items())
+
+
+def _costs(current: Slice, found: Mapping[str, Elimination], share: ShareOf) -> dict[str, float]:
+    """Layer -> what one of its neurons costs, by sparing the next tenth of those left."""
+    whole = share(current)
+    costs = {}
+    for name, elimination in found.items():
+        kept = current.kept[name].clone()
+        left = elimination.order.cpu()[kept[elimination.order.cpu()]]
+        spared = left[: max(1, len(left) // 10)]
+        kept[spared] = False
+        without = Slice({**current.kept, name: kept}, current.groups) if kept.any() else current
+        costs[name] = (whole - share(without)) / len(spared)
+    return costs
+
+
+def scores(
+    groups: Sequence[NeuronGroup], found: Mapping[str, Elimination], costs: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Layer -> divergence for each unit of cost that a neuron saves, all different, ``[neurons]``.
 
     Args:
         costs: Layer -> what one of its neurons costs.
     """
-    result = {}
+    least = torch.finfo(torch.float64).tiny
+    result = {group.name: torch.full((group.size,), torch.inf).double() for group in groups}
     for name, elimination in found.items():
-        by_rank = slopes(elimination.divergence) / max(costs[name], torch.finfo(torch.float64).tiny)
-        ranks = torch.arange(len(by_rank), device=by_rank.device)
-        distinct = by_rank * (1 + 1e-9 * ranks) + torch.finfo(torch.float64).tiny * ranks
-        result[name] = torch.empty_like(distinct).scatter(0, elimination.order, distinct).cpu()
+        by_rank = slopes(elimination.divergence).cpu() / max(costs[name], least)
+        ranks = torch.arange(len(by_rank))
+        distinct = by_rank * (1 + 1e-9 * ranks) + least * ranks
+        result[name][elimination.order.cpu()] = distinct
     return result

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
@@ -20,11 +20,12 @@ from nss_prune.adapters.trial import adapted_on_trial
 from nss_prune.budget import TOLERANCE, Limits, limited, mac_share, parameter_share, solve
 from nss_prune.calls import recording
 from nss_prune.categories import Categories, check_categories
-from nss_prune.collector import Loss
+from nss_prune.collector import Loss, alone
 from nss_prune.contributions import Contribution, metric_named
 from nss_prune.deadline import deadline
 from nss_prune.discovery import TIMEOUT, WHOLE_SHARE, discover_parts
 from nss_prune.distributed import processes
+from nss_prune.divergence import Elimination, allocate, eliminations
 from nss_prune.errors import (
     ArgumentError,
     GraphError,
@@ -40,6 +41,7 @@ from nss_prune.neurons import (
     OutputRecorder,
     as_arguments,
     call_model,
+    evaluation,
     find_neurons,
     refuse_reparametrised,
     resolve_layers,
@@ -47,7 +49,7 @@ from nss_prune.neurons import (
     traceable,
 )
 from nss_prune.profile import Profile, profile_neurons
-from nss_prune.readers import ReaderStatistics, reader_statistics
+from nss_prune.readers import ReaderStatistics, ReaderSums, reader_statistics, survey
 from nss_prune.removal import remove, undone_on_error, verified
 from nss_prune.report import Report, Row, macs_by_module, measure, skeleton
 from nss_prune.similarity import Features, Landscape
@@ -94,8 +96,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         params_budget: Share of the parameters to keep, in (0, 1]. The report says so where a
             budget cannot be met within 1 %.
         metric: Contribution metric, by name or as an object.
-        strategy: "semantic", or with ``pruning_ratio`` "category" or "global": the best of each
-            category and their union, or the best over all data, of every layer.
+        strategy: "semantic", the paper's rule: one θ for all layers. With ``pruning_ratio`` also
+            "category" or "global": the best of each category and their union, or the best over all
+            data, of every layer. With a budget also "divergence": as many neurons of each layer
+            as make the outputs diverge least for the cost that they save, after folding (see
+            :mod:`nss_prune.divergence`); that is the default for a budget with ``data``, unless a
+            ``profile`` or a ``loss`` is given.
         categories: See :func:`nss_prune.profile`; "labels" by default where there is data.
         features: See :func:`nss_prune.profile`.
         loss: See :func:`nss_prune.profile`.
@@ -136,7 +142,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         macs_budget: float | None = None,
         params_budget: float | None = None,
         metric: str | Contribution = "taylor",
-        strategy: Strategy = "semantic",
+        strategy: Strategy | Literal["divergence"] | None = None,
         categories: Categories = "labels",
         features: Features = "pixel",
         loss: Loss | None = None,
@@ -152,7 +158,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check_categories(categories)
         ratio = _check_ratio(pruning_ratio)
         self._budgets = _check_budgets(params_budget, macs_budget, ratio, importance)
-        _check_strategy(strategy, ratio, importance)
+        foresees = bool(self._budgets) and data is not None
+        if strategy is None:
+            plain = profile is not None or loss is not None
+            strategy = "divergence" if foresees and not plain else "semantic"
+        _check_strategy(strategy, ratio, importance, foresees)
         if not timeout > 0:
             raise ArgumentError(f"timeout is {timeout!r}; give a number of seconds above 0")
         self.timeout = timeout
@@ -175,6 +185,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._graph_arguments: dict[str, Any] = {}
         self._profile = profile
         self._slice: Slice | None = None
+        self._eliminations: dict[str, Elimination] | None = None
+        self._statistics: dict[str, ReaderStatistics] | None = None
         self._ranking: NSSImportance | None = None
         self._stale = False
         arguments = own_arguments(model, torch_pruning_arguments)
@@ -287,6 +299,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     found = self._neurons_of(self.DG, output_nodes)
         self._set_neurons(adapted_on_trial(self.model, found, claimed, calls))
         self._profile = self._slice = self._ranking = None
+        self._eliminations = self._statistics = None
         self._stale = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -391,7 +404,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _make_slice(self) -> Slice:
         done = max(self.current_step, 1) / self.iterative_steps
-        if not self._own_criterion:
+        if self.strategy == "divergence":
+            self._foresee()
+        elif not self._own_criterion:
             self._semantic_ranking()  # first: the profile says which neurons can be ranked
         if self._budgets:
             return self._slice_by_budget(done)
@@ -407,6 +422,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         # The profile is of the model as the last step left it; the share is of the first one.
         left = 1 - self._share * (done - 1 / self.iterative_steps)
         ratio = (1 - self._share * done) / left
+        assert self.strategy != "divergence"
         return self._own_groups(self.profile.slice(ratio=ratio, strategy=self.strategy))
 
     def _own_groups(self, critical: Slice) -> Slice:
@@ -428,9 +444,33 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             )
         )
         wanted = 1 - (1 - budget) * done
-        critical, reached = solve(self.neurons.groups, self._scores, wanted, share, self._limits())
+        groups, limits = self.neurons.groups, self._limits()
+        if self._eliminations is None:
+            critical, reached = solve(groups, self._scores, wanted, share, limits)
+        else:
+            critical, reached = allocate(groups, self._eliminations, wanted, share, limits)
         self._shortfall = _shortfall(kind, wanted, reached)
         return critical
+
+    def _foresee(self) -> None:
+        """Eliminate the neurons of every group, and see what the readers read, in one pass."""
+        if self._eliminations is not None:
+            return
+        assert self.data is not None
+        self._set_neurons(readable(self.model, self.neurons, self._example_inputs, self._forward))
+        groups = self.neurons.groups
+        sums = ReaderSums(self.model, groups)
+        self._eliminations = eliminations(
+            self.model,
+            self.data,
+            groups,
+            beside=sums.watching if self.fold else alone,
+            progress=self.progress,
+        )
+        if self.fold:
+            with evaluation(self.model), torch.no_grad():
+                norms = survey(self.model, sums.readers, self._example_inputs).norms
+            self._statistics = sums.statistics(norms)
 
     def _limits(self) -> Limits:
         least = {
@@ -591,6 +631,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _reader_statistics(self) -> Mapping[str, ReaderStatistics] | None:
         """What the readers read, from the profile's own pass where there was one."""
+        if self._statistics is not None:
+            return self._statistics
         if self._profile is not None:
             return self._profile.readers
         if self.data is None:
@@ -708,10 +750,17 @@ def untraceable(model: nn.Module, error: Exception) -> GraphError:
     )
 
 
-def _check_strategy(strategy: str, ratio: float | None, importance: Any) -> None:
-    if strategy not in STRATEGIES:
-        raise ArgumentError(f"strategy is {strategy!r}; use one of {STRATEGIES}")
-    if strategy != "semantic" and (ratio is None or importance is not None):
+def _check_strategy(strategy: str, ratio: float | None, importance: Any, foresees: bool) -> None:
+    """Args: ``foresees``, whether there are a budget and data."""
+    known = (*STRATEGIES, "divergence")
+    if strategy not in known:
+        raise ArgumentError(f"strategy is {strategy!r}; use one of {known}")
+    if strategy == "divergence" and not foresees:
+        raise ArgumentError(
+            "strategy='divergence' allocates a budget from data: give macs_budget= or "
+            "params_budget=, and data="
+        )
+    if strategy in ("category", "global") and (ratio is None or importance is not None):
         raise ArgumentError(
             f"strategy={strategy!r} takes a share of the ranking: give pruning_ratio=, and no "
             "importance="

@@ -118,10 +118,7 @@ class Slice:
         Raises:
             OSError: The file cannot be written.
         """
-        tensors, groups = encode_groups(self.groups)
-        for name, kept in self.kept.items():
-            tensors[f"kept/{name}"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
-        write_file(path, KIND, tensors, {"groups": groups, "kept": list(self.kept)})
+        write_file(path, KIND, *encode_slice(self))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Slice:
@@ -131,16 +128,7 @@ class Slice:
             FileFormatError: The file is damaged, foreign, or of a newer version.
             OSError: The file cannot be read.
         """
-        tensors, notes = read_file(path, KIND)
-        groups = decode_groups(tensors, notes["groups"])
-        sizes = {group.name: group.size for group in groups}
-        kept = {
-            name: torch.from_numpy(
-                np.unpackbits(tensors[f"kept/{name}"].numpy(), count=sizes[name])
-            ).bool()
-            for name in notes["kept"]
-        }
-        return Slice(kept, groups)
+        return decode_slice(*read_file(path, KIND))
 
     def compression_rate(self, model: nn.Module) -> float:
         """Share of the parameters of ``model`` that belong to neurons outside the slice.
@@ -150,6 +138,27 @@ class Slice:
         left = parameters_left(self, model)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         return 1 - sum(left.values()) / sum(sizes.values())
+
+
+def encode_slice(critical: Slice) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, one bit a neuron, and JSON that refers to them."""
+    tensors, groups = encode_groups(critical.groups)
+    for name, kept in critical.kept.items():
+        tensors[f"kept/{name}"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
+    return tensors, {"groups": groups, "kept": list(critical.kept)}
+
+
+def decode_slice(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Slice:
+    """What :func:`encode_slice` encoded."""
+    groups = decode_groups(tensors, notes["groups"])
+    sizes = {group.name: group.size for group in groups}
+    kept = {
+        name: torch.from_numpy(
+            np.unpackbits(tensors[f"kept/{name}"].numpy(), count=sizes[name])
+        ).bool()
+        for name in notes["kept"]
+    }
+    return Slice(kept, groups)
 
 
 def parameters_left(critical: Slice, model: nn.Module) -> dict[str, int]:

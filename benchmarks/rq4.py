@@ -1,0 +1,655 @@
+"""RQ4, incremental development: learn task B and keep task A (Table 6).
+
+    python benchmarks/rq4.py                                           a minute, no download
+    python benchmarks/rq4.py --settings mlp-mnist,mlp-fmnist --data DIR --seeds 5
+    python benchmarks/rq4.py --settings mlp-mnist --data DIR --tasks 5
+
+The ten classes are split into tasks, in order: A is classes 0 to 4 and B 5 to 9, or with
+`--tasks 5` two classes each. For every setting and seed a model is trained on task A (or taken
+from the cache). From it each method learns the next tasks, by the same recipe (epochs, optimiser,
+learning rates, augmentation):
+
+    original               learns nothing more
+    retrain                trains everything on the new task alone
+    replay-5, -10, -100    the same with that share (%) of the earlier tasks' data among it
+    deeparc                trains the layers that DeepArc finds redundant, alone
+    packnet                PackNet: see packnet.py
+    neusemslice            trains what is not critical to the earlier tasks, without their data
+    neusemslice-replay-10  the same, with 10 % of it
+
+The columns are
+
+    task A, B  test accuracy once the last task is learned. Which task a sample belongs to is given:
+               for every method the outputs of its task compete. Earlier tasks use their masks where
+               a method has them (NeuSemSlice, PackNet); the last task, and all tasks of the other
+               methods, use the whole network
+    average    of the tasks
+    forgetting points that a task lost since it was learned, mean over all but the last; of task A
+               against the whole network, so that what its mask costs is included
+    not given  average where the task of a sample is not given: all outputs of the whole network
+               compete, as the paper must have measured retraining and replay (its task A falls to
+               0). PackNet, and NeuSemSlice without replay, keep their tasks apart: of these the
+               mask answers whose outputs have the least entropy
+    bytes      to be kept for task A beside the model: a mask, samples to replay
+
+The loss is the cross entropy of all outputs, as a network that answers without being given the
+task needs it; of those of the task for methods that keep tasks apart (`--loss` asks for one of
+them). PackNet trains on task A for half as many epochs again, after it is pruned.
+
+NeuSemSlice chooses theta by the trainer's own rule, from data of each task alone. A HAT mask (Serra
+et al. 2018) is not among the methods: it must be trained into the model of task A from the start,
+which would then be another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import results
+import targets_adaptation as targets
+from data import Data, Split, load
+from nss_prune.adaptation import Freezing
+from nss_prune.adaptation.incremental import IncrementalTrainer, Objective, TaskLoss, mixed
+from nss_prune.deeparc import DeepArc
+from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
+from options import checked_seeds, common, usable_device
+from packnet import PackNet
+from results import Cell, Column, spread
+from settings import Setting, chosen
+from training import Recipe, fast, make_optimiser, suitable_threads, take, trained
+
+CLASSES = 10
+PROFILED = 1000  # samples of each class, where a setting's slices are computed from fewer
+SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
+
+Competition = Literal["method", "task", "all"]
+
+
+@dataclass(frozen=True)
+class Subtask:
+    """Some of the classes, and the data of these alone."""
+
+    classes: tuple[int, ...]
+    data: Data
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a task is learned, the same for all methods.
+
+    loss: whether the outputs of a sample's task compete in the loss, or those of all tasks, or
+        what suits the method.
+    profiled: samples of each class that slices are computed from.
+    """
+
+    recipe: Recipe
+    seed: int
+    loss: Competition = "method"
+    profiled: int = PROFILED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method made of a model. Accuracies are shares, 0 to 1.
+
+    learned: accuracy on each task when it had just been learned.   final: in the end.
+    unknown: the mean in the end where the task of a sample is not given.
+    storage: bytes for task A.   seconds: of learning all tasks after A.
+    """
+
+    method: str
+    seed: int
+    learned: tuple[float, ...]
+    final: tuple[float, ...]
+    unknown: float
+    storage: int
+    seconds: float
+
+    @property
+    def average(self) -> float:
+        return statistics.fmean(self.final)
+
+    @property
+    def forgetting(self) -> float:
+        pairs = zip(self.learned[:-1], self.final[:-1], strict=True)
+        return statistics.fmean(before - after for before, after in pairs)
+
+
+class Batches:
+    """Batches of a split in random order, another one in each pass, augmented if asked to."""
+
+    def __init__(self, split: Split, size: int, augment: bool, random: torch.Generator) -> None:
+        self.split = split
+        self.size = size
+        self.augment = augment
+        self.random = random
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.split), generator=self.random)
+        for indices in order.split(self.size):
+            yield take(self.split, indices, self.augment, self.random)
+
+
+class InOrder:
+    """Batches of a split in order, as often as asked."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.split.batches(250)
+
+
+def study(
+    freezing: Freezing,
+    own: Split,
+    replayed: Split | None,
+    objective: Objective,
+    recipe: Recipe,
+    seed: int,
+) -> None:
+    """Train what a freezing lets train; each epoch passes over all of `own` and `replayed`."""
+    model, steps = freezing.model, recipe.epochs * -(-len(own) // recipe.batch)
+    if steps == 0:
+        return
+    random = torch.Generator().manual_seed(seed)
+    data = Batches(own, recipe.batch, recipe.augment, random)
+    again = None
+    if replayed is not None:
+        size = max(1, round(recipe.batch * len(replayed) / len(own)))
+        again = Batches(replayed, size, recipe.augment, random)
+    optimiser = make_optimiser(model, recipe)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, steps)
+    model.train()
+    with (
+        torch.random.fork_rng(),
+        suitable_threads(model),
+        freezing.attach(optimiser),
+        tqdm(total=steps, desc="next task", leave=False, disable=None) as bar,
+    ):
+        torch.manual_seed(seed)  # for dropout
+        for _ in range(recipe.epochs):
+            for inputs, labels, count in mixed(data, again):
+                with fast(model):
+                    outputs = model(inputs)
+                loss = objective(outputs.float(), labels, count)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                bar.update()
+    model.eval()
+
+
+class Learner:
+    """Learns task after task; by itself it trains the whole network, and replays.
+
+    Args:
+        model: Trained on the first task; it is changed.
+        first: That task.
+        course: How the others are learned.
+        replay: Share of the earlier tasks' data that is kept and replayed.
+    """
+
+    def __init__(
+        self, model: nn.Module, first: Subtask, course: Course, replay: float = 0.0
+    ) -> None:
+        self.model = model
+        self.course = course
+        self.replay = replay
+        self.tasks = [first]
+
+    @property
+    def apart(self) -> bool:
+        """Whether tasks do not compete: which one a sample belongs to is always asked first."""
+        return False
+
+    def learn(self, task: Subtask) -> None:
+        study(
+            self.freezing(task), task.data.train, self.replayed(), self.objective(task),
+            self.course.recipe, self.course.seed,
+        )  # fmt: skip
+        self.tasks.append(task)
+
+    def freezing(self, task: Subtask) -> Freezing:
+        """What trains for the next task."""
+        every = {
+            name: torch.ones_like(parameter, dtype=torch.bool)
+            for name, parameter in self.model.named_parameters()
+        }
+        return Freezing(self.model, every)
+
+    def objective(self, task: Subtask) -> Objective:
+        earlier = tuple(c for known in self.tasks for c in known.classes)
+        if self.course.loss == "all" or (self.course.loss == "method" and not self.apart):
+            return Objective(*[TaskLoss(tuple(sorted({*earlier, *task.classes})))] * 2)
+        return Objective(TaskLoss(task.classes), TaskLoss(earlier))
+
+    def inference(self, position: int) -> AbstractContextManager[nn.Module]:
+        """The model as it answers for a task."""
+        return nullcontext(self.model)
+
+    def replayed(self) -> Split | None:
+        """What is kept of the tasks so far."""
+        if self.replay == 0:
+            return None
+        parts = [drawn(task.data.train, self.replay, self.course.seed) for task in self.tasks]
+        pixels, labels = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("pixels", "labels")
+        )
+        return replace(parts[0], pixels=pixels, labels=labels)
+
+    def storage(self) -> int:
+        """Bytes for the first task, beside the model: its samples, a byte for each label."""
+        if self.replay == 0:
+            return 0
+        kept = drawn(self.tasks[0].data.train, self.replay, self.course.seed)
+        return kept.pixels.nbytes + len(kept)
+
+
+class Original(Learner):
+    """Learns nothing more."""
+
+    def learn(self, task: Subtask) -> None:
+        self.tasks.append(task)
+
+
+class RedundantLayers(Learner):
+    """Trains the layers that DeepArc finds redundant for the first task, and nothing else."""
+
+    def freezing(self, task: Subtask) -> Freezing:
+        first = self.tasks[0].data.train.per_category(self.course.profiled)
+        found = DeepArc(self.model, InOrder(first), SIMILAR, progress=False)
+        if not found.redundant:
+            similar = max(found.similarity.values())
+            raise NothingToPruneError(
+                f"no layer is redundant: similarities reach {similar:.3f}, not {SIMILAR}"
+            )
+        redundant = {name: ~others for name, others in found.trainable().items()}
+        norms = found.freezing().frozen_statistics  # these belong to redundant layers
+        others = {
+            name: torch.ones_like(module.running_mean, dtype=torch.bool)
+            for name, module in self.model.named_modules()
+            if isinstance(getattr(module, "running_mean", None), Tensor) and name not in norms
+        }
+        return Freezing(self.model, redundant, others)
+
+
+class NonCriticalNeurons(Learner):
+    """NeuSemSlice: trains what is not critical to earlier tasks."""
+
+    def __init__(
+        self, model: nn.Module, first: Subtask, course: Course, replay: float = 0.0
+    ) -> None:
+        super().__init__(model, first, course, replay)
+        self.trainer = IncrementalTrainer(
+            model, data=self._profiled(first), classes=first.classes, progress=False
+        )
+
+    @property
+    def apart(self) -> bool:
+        return self.replay == 0
+
+    def learn(self, task: Subtask) -> None:
+        super().learn(task)
+        self.trainer.add(self._profiled(task))
+
+    def freezing(self, task: Subtask) -> Freezing:
+        inputs, _ = next(task.data.train.batches(8))
+        return self.trainer.freezing(inputs)
+
+    def inference(self, position: int) -> AbstractContextManager[nn.Module]:
+        return self.trainer.task(position)
+
+    def storage(self) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "task"
+            self.trainer.tasks[0].save(path)
+            return super().storage() + path.stat().st_size
+
+    def _profiled(self, task: Subtask) -> InOrder:
+        return InOrder(task.data.train.per_category(self.course.profiled))
+
+
+class PackedWeights(Learner):
+    """PackNet: every task keeps its largest weights, an equal share of them all."""
+
+    def __init__(self, model: nn.Module, first: Subtask, course: Course, tasks: int) -> None:
+        super().__init__(model, first, course)
+        self.packed = PackNet(model)
+        self.left = tasks
+        self._pack(first)
+
+    @property
+    def apart(self) -> bool:
+        return True
+
+    def learn(self, task: Subtask) -> None:
+        super().learn(task)
+        self._pack(task)
+
+    def freezing(self, task: Subtask) -> Freezing:
+        return self.packed.free(task.classes)
+
+    def inference(self, position: int) -> AbstractContextManager[nn.Module]:
+        return self.packed.masked(position + 1)
+
+    def storage(self) -> int:
+        return self.packed.mask_bytes
+
+    def _pack(self, task: Subtask) -> None:
+        """Keep weights for the task just learned, and train them half as long as for a task."""
+        kept = self.packed.keep(1 / self.left, task.classes)
+        self.left -= 1
+        recipe = self.course.recipe
+        if self.left:
+            short = replace(recipe, epochs=recipe.epochs // 2)
+            study(kept, task.data.train, None, self.objective(task), short, self.course.seed)
+
+
+METHODS: dict[str, tuple[str, Callable[[nn.Module, Subtask, Course, int], Learner]]] = {
+    "original": ("Original", lambda m, a, c, n: Original(m, a, c)),
+    "retrain": ("Retrain", lambda m, a, c, n: Learner(m, a, c)),
+    "replay-5": ("Replay 5 %", lambda m, a, c, n: Learner(m, a, c, 0.05)),
+    "replay-10": ("Replay 10 %", lambda m, a, c, n: Learner(m, a, c, 0.1)),
+    "replay-100": ("Replay 100 %", lambda m, a, c, n: Learner(m, a, c, 1.0)),
+    "deeparc": ("DeepArc", lambda m, a, c, n: RedundantLayers(m, a, c)),
+    "packnet": ("PackNet", lambda m, a, c, n: PackedWeights(m, a, c, n)),
+    "neusemslice": ("NeuSemSlice", lambda m, a, c, n: NonCriticalNeurons(m, a, c)),
+    "neusemslice-replay-10": (
+        "NeuSemSlice + Replay 10 %",
+        lambda m, a, c, n: NonCriticalNeurons(m, a, c, 0.1),
+    ),
+}
+
+
+def split_tasks(data: Data, count: int) -> list[Subtask]:
+    """The classes in `count` tasks of as many, in order.
+
+    Raises ArgumentError for a data set of other than ten classes.
+    """
+    found = int(data.train.labels.max()) + 1
+    if found != CLASSES:
+        raise ArgumentError(f"{data.name} has {found} classes; RQ4 splits {CLASSES} into tasks.")
+    return [Subtask(part, only(data, part)) for part in class_groups(count)]
+
+
+def class_groups(count: int) -> list[tuple[int, ...]]:
+    size = CLASSES // count
+    return [tuple(range(start, start + size)) for start in range(0, CLASSES, size)]
+
+
+def only(data: Data, classes: Sequence[int]) -> Data:
+    """The samples of some classes, with the labels that they have."""
+    wanted = torch.tensor(classes, device=data.train.labels.device)
+
+    def part(split: Split) -> Split:
+        return split.subset(torch.isin(split.labels, wanted).nonzero()[:, 0])
+
+    return replace(data, train=part(data.train), check=part(data.check), test=part(data.test))
+
+
+def drawn(split: Split, share: float, seed: int) -> Split:
+    """A random share of a split, at least one sample."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    chosen = order[: max(1, round(share * len(split)))]
+    return split.subset(chosen.to(split.labels.device))
+
+
+@torch.no_grad()
+def accuracy_given(learner: Learner, position: int, task: Subtask) -> float:
+    """The share of the task's test data, 0 to 1, that is named rightly among its classes."""
+    with learner.inference(position) as model:
+        right = sum(
+            int((task.classes[0] + scores(model, x, task.classes).argmax(1) == y).sum())
+            for x, y in task.data.test.batches(500)
+        )
+    return right / len(task.data.test)
+
+
+@torch.no_grad()
+def accuracy_unknown(learner: Learner, tasks: Sequence[Subtask]) -> float:
+    """The same for samples of all tasks, which are not told apart; the mean over tasks."""
+    shares = []
+    for task in tasks:
+        found = [answers(learner, x, tasks) == y for x, y in task.data.test.batches(500)]
+        shares.append(torch.cat(found).double().mean().item())
+    return statistics.fmean(shares)
+
+
+def answers(learner: Learner, inputs: Tensor, tasks: Sequence[Subtask]) -> Tensor:
+    """Classes `[samples]`, whatever the task: of all outputs, or of the least uncertain mask."""
+    if not learner.apart:
+        return scores(learner.model, inputs, range(CLASSES)).argmax(1)
+    by_task = []
+    for position, task in enumerate(tasks):
+        with learner.inference(position) as model:
+            by_task.append(scores(model, inputs, task.classes))
+    found = torch.stack(by_task)  # [tasks, samples, classes of one]
+    likely: Tensor = torch.special.entr(found.double().softmax(2)).sum(2).argmin(0)
+    return likely * found.shape[2] + found.argmax(2).gather(0, likely[None])[0]
+
+
+def scores(model: nn.Module, inputs: Tensor, classes: Sequence[int]) -> Tensor:
+    """The outputs of some classes, `[samples, classes]`."""
+    with fast(model):
+        outputs: Tensor = model(inputs)
+    return outputs[:, list(classes)].float()
+
+
+def run_method(
+    method: str, model: nn.Module, tasks: Sequence[Subtask], course: Course
+) -> Outcome | None:
+    """What a method makes of a copy of `model`; None, and a line, where it has nothing to train."""
+    model = copy.deepcopy(model)
+    learned = [accuracy_given(Learner(model, tasks[0], course), 0, tasks[0])]
+    _, make = METHODS[method]
+    seconds = 0.0
+    with suitable_threads(model):
+        try:
+            start = time.perf_counter()
+            learner = make(model, tasks[0], course, len(tasks))
+            seconds += time.perf_counter() - start
+            for position, task in enumerate(tasks[1:], 1):
+                start = time.perf_counter()
+                learner.learn(task)
+                seconds += time.perf_counter() - start
+                learned.append(accuracy_given(learner, position, task))
+        except NothingToPruneError as error:
+            print(f"{method}: {error}", flush=True)
+            return None
+        final = tuple(accuracy_given(learner, i, task) for i, task in enumerate(tasks))
+        unknown = accuracy_unknown(learner, tasks)
+    return Outcome(method, course.seed, tuple(learned), final, unknown, learner.storage(), seconds)
+
+
+def run_setting(
+    setting: Setting,
+    data: Data,
+    count: int,
+    seeds: Sequence[int],
+    methods: Sequence[str],
+    loss: Competition,
+    *,
+    cache: Path,
+) -> list[Outcome]:
+    """All methods on a setting, seed by seed; prints a line on each seed."""
+    outcomes = []
+    tasks = split_tasks(data, count)
+    for seed in seeds:
+        first = tasks[0].data
+        device = first.train.labels.device
+        name = f"{setting.name}-1of{count}"
+        found = trained(name, setting.build, first, setting.recipe, seed, cache, device)
+        course = Course(setting.recipe, seed, loss, max(setting.profiled, PROFILED))
+        made = [run_method(method, found.model, tasks, course) for method in methods]
+        outcomes += [outcome for outcome in made if outcome is not None]
+        origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
+        print(f"{setting.name}, seed {seed}: task A trained {origin}", flush=True)
+    return outcomes
+
+
+def columns(count: int) -> list[Column]:
+    letters = [chr(ord("A") + i) for i in range(count)]
+    return [
+        Column("method", "Method"),
+        *[Column(f"task_{letter}", f"task {letter} %") for letter in letters],
+        Column("average", "average %"),
+        Column("forgetting", "forgetting, points"),
+        Column("unknown", "task not given %"),
+        Column("storage", "bytes for A", 0),
+        Column("seconds", "s", 1),
+        Column("paper_A", "paper A %"),
+        Column("paper_B", "paper B %"),
+        Column("paper_average", "paper average %"),
+    ]
+
+
+def table_rows(setting: str, outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
+    """A row for each method, over seeds."""
+    rows = []
+    for method, (title, _) in METHODS.items():
+        same = [outcome for outcome in outcomes if outcome.method == method]
+        if not same:
+            continue
+        count = len(same[0].final)
+        row: dict[str, Cell] = {"method": title}
+        for position in range(count):
+            values = [100 * outcome.final[position] for outcome in same]
+            row[f"task_{chr(ord('A') + position)}"] = spread(values)
+        row |= {
+            "average": spread([100 * outcome.average for outcome in same]),
+            "forgetting": spread([100 * outcome.forgetting for outcome in same]),
+            "unknown": spread([100 * outcome.unknown for outcome in same]),
+            "storage": spread([outcome.storage for outcome in same]),
+            "seconds": spread([outcome.seconds for outcome in same]),
+        }
+        paper = targets.TABLE_6.get((setting, method)) if count == 2 else None
+        if paper is not None:
+            row |= {
+                "paper_A": paper.task_a,
+                "paper_B": paper.task_b,
+                "paper_average": paper.average,
+            }
+        rows.append(row)
+    return rows
+
+
+def plot(title: str, outcomes: Sequence[Outcome], path: Path) -> None:
+    """A group of bars for each method: the accuracy on each task, with the deviation of seeds."""
+    methods = [method for method in METHODS if any(o.method == method for o in outcomes)]
+    count = len(outcomes[0].final)
+    figure, axes = pyplot.subplots(figsize=(1 + 1.1 * len(methods), 4), layout="constrained")
+    width = 0.8 / count
+    for position in range(count):
+        cells = [
+            spread([100 * o.final[position] for o in outcomes if o.method == method])
+            for method in methods
+        ]
+        axes.bar(
+            [i + (position - (count - 1) / 2) * width for i in range(len(methods))],
+            [cell["mean"] for cell in cells], width, yerr=[cell["std"] for cell in cells],
+            label=f"task {chr(ord('A') + position)}",
+        )  # fmt: skip
+    names = [METHODS[method][0].replace(" + ", " +\n") for method in methods]
+    axes.set_xticks(range(len(methods)), names, rotation=30, ha="right")
+    axes.set(ylabel="test accuracy, %", title=title)
+    axes.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside right upper")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def report(
+    setting: Setting,
+    data: Data,
+    outcomes: Sequence[Outcome],
+    count: int,
+    seeds: Sequence[int],
+    loss: Competition,
+    *,
+    evaluated: int | None,
+    output: Path,
+) -> None:
+    """Print the table of a setting; write its result file and its plot."""
+    rows, heads = table_rows(setting.name, outcomes), columns(count)
+    title = f"RQ4, {setting.name}, {count} tasks of {CLASSES // count} classes"
+    name = f"rq4-{setting.name}" if count == 2 else f"rq4-{setting.name}-{count}-tasks"
+    path = output / f"{name}.json"
+    results.write(
+        path, title, heads, rows, seeds=seeds, device=data.train.labels.device,
+        options={"tasks": count, "loss": loss, "recipe": asdict(setting.recipe),
+                 "profiled": max(setting.profiled, PROFILED), "evaluated": evaluated,
+                 "data": data.origin},
+        outcomes=[asdict(outcome) for outcome in outcomes],
+    )  # fmt: skip
+    plot(title, outcomes, path.with_suffix(".png"))
+    print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
+    print(results.text_table(heads, rows))
+    print(f"\n{path} and {path.with_suffix('.png').name} written\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = common(__doc__, seeds=3)
+    add = parser.add_argument
+    add("--methods", default="all",
+        help=f"comma list of {', '.join(METHODS)}, or all (default)")  # fmt: skip
+    add("--tasks", type=int, choices=(2, 5), default=2, help="tasks (default: %(default)s)")
+    add("--loss", choices=get_args(Competition), default="method",
+        help="outputs that compete in training, see above (default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def chosen_methods(names: str) -> list[str]:
+    """The methods that a comma-separated list names ("all": every one)."""
+    wanted = list(METHODS) if names == "all" else names.split(",")
+    for name in wanted:
+        if name not in METHODS:
+            raise ArgumentError(f"There is no method {name!r}; there are: {', '.join(METHODS)}.")
+    return wanted
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    asked = parser().parse_args(words)
+    seeds, methods = checked_seeds(asked.seeds), chosen_methods(asked.methods)
+    device = usable_device(asked.device)
+    for setting in chosen(asked.settings):
+        setting = setting.with_epochs(asked.epochs)
+        data = load(setting.data, asked.data, cache=asked.cache).to(device)
+        data = data.measured_with(asked.evaluated)
+        outcomes = run_setting(
+            setting, data, asked.tasks, seeds, methods, asked.loss, cache=asked.cache
+        )
+        if not outcomes:
+            raise NothingToPruneError(f"no method of {asked.methods} has anything to train here")
+        report(
+            setting, data, outcomes, asked.tasks, seeds, asked.loss,
+            evaluated=asked.evaluated, output=asked.output,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except NSSPruneError as error:
+        sys.exit(f"rq4.py: {error}")

@@ -1,0 +1,311 @@
+"""Which entries of a model belong to its critical neurons, and training that leaves others as is.
+
+An entry of a parameter is critical if the physical removal of all neurons outside the slice would
+leave it: its row belongs to a critical neuron (or to a layer that is not sliced), and its column
+reads a critical neuron (or something that is not sliced). The share of entries that train, the
+paper's TPR, is therefore 1 − ``Slice.compression_rate``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from nss_prune.adaptation.norms import running_statistics
+from nss_prune.errors import ArgumentError, ModelMismatchError
+from nss_prune.neurons import check_fits, flags_kept, parameter_axes, submodule
+from nss_prune.slicing import Slice
+
+
+def critical_entries(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
+    """Parameter -> True for the entries that are left after the removal, of its shape.
+
+    Raises:
+        ModelMismatchError: The slice is of another model.
+    """
+    check_fits(critical.groups, model)
+    parameters = dict(model.named_parameters())
+    entries = {
+        name: torch.ones(value.shape, dtype=torch.bool, device=value.device)
+        for name, value in parameters.items()
+    }
+    for (name, side), (member, channels) in critical.removed_channels().items():
+        if member.axis is not None:
+            _clear(entries[name], member.axis, channels)
+            continue
+        for key, (made, read) in parameter_axes(submodule(model, name)).items():
+            axis = read if side == "in" else made
+            parameter = f"{name}.{key}" if name else key
+            # A second name of a tied parameter stands for no entries of its own.
+            if axis is not None and parameter in entries:
+                _clear(entries[parameter], axis, channels)
+    return entries
+
+
+def _clear(entries: Tensor, axis: int, channels: Tensor) -> None:
+    width = entries.shape[axis]
+    if width > 1:
+        # A grouped convolution loses the same channels in each group, and holds one's.
+        held = channels[channels < width].to(entries.device)
+        entries.index_fill_(axis, held, False)
+
+
+def critical_channels(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
+    """Norm layer with running statistics -> True for channels of critical neurons, ``[channels]``.
+
+    The channels of a layer outside all groups count as critical.
+
+    Raises:
+        ModelMismatchError: The slice is of another model.
+    """
+    check_fits(critical.groups, model)
+    removed = critical.removed_channels()
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _NormBase) or module.running_mean is None:
+            continue
+        kept = torch.ones_like(module.running_mean, dtype=torch.bool)
+        for side in ("out", "in", "both"):
+            if (name, side) in removed:
+                kept[removed[name, side][1].to(kept.device)] = False
+        found[name] = kept
+    return found
+
+
+def train_critical(critical: Slice, model: nn.Module) -> Freezing:
+    """Re-adaptation: the critical neurons train, all others keep their bits.
+
+    Raises:
+        ModelMismatchError: The slice is of another model.
+    """
+    channels = critical_channels(critical, model)
+    frozen = {name: ~kept for name, kept in channels.items()}
+    return Freezing(model, critical_entries(critical, model), frozen)
+
+
+def train_others(
+    critical: Slice, model: nn.Module, keep: Mapping[str, Tensor] | None = None
+) -> Freezing:
+    """Incremental development: what the masked model computes keeps its bits, all else trains.
+
+    Entries whose row and column are both critical are frozen. The rows of critical neurons may
+    train on columns of the others: under the mask these read zero. That holds for what the mask
+    cuts, which is not checked here; where other paths lead past it, take what
+    :func:`nss_prune.adaptation.cuts.isolated_part` gives in place of the slice.
+
+    Args:
+        keep: Layer that makes the output -> True for the outputs that keep their bits,
+            ``[outputs]``. The rows of its other outputs train on all columns. Layers that are
+            neither in ``keep`` nor sliced are frozen wholly.
+
+    Raises:
+        ArgumentError: Nothing would be left to train.
+        ModelMismatchError: The slice is of another model, or ``keep`` does not fit its layer.
+    """
+    frozen = critical_entries(critical, model)
+    for name, kept in (keep or {}).items():
+        module = submodule(model, name)
+        for key, (made, _) in parameter_axes(module).items():
+            _keep_rows(frozen, f"{name}.{key}" if name else key, made, kept)
+    trainable = {name: ~entries for name, entries in frozen.items()}
+    return Freezing(model, trainable, critical_channels(critical, model))
+
+
+def _keep_rows(frozen: Mapping[str, Tensor], parameter: str, axis: int, kept: Tensor) -> None:
+    if parameter not in frozen:
+        raise ModelMismatchError(
+            f"{parameter} is tied to another parameter; name the layer that holds it first in "
+            "model.named_parameters()"
+        )
+    entries = frozen[parameter]
+    if kept.dtype != torch.bool or kept.shape != (entries.shape[axis],):
+        raise ModelMismatchError(
+            f"keep has {kept.dtype} {tuple(kept.shape)} for {parameter}; give bool "
+            f"({entries.shape[axis]},), True for outputs that must keep their bits"
+        )
+    released = (~kept).nonzero().flatten().to(entries.device)
+    entries.index_fill_(axis, released, False)
+
+
+class Freezing:
+    """Some entries of a model train; all others keep their bits, through any optimiser.
+
+    ::
+
+        with train_critical(critical, model).attach(optimizer):
+            for inputs, labels in data:
+                optimizer.zero_grad()
+                cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+
+    Args:
+        model: The model, not wrapped.
+        trainable: Parameter -> True for the entries that train, of the parameter's shape.
+            Parameters that are not named are wholly frozen.
+        frozen_statistics: Norm layer -> True where its running statistics are frozen,
+            ``[channels]``. In training mode these channels are normalised by them, the others by
+            the batch's.
+
+    Raises:
+        ArgumentError: No entry would train.
+        ModelMismatchError: A name or a shape that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: Mapping[str, Tensor],
+        frozen_statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        for name, mask in trainable.items():
+            _check_mask(name, mask, parameters.get(name))
+        for name, mask in (frozen_statistics or {}).items():
+            _check_mask(name, mask, getattr(submodule(model, name), "running_mean", None))
+        self.model = model
+        self.trainable = {name: mask for name, mask in trainable.items() if mask.any()}
+        self.frozen_statistics = {
+            name: mask for name, mask in (frozen_statistics or {}).items() if mask.any()
+        }
+        self._kept: list[_Kept] | None = None
+        if not self.trainable:
+            raise ArgumentError(
+                "no entry of any parameter would train; take another slice: train the critical "
+                "neurons of one that keeps some, or the others of one that leaves some out"
+            )
+
+    @property
+    def share(self) -> float:
+        """Share of the model's parameters that train: TPR in the paper."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(int(mask.sum()) for mask in self.trainable.values()) / total
+
+    @contextlib.contextmanager
+    def attach(self, optimizer: Optimizer | None = None) -> Iterator[Freezing]:
+        """Within the context, what is frozen keeps the bits that it has on entry.
+
+        Gradients of frozen entries are zero, so that clipping sees only those that train.
+        Parameters that are frozen wholly ask for no gradient. On exit, hooks and flags are as
+        they were before, also after an exception.
+
+        Args:
+            optimizer: Frozen entries get their bits back after each of its steps (weight decay
+                and momentum move what has no gradient too). Without it, call :meth:`restore`.
+
+        Raises:
+            ArgumentError: The optimiser has no hooks, or this freezing is attached already.
+        """
+        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+            raise ArgumentError(
+                f"{type(optimizer).__name__} has no register_step_post_hook; attach() without it "
+                "and call restore() after each of its steps"
+            )
+        if self._kept is not None:
+            raise ArgumentError("this freezing is attached already; leave that context first")
+        with contextlib.ExitStack() as stack, flags_kept(self.model):
+            self._kept = self._freeze(stack)
+            stack.callback(self._release)
+            if optimizer is not None:
+                hook = optimizer.register_step_post_hook(lambda *_: self.restore())
+                stack.callback(hook.remove)
+            yield self
+
+    def restore(self) -> None:
+        """Give frozen entries the bits they had on entry. Inside :meth:`attach` only.
+
+        Raises:
+            ArgumentError: It is not attached.
+        """
+        if self._kept is None:
+            raise ArgumentError("restore() needs what attach() keeps; call it inside the context")
+        _restore(self._kept)
+
+    def _release(self) -> None:
+        self.restore()
+        self._kept = None
+
+    def _freeze(self, stack: contextlib.ExitStack) -> list[_Kept]:
+        kept = []
+        for name, parameter in self.model.named_parameters():
+            if name not in self.trainable:
+                stack.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
+                parameter.requires_grad_(False)
+                continue
+            frozen = ~self.trainable[name].to(parameter.device)
+            if not frozen.any():
+                continue
+            kept.append(_Kept(parameter, frozen))
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(kept[-1].zero_gradient)
+                stack.callback(hook.remove)
+        for name, frozen in self.frozen_statistics.items():
+            norm = submodule(self.model, name)
+            assert isinstance(norm, _NormBase)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            frozen = frozen.to(norm.running_mean.device)
+            statistics = [_Kept(norm.running_mean, frozen), _Kept(norm.running_var, frozen)]
+            kept += statistics
+            stack.enter_context(running_statistics(norm, frozen, partial(_restore, statistics)))
+        return kept
+
+
+def _check_mask(name: str, mask: Tensor, found: Tensor | None) -> None:
+    if found is None:
+        raise ModelMismatchError(
+            f"the model has no parameter or running statistics for {name!r}; use names from "
+            "model.named_parameters() and of norm layers that track statistics"
+        )
+    if mask.dtype != torch.bool or mask.shape != found.shape:
+        raise ModelMismatchError(
+            f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; give torch.bool "
+            f"{tuple(found.shape)}"
+        )
+
+
+class _Kept:
+    """A tensor of which the ``frozen`` entries keep the bits they have now.
+
+    The work is done on the bits themselves, which is several times as fast as a selection by bool,
+    and clears NaN and infinite gradients too.
+    """
+
+    def __init__(self, tensor: Tensor, frozen: Tensor) -> None:
+        self.tensor = tensor
+        bits = _bits(tensor)
+        self.free = torch.where(frozen, 0, -1).to(bits.dtype)
+        self.bits = bits & ~self.free
+
+    def restore(self) -> None:
+        """Put the frozen entries back."""
+        _bits(self.tensor).bitwise_and_(self.free).bitwise_or_(self.bits)
+
+    def zero_gradient(self, parameter: Tensor) -> None:
+        """A hook that runs when the gradient of the tensor is there."""
+        gradient = parameter.grad
+        # A sparse gradient stays; its frozen entries are put back after the step all the same.
+        if gradient is not None and gradient.layout == torch.strided:
+            _bits(gradient).bitwise_and_(self.free)
+
+
+def _restore(tensors: Iterable[_Kept]) -> None:
+    for kept in tensors:
+        kept.restore()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers that share its memory.
+
+    Through .data: no graph has used the entries of running statistics that change here.
+    """
+    return tensor.data.view(_INTEGERS[tensor.element_size()])
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,0 +1,162 @@
+"""Batch norms of which some channels use their running statistics while the others train."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
+
+from nss_prune.errors import ArgumentError, DataError
+
+
+@contextlib.contextmanager
+def running_statistics(
+    norm: _NormBase, frozen: Tensor, restore: Callable[[], None]
+) -> Iterator[None]:
+    """Within the context, ``norm`` in training mode uses its running statistics where ``frozen``.
+
+    The other channels are normalised with the batch's statistics and update their own, as ever. A
+    layer that adds an activation to its norm works alike. SyncBatchNorm would have to average over
+    processes in the middle of this, and is refused where there are several.
+
+    Args:
+        frozen: ``[channels]``, bool.
+        restore: Puts back the frozen running statistics after an update of all.
+    """
+    hooks = _Hooks(frozen, restore)
+    before = norm.register_forward_pre_hook(hooks.before)
+    after = norm.register_forward_hook(hooks.after, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+class _Hooks:
+    def __init__(self, frozen: Tensor, restore: Callable[[], None]) -> None:
+        self.frozen = frozen
+        self.restore = restore
+        self.wholly = bool(frozen.all())
+        self.in_evaluation = False
+        self.mode: _MixedStatistics | None = None
+
+    def before(self, norm: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not norm.training:
+            return
+        if self.wholly:
+            self.in_evaluation = True
+            norm.training = False
+        elif isinstance(norm, _BatchNorm):
+            self.mode = _MixedStatistics(self.frozen, self.restore)
+            self.mode.__enter__()
+
+    def after(self, norm: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
+        if self.in_evaluation:
+            self.in_evaluation = False
+            norm.training = True
+        if self.mode is None:
+            return
+        mode, self.mode = self.mode, None
+        mode.__exit__(None, None, None)
+        # Outputs are None where the layer raised.
+        if outputs is not None and not mode.used:
+            raise ArgumentError(
+                f"{type(norm).__name__} does not call torch.nn.functional.batch_norm, so that some "
+                "of its channels cannot keep their running statistics; use nn.BatchNorm in its "
+                "place"
+            )
+
+
+class _MixedStatistics(TorchFunctionMode):
+    """Replaces ``torch.nn.functional.batch_norm`` by one whose ``frozen`` channels do not train."""
+
+    def __init__(self, frozen: Tensor, restore: Callable[[], None]) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.restore = restore
+        self.used = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is batch_norm:
+            return self.batch_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def batch_norm(
+        self,
+        inputs: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        self.used = True
+        if inputs.numel() <= inputs.shape[1]:
+            raise DataError(
+                f"a batch norm reads {tuple(inputs.shape)}, one value per channel; training needs "
+                "at least two: use batches of two samples or more"
+            )
+        old = running_mean.clone(), running_var.clone()
+        found = torch.batch_norm_update_stats(inputs.detach(), running_mean, running_var, momentum)
+        self.restore()
+        mean, variance = (
+            torch.where(self.frozen, kept, new) for kept, new in zip(old, found, strict=True)
+        )
+        output: Tensor = _MixedBatchNorm.apply(
+            inputs, weight, bias, mean, variance, eps, self.frozen
+        )
+        return output
+
+
+class _MixedBatchNorm(torch.autograd.Function):
+    """Normalise with given statistics, which depend on the inputs where not ``frozen``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+        frozen: Tensor,
+    ) -> Tensor:
+        output: Tensor = torch.native_batch_norm(
+            inputs, weight, bias, mean, variance, False, 0.0, eps
+        )[0]
+        ctx.save_for_backward(inputs, weight, mean, variance, frozen)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, mean, variance, frozen = ctx.saved_tensors
+        scale = (variance + ctx.eps).rsqrt()
+        of_inputs, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, inputs, weight, mean, variance, mean, scale, True, ctx.eps, [True] * 3
+        )
+        # That is γσ⁻¹(g − Σg/n − x̂ Σgx̂/n), with x̂ = (x − μ)σ⁻¹, for statistics of the batch.
+        # Where they are constants, the last two terms do not belong.
+        per_value = frozen * scale / (inputs.numel() // len(mean))
+        if weight is not None:
+            per_value = per_value * weight
+        slope = per_value * scale * of_weight
+        offset = per_value * of_bias - slope * mean
+        shape = [1, -1] + [1] * (inputs.dim() - 2)
+        of_inputs.add_(offset.view(shape)).addcmul_(inputs, slope.view(shape).to(inputs.dtype))
+        wanted = zip(ctx.needs_input_grad, (of_inputs, of_weight, of_bias), strict=False)
+        return (*(value if needed else None for needed, value in wanted), None, None, None, None)

@@ -1,0 +1,89 @@
+"""A task that a model has learned: what it needs from the model, and what it answers."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nss_prune.files import read_file, write_file
+from nss_prune.neurons import input_axis
+from nss_prune.slicing import Slice, decode_slice, encode_slice
+
+KIND = "nss_prune task"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a learned task needs from the model, in a few kilobytes.
+
+    Attributes:
+        name: Of the task.
+        slice: Its critical neurons, those shared with earlier tasks included.
+        classes: The outputs it owns, ascending.
+        outputs: Rows that the head had when it was learned; the first of those it has now.
+    """
+
+    name: str
+    slice: Slice
+    classes: tuple[int, ...]
+    outputs: int
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the task as safetensors, one bit a neuron, whole or not at all.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        tensors, notes = encode_slice(self.slice)
+        own = {"name": self.name, "classes": self.classes, "outputs": self.outputs}
+        write_file(path, KIND, tensors, {**notes, **own})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Task:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: The file is damaged, foreign, or of a newer version.
+            OSError: The file cannot be read.
+        """
+        tensors, notes = read_file(path, KIND)
+        critical = decode_slice(tensors, notes)
+        return Task(notes["name"], critical, tuple(notes["classes"]), notes["outputs"])
+
+    def own_outputs(self, head: nn.Module, arguments: tuple[Any, ...], outputs: Tensor) -> Tensor:
+        """A forward hook of the head: what the task does not own is −∞.
+
+        A head that has grown computes as many outputs as it had when the task was learned: with
+        others, the order of its sums, and so the last bits, could be different.
+        """
+        scores = outputs
+        if isinstance(head, nn.Linear) and head.out_features > self.outputs:
+            bias = None if head.bias is None else head.bias[: self.outputs]
+            scores = functional.linear(arguments[0], head.weight[: self.outputs], bias)
+        axis = input_axis(head)
+        classes = torch.tensor(self.classes, device=outputs.device)
+        nothing = torch.full_like(outputs, float("-inf"))
+        return nothing.index_copy(axis, classes, scores.index_select(axis, classes))
+
+
+def least_uncertain(scores: Sequence[Tensor]) -> Tensor:
+    """Which of several scores ``[samples, classes]`` has the least entropy, ``[samples]``.
+
+    Each entropy is relative to ln(classes), its largest value. Classes whose scores are −∞ do not
+    count, and scores of a single class come last.
+    """
+    entropies = []
+    for each in scores:
+        probabilities = each.double().softmax(1)
+        classes = int(each.isfinite().sum(1).max())
+        entropy = torch.special.entr(probabilities).sum(1)
+        relative = entropy / math.log(classes) if classes > 1 else entropy + 2
+        entropies.append(relative)
+    return torch.stack(entropies).argmin(0)
