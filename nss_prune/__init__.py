@@ -1,6 +1,8 @@
 """Neuron-level semantic slicing for torch-pruning: fewer neurons, same semantics."""
 
+from nss_prune.adaptation import IncrementalTrainer, ReadaptTrainer, Task
 from nss_prune.checkpoint import load_pruned, save_pruned
+from nss_prune.deeparc import DeepArc
 from nss_prune.importance import NSSImportance
 from nss_prune.optimizers import rebind_optimizer
 from nss_prune.profile import PAPER, Profile, profile
@@ -15,12 +17,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER",
+    "DeepArc",
+    "IncrementalTrainer",
     "NSSImportance",
     "NSSPruner",
     "Profile",
+    "ReadaptTrainer",
     "Report",
     "Restructured",
     "Slice",
+    "Task",
     "load_pruned",
     "profile",
     "rebind_optimizer",

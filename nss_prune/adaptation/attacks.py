@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum.robust import FGSM as CaptumFGSM
-from captum.robust import PGD as CaptumPGD
 from torch import Tensor, nn
 
 from nss_prune.categories import cross_entropy
@@ -63,6 +61,8 @@ class FGSM:
             ArgumentError: Numbers per channel, but not as many as the inputs have channels.
         """
         region = _Region.of(self, inputs)
+        from captum.robust import FGSM as CaptumFGSM  # here, because it takes seconds
+
         attack = CaptumFGSM(model, _loss, region.lower, region.upper)
         attack.zero_thresh = 0.0
         with _attacking(model):
@@ -110,6 +110,8 @@ class PGD:
         step = region.epsilon / 4
         if self.step_size is not None:
             step = _scaled(self.step_size, self.normalization, inputs, "step_size")
+        from captum.robust import PGD as CaptumPGD  # here, because it takes seconds
+
         attack = CaptumPGD(model, _loss, region.lower, region.upper)
         attack.fgsm.zero_thresh = 0.0
         with _attacking(model):

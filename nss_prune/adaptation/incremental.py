@@ -41,7 +41,6 @@ from nss_prune.adaptation.training import (
     Objective,
     OptimizerFactory,
     TaskLoss,
-    count_correct,
     make_optimizer,
     one_pass,
 )
@@ -54,7 +53,7 @@ from nss_prune.errors import (
     ModelMismatchError,
     NothingToPruneError,
 )
-from nss_prune.neurons import check_fits, flags_kept, parameter_axes, submodule
+from nss_prune.neurons import check_fits, evaluation, flags_kept, parameter_axes, submodule
 from nss_prune.profile import profile
 from nss_prune.slicing import Slice, check_theta
 
@@ -98,8 +97,11 @@ class IncrementalTrainer:
             them stays as it is, the rest trains.
         theta: Of each task's slice, in (0, 1], or "auto": a fifth of the task's own data is held
             out from the profile, and θ goes down :data:`THETAS` for as long as the mask loses at
-            most ``tolerance`` there.
+            most ``tolerance`` there, and the outputs diverge by at most ``divergence``.
         tolerance: Accuracy that the mask may cost with theta="auto", in percentage points.
+        divergence: Kullback-Leibler divergence of the task's outputs under the mask from those of
+            the whole network, in nats a sample, with theta="auto". It sees what a mask costs where
+            the model, which was trained on these samples, still gets all of them right.
         seed: Of the draws of held-out and replayed samples.
         progress: Show progress bars; by default when stderr is a terminal.
         **profile_arguments: As :func:`nss_prune.profile` takes them.
@@ -125,17 +127,21 @@ class IncrementalTrainer:
         grow: bool = True,
         theta: float | Literal["auto"] = "auto",
         tolerance: float = 0.2,
+        divergence: float = 5e-4,
         seed: int = 0,
         progress: bool | None = None,
         **profile_arguments: Any,
     ) -> None:
         if not tolerance >= 0:
             raise ArgumentError(f"tolerance is {tolerance}; give 0 or more percentage points")
+        if not divergence > 0:
+            raise ArgumentError(f"divergence is {divergence}; give more than 0 nats a sample")
         self.model = model
         self.head = find_head(model, head)
         self.grow = grow
         self.theta = theta if theta == "auto" else check_theta(theta)
         self.tolerance = tolerance
+        self.divergence = divergence
         self.seed = seed
         self.progress = progress
         self.profile_arguments = profile_arguments
@@ -417,25 +423,37 @@ class IncrementalTrainer:
         found = profile(self.model, _placed(profiled, device), **arguments)
         best = Task(name, found.slice(1.0), classes, outputs)
         held_out = Moved(held_out, device, with_classes)
-        least = self._accuracy(best, held_out, masked=False) - self.tolerance / 100
+        whole = self._answers(best, held_out, masked=False)
         for theta in THETAS:
             task = Task(name, found.slice(theta), classes, outputs)
-            if self._accuracy(task, held_out, masked=True) < least:
+            if not self._holds(whole, self._answers(task, held_out, masked=True)):
                 return best
             best = task
         return best
 
+    def _holds(self, whole: tuple[Tensor, float], masked: tuple[Tensor, float]) -> bool:
+        """Whether a mask costs no more accuracy and divergence than it may."""
+        if masked[1] < whole[1] - self.tolerance / 100:
+            return False
+        found, wanted = masked[0], whole[0]
+        drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        return float(drift) <= self.divergence
+
     @torch.no_grad()
-    def _accuracy(self, task: Task, data: Data, masked: bool) -> float:
-        """Share of samples that the task puts into their class."""
-        with self._inference(task, masked):
-            right, samples = count_correct(self.model, data)
-        if not samples:
+    def _answers(self, task: Task, data: Data, masked: bool) -> tuple[Tensor, float]:
+        """Logarithms of the task's probabilities, ``[samples, classes]``, and the share right."""
+        probabilities, right = [], []
+        with self._inference(task, masked), evaluation(self.model):
+            for number, (inputs, labels) in enumerate(data):
+                scores = class_scores(run(self.model, inputs, number)).float()
+                probabilities.append(scores[:, list(task.classes)].log_softmax(1))
+                right.append(scores.argmax(1) == labels)
+        if not right:
             raise DataError(
                 "no samples are held out to choose theta='auto'; give more data, or theta as a "
                 "number"
             )
-        return right / samples
+        return torch.cat(probabilities), float(torch.cat(right).float().mean())
 
     def _replayed(self, replay: Replay, device: torch.device) -> Moved:
         if isinstance(replay, (int, float)):
