@@ -234,27 +234,38 @@ def test_tasks_that_share_labels_share_rows() -> None:
         assert accuracy(model, others) > 0.9
 
 
-def test_theta_goes_down_as_long_as_the_mask_is_as_accurate() -> None:
+@pytest.mark.parametrize("bound", ["tolerance", "divergence"])
+def test_theta_goes_down_as_long_as_the_mask_holds(bound: str) -> None:
     torch.manual_seed(0)
     data = pictures((0, 1), samples=400, deviation=5.0)
     model = trained(small_mlp(), data)
-    trainer = IncrementalTrainer(model, data=data, tolerance=1.0, progress=False)
+    limits = {"tolerance": 1.0, "divergence": math.inf}
+    if bound == "divergence":
+        limits = {"tolerance": 100.0, "divergence": 0.01}
+    trainer = IncrementalTrainer(model, data=data, progress=False, **limits)
     held_out, profiled = (list(part) for part in parts(data, 0.2, 0))
     assert sum(len(y) for _, y in held_out) + sum(len(y) for _, y in profiled) == 400
     model.eval()
-    whole = accuracy(model, held_out)
+    whole, wanted = accuracy(model, held_out), probabilities(model, held_out)
     found = profile(model, profiled, progress=False)
-    accuracies = []
+    holds = []
     for theta in THETAS:
         with found.slice(theta).masked(model):
-            accuracies.append(accuracy(model, held_out))
-    passed = 0
-    while passed < len(THETAS) and accuracies[passed] >= whole - 0.01:
-        passed += 1
-    assert 0 < passed < len(THETAS)
+            given = probabilities(model, held_out)
+            drift = float((wanted * (wanted / given).log()).sum(1).mean())
+            right = accuracy(model, held_out) >= whole - limits["tolerance"] / 100
+            holds.append(right and drift <= limits["divergence"])
+    passed = holds.index(False)
+    assert passed > 0
     expected = found.slice(THETAS[passed - 1])
     for name, kept in trainer.tasks[0].slice.kept.items():
         assert torch.equal(kept, expected.kept[name])
+
+
+def probabilities(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+    with torch.no_grad():
+        scores = torch.cat([model(inputs) for inputs, _ in data])
+    return scores[:, :2].double().softmax(1)
 
 
 def test_a_given_slice_is_used_as_it_is() -> None:

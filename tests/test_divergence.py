@@ -1,0 +1,210 @@
+"""The divergence foreseen, against what it stands for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import assert_unchanged, cnn, fingerprint, mlp
+from nss_prune import NSSPruner
+from nss_prune.activations import Watcher
+from nss_prune.budget import Limits
+from nss_prune.discovery import discover
+from nss_prune.divergence import (
+    Elimination,
+    allocate,
+    eliminate,
+    eliminations,
+    foreseen,
+    sensitivities,
+    shrunk,
+    slopes,
+)
+from nss_prune.errors import ArgumentError, DataError
+from nss_prune.folding import fold
+from nss_prune.neurons import NeuronGroup
+from nss_prune.readers import reader_statistics
+from nss_prune.slicing import Slice
+
+SIZES = (4, 3)
+GROUPS = tuple(NeuronGroup(str(i), size, ()) for i, size in enumerate(SIZES))
+
+
+def positive(size: int, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    root = torch.randn(size, size + 3, dtype=torch.float64)
+    return root @ root.T
+
+
+def missed(covariance: Tensor, information: Tensor, gone: list[int]) -> float:
+    """½ tr(Γ_PP Σ_P|S), as it is written."""
+    stay = [i for i in range(len(covariance)) if i not in gone]
+    left = covariance[gone][:, gone]
+    if stay:
+        cross = covariance[gone][:, stay]
+        left = left - cross @ torch.linalg.inv(covariance[stay][:, stay]) @ cross.T
+    return float((information[gone][:, gone] * left).sum()) / 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 250])
+def test_the_divergence_of_every_prefix_is_the_formula(size: int) -> None:
+    covariance, information = positive(size, 0), positive(size, 1)
+    found = eliminate(covariance, information)
+    order = found.order.tolist()
+    assert sorted(order) == list(range(size))
+    for count in {1, size // 3, size // 2, size - 1, size} - {0}:
+        expected = missed(covariance, information, order[:count])
+        assert float(found.divergence[count - 1]) == pytest.approx(expected, rel=1e-8)
+
+
+def test_each_neuron_that_goes_is_the_one_that_adds_least() -> None:
+    covariance, information = positive(9, 2), positive(9, 3)
+    gone: list[int] = []
+    for neuron in eliminate(covariance, information).order.tolist():
+        rest = [n for n in range(9) if n not in gone]
+        best = min(rest, key=lambda n: missed(covariance, information, [*gone, n]))
+        assert neuron == best
+        gone.append(neuron)
+
+
+def test_a_neuron_that_others_say_costs_nothing() -> None:
+    covariance = positive(5, 4)
+    mixing = torch.eye(5, dtype=torch.float64)
+    mixing[4] = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0])
+    covariance = mixing @ covariance @ mixing.T + 1e-9 * torch.eye(5, dtype=torch.float64)
+    assert float(eliminate(covariance, positive(5, 5)).divergence[0]) < 1e-6
+
+
+def test_the_least_neuron_alone_costs_what_its_effect_is() -> None:
+    torch.manual_seed(0)
+    model = mlp()
+    inputs = torch.randn(200, 12).double()
+    groups = discover(model, inputs[:2]).groups
+    sums = sensitivities(model, [(inputs, None)], groups, seed=3)
+    effects: dict[str, Tensor] = {}
+
+    def see(reading, gradient: Tensor) -> None:
+        centred = reading.activation - reading.activation.mean((0, 2), keepdim=True)
+        effects[reading.group] = (centred * gradient).sum(2).square().mean(0) / 2
+
+    with Watcher(groups, 200, see).attached(model):
+        scores = model(inputs).float()
+        drawn = torch.multinomial(
+            scores.detach().softmax(1), 1, generator=torch.Generator().manual_seed(3)
+        )
+        nn.functional.cross_entropy(scores, drawn[:, 0], reduction="sum").backward()
+    for name, found in sums.items():
+        first, mixed, second = found.effects / 200
+        mean = found.read.statistics(name, (), None).mean
+        alone = (first - 2 * mean * mixed + mean**2 * second) / 2
+        torch.testing.assert_close(alone, effects[name].double(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_what_is_foreseen_is_what_happens(make) -> None:
+    torch.manual_seed(0)
+    model = make()
+    shape = (12,) if make is mlp else (3, 12, 12)
+    inputs = torch.randn(600, *shape).double()
+    data = [(inputs, torch.arange(600) % 3)]
+    groups = discover(model, inputs[:2]).groups
+    before = fingerprint(model)
+    found = eliminations(model, data, groups)
+    assert_unchanged(model, before)
+    whole = model.eval()(inputs).log_softmax(1)
+    for group in groups:
+        kept = torch.ones(group.size, dtype=torch.bool)
+        kept[found[group.name].order[: group.size // 4]] = False
+        critical = Slice({group.name: kept}, groups)
+        other = make()
+        other.load_state_dict(model.state_dict())
+        fold(other.eval(), critical, reader_statistics(other, data, groups))
+        with critical.masked(other), torch.no_grad():
+            drift = (whole.exp() * (whole - other(inputs).log_softmax(1))).sum(1).mean()
+        assert foreseen(critical, found) == pytest.approx(float(drift), rel=0.6)
+
+
+def test_labels_are_not_used_and_the_seed_decides() -> None:
+    torch.manual_seed(0)
+    model, inputs = mlp(), torch.randn(64, 12).double()
+    groups = discover(model, inputs[:2]).groups
+    first, same, other = (
+        eliminations(model, [(inputs, labels)], groups, seed=seed)
+        for labels, seed in ((None, 0), (torch.zeros(64, dtype=torch.long), 0), (None, 1))
+    )
+    for name, found in first.items():
+        assert torch.equal(found.divergence, same[name].divergence)
+        assert not torch.equal(found.divergence, other[name].divergence)
+
+
+def test_outputs_that_are_no_class_scores_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1), nn.Flatten(0))
+    inputs = torch.randn(8, 4)
+    groups = discover(model[:3], inputs).groups
+    with pytest.raises(DataError, match="class scores"):
+        eliminations(model, [(inputs, None)], groups)
+    assert not model[2]._forward_pre_hooks
+
+
+def test_shrinkage_vanishes_with_the_observations_and_always_inverts() -> None:
+    covariance = positive(6, 6)
+    torch.testing.assert_close(shrunk(covariance, 1e12), covariance, rtol=1e-9, atol=1e-9)
+    singular = torch.ones(4, 4, dtype=torch.float64)
+    assert torch.linalg.cholesky(shrunk(singular, 10)).isfinite().all()
+    assert torch.linalg.cholesky(shrunk(torch.zeros_like(singular), 10)).isfinite().all()
+
+
+def test_slopes_are_those_of_the_lower_hull() -> None:
+    divergence = torch.tensor([1.0, 1.5, 4.0, 4.2, 4.4], dtype=torch.float64)
+    found = slopes(divergence)
+    assert found.tolist() == pytest.approx([0.75, 0.75] + [2.9 / 3] * 3)
+    assert (found.diff() >= 0).all()
+    assert (found.cumsum(0) <= divergence + 1e-12).all()
+
+
+def test_the_allocation_is_the_best_of_all() -> None:
+    torch.manual_seed(0)
+    found = {
+        group.name: Elimination(
+            torch.randperm(group.size),
+            torch.rand(group.size, dtype=torch.float64).sort().values.cumsum(0),  # convex
+        )
+        for group in GROUPS
+    }
+    costs = (1.0, 2.0)
+    total = sum(cost * size for cost, size in zip(costs, SIZES, strict=True))
+
+    def share(critical: Slice) -> float:
+        kept = [int(mask.sum()) for mask in critical.kept.values()]
+        return sum(cost * k for cost, k in zip(costs, kept, strict=True)) / total
+
+    for budget in (0.9, 0.7, 0.5, 0.4):
+        critical, reached = allocate(GROUPS, found, budget, share, Limits())
+        assert reached == share(critical) <= budget
+        # Among all that cost no more than this one, none diverges less.
+        for left in itertools.product(*(range(1, size + 1) for size in SIZES)):
+            other = Slice(
+                {
+                    group.name: torch.zeros(group.size, dtype=torch.bool).index_fill(
+                        0, found[group.name].order[group.size - k :], True
+                    )
+                    for group, k in zip(GROUPS, left, strict=True)
+                },
+                GROUPS,
+            )
+            if share(other) <= reached + 1e-12:
+                assert foreseen(critical, found) <= foreseen(other, found) + 1e-9
+
+
+def test_it_is_the_default_of_a_budget_with_data() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(40, 12).double()
+    data = [(inputs, torch.arange(40) % 3)]
+    assert NSSPruner(mlp(), inputs[:2], params_budget=0.5, data=data).strategy == "divergence"
+    assert NSSPruner(mlp(), inputs[:2], theta=0.9, data=data).strategy == "semantic"
+    assert NSSPruner(mlp(), inputs[:2], params_budget=0.5).strategy == "semantic"
+    with pytest.raises(ArgumentError, match="budget"):
+        NSSPruner(mlp(), inputs[:2], theta=0.9, data=data, strategy="divergence")
