@@ -2,7 +2,9 @@
 
 mlp(784, 512, 256, 10) 535,818; alexnet_cifar10 19,076,170; vgg16_bn 14,728,266. The paper does
 not pin the other two: resnet101_cifar is torchvision's with the usual stem for 32 x 32 pictures
-(42,512,970), vgg19_bn has the head of vgg16_bn (20,040,522).
+(42,512,970), vgg19_bn has the head of vgg16_bn (20,040,522). Two more are for the accuracy board:
+resnet20_cifar (He et al. 2016, section 4.2, with 1 x 1 convolutions as shortcuts, 272,474) and
+vit_cifar (2,693,578).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from nss_prune.errors import DataError
 
@@ -54,6 +57,38 @@ def resnet101_cifar(classes: int = 10) -> nn.Module:
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+def resnet20_cifar(classes: int = 10) -> nn.Sequential:
+    """Three stages of three residual blocks, 16, 32 and 64 channels wide (3 x 32 x 32 in)."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+    ]
+    before = 16
+    for width in (16, 32, 64):
+        for _ in range(3):
+            layers.append(residual_block(before, width))
+            before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+
+def residual_block(channels: int, width: int) -> BasicBlock:
+    """torchvision's block of two 3 x 3 convolutions; where it widens, it halves the map."""
+    if channels == width:
+        return BasicBlock(channels, width)
+    shortcut = nn.Sequential(
+        nn.Conv2d(channels, width, 1, stride=2, bias=False), nn.BatchNorm2d(width)
+    )
+    return BasicBlock(channels, width, stride=2, downsample=shortcut)
+
+
+def vit_cifar(classes: int = 10) -> nn.Module:
+    """timm's vision transformer: 64 patches of 4 x 4, 192 wide, 6 blocks of 3 heads."""
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=classes
+    )
 
 
 def pretrained_efficientnet_lite0(classes: int = 1000) -> nn.Module:

@@ -38,7 +38,9 @@ from nss_prune.slicing import Slice
 
 POSITIONS = 64  # of a map that are looked at
 ALLOCATIONS = 4
-ROUNDS = 96  # a round eliminates as many neurons as are left, divided by this
+TOO_WIDE = 16  # neurons for each independent observation: their covariances are noise
+LEAST_SHRINKAGE = 1e-8  # a neuron that is dead, or said by others, has no precision otherwise
+ROUNDS = 16  # a round eliminates as many neurons as are left, divided by this
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,15 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
             f"the gradients of what reads {name} are NaN or infinite; check the data and the "
             "model's weights"
         )
+    if len(information) > TOO_WIDE * statistics.observations:
+        return _independent(statistics.covariance.diagonal() * information.diagonal())
     return eliminate(shrunk(statistics.covariance, statistics.observations), information)
+
+
+def _independent(costs: Tensor) -> Elimination:
+    """Of neurons of which too little is known to fold one into others."""
+    order = costs.argsort(stable=True)
+    return Elimination(order, costs[order].cumsum(0) / 2)
 
 
 def _togetherness(sums: Sensitivity, information: Tensor, statistics: ReaderStatistics) -> Tensor:
@@ -193,13 +203,12 @@ def shrunk(covariance: Tensor, observations: float) -> Tensor:
     Chen, Wiesel, Eldar, Hero (2010), IEEE Transactions on Signal Processing 58(10), eq. 23.
     """
     size = len(covariance)
-    trace, square = covariance.trace(), covariance.square().sum()
+    trace, square = float(covariance.trace()), float(covariance.square().sum())
     numerator = (1 - 2 / size) * square + trace**2
     denominator = (observations + 1 - 2 / size) * (square - trace**2 / size)
-    share = 1.0 if denominator <= 0 else min(1.0, max(0.0, float(numerator / denominator)))
-    least = torch.finfo(covariance.dtype).eps * size
+    share = 1.0 if denominator <= 0 else min(1.0, max(LEAST_SHRINKAGE, numerator / denominator))
     smoothed = (1 - share) * covariance
-    smoothed.diagonal().add_(max(share, least) * trace / size + torch.finfo(torch.float64).tiny)
+    smoothed.diagonal().add_(share * trace / size + torch.finfo(torch.float64).tiny)
     return smoothed
 
 
@@ -210,9 +219,8 @@ def eliminate(covariance: Tensor, information: Tensor) -> Elimination:
         covariance: Σ, positive definite float64 ``[neurons, neurons]``.
         information: Γ of one sample, ``[neurons, neurons]``.
     """
-    precision = torch.linalg.inv(covariance)
-    variances, directions = torch.linalg.eigh(information)
-    root = (variances.clamp(min=0).sqrt()[:, None] * directions.T).contiguous()
+    precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    root = _root(information)
     alive = torch.arange(len(covariance), device=covariance.device)
     order, added = [], []
     while len(alive):
@@ -231,6 +239,22 @@ def eliminate(covariance: Tensor, information: Tensor) -> Elimination:
         precision = precision[stay][:, stay] - reach.T @ reach
         alive = alive[stay]
     return Elimination(torch.cat(order), torch.cat(added).cumsum(0))
+
+
+def _root(information: Tensor) -> Tensor:
+    """W with WᵀW = Γ, to the rounding error with which Γ was summed."""
+    unit = torch.eye(len(information)).to(information) * information.diagonal().max()
+    for noise in (
+        len(information) * torch.finfo(torch.float64).eps,
+        torch.finfo(torch.float32).eps,
+    ):
+        factor, failed = torch.linalg.cholesky_ex(information + noise * unit)
+        if not failed:
+            upper: Tensor = factor.T
+            return upper
+    variances, directions = torch.linalg.eigh(information)
+    root: Tensor = variances.clamp(min=0).sqrt()[:, None] * directions.T
+    return root
 
 
 def slopes(divergence: Tensor) -> Tensor:

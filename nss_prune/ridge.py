@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TOO_WIDE = 16  # kept channels for each observation
 PENALTIES_PER_DECADE = 4  # values of λ that are tried; more of them change nothing that matters
 
 
@@ -35,9 +36,9 @@ def ridge(
 
     Returns:
         B ``[targets, kept]`` and tr(gram · covariance of what remains); None where no λ is
-        expected to do better than B = 0.
+        expected to do better than B = 0, or the kept channels are too many to ask.
     """
-    if known.numel() == 0:
+    if known.numel() == 0 or len(known) > TOO_WIDE * observations:
         return None
     variances, directions = torch.linalg.eigh(known)
     used = variances > floor

@@ -1,0 +1,653 @@
+"""RQ3, re-adaptation: learn adversarial samples by training a part of the model (Table 5).
+
+    python benchmarks/rq3.py                                           a minute, no download
+    python benchmarks/rq3.py --settings mlp-mnist,mlp-fmnist --data DIR --seeds 5
+
+For every setting and seed a model is trained (or taken from the cache). From it each method learns
+1,000 new samples x and their adversaries x', L = CE(x) + CE(x'), by the same recipe: the optimiser,
+batch size and learning rate that the model was trained with, the latter on a cosine, and
+`--readapt-epochs` epochs. The methods differ in what they train:
+
+    full                  everything
+    deeparc               the layers that DeepArc does not find redundant, and what is no layer
+    neusemslice           the critical neurons
+    neusemslice-deeparc   the critical neurons of the layers that are not redundant
+
+The new samples are pictures of the check data, which no model was trained with (where it has fewer
+than 1,000, all of them). x' is made once, for the model as it was, as the paper's high RA beside a
+low RAA suggests. With `--adversaries fresh` it is made at each step, for the model as it is then
+(Madry et al. 2018). The columns are the paper's and two more:
+
+    TPR    training parameter ratio: share of the parameters that train
+    RA     retrained accuracy: on x', made for the model as it was
+    RAA    re-attack accuracy: on 1,000 test pictures that are attacked anew, after the training
+    clean  accuracy on the test data as it is
+    time   of training, relative to full training; `prepared` are the seconds spent before it on
+           the slice, on DeepArc's layers, or on both
+
+Attacks have the strengths that are usual for the data: epsilon 0.3 for MNIST, Fashion-MNIST and
+digits, PGD with 40 steps of 0.01; 8/255 otherwise, PGD with 10 steps of 2/255.
+
+The paper does not say at which theta it sliced. Here theta is the largest of a fixed grid at which
+the critical neurons hold at most `--tpr` percent of the parameters: this is read off the profile of
+the training data, before anything is trained. TPR is 1 - the compression rate of that slice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot
+from torch import Tensor, nn
+
+import results
+import targets_adaptation as targets
+from data import SOURCES, Data, Split, load
+from nss_prune import Profile, Slice, profile
+from nss_prune.adaptation import (
+    FGSM,
+    PGD,
+    Freezing,
+    ReadaptTrainer,
+    evaluate_attack,
+    train_critical,
+)
+from nss_prune.adaptation.attacks import Attack
+from nss_prune.deeparc import DeepArc
+from nss_prune.errors import ArgumentError, NSSPruneError
+from options import checked_seeds, common, usable_device
+from results import Cell, Column, spread
+from settings import Setting, chosen
+from training import Recipe, accuracy, fast, make_optimiser, suitable_threads, trained
+
+ATTACKS = {"fgsm": "FGSM", "pgd": "PGD"}
+METHODS = {
+    "full": "full training",
+    "deeparc": "DeepArc",
+    "neusemslice": "NeuSemSlice",
+    "neusemslice-deeparc": "NeuSemSlice + DeepArc",
+}
+BEFORE = "before"  # the model as it was
+
+SAMPLES = 1000  # new ones, and as many for the attack after the training
+EPOCHS = 30
+TPR = 60.0  # percent
+THETAS = (
+    *(0.5, 0.6, 0.7, 0.8, 0.85),
+    *(round(0.90 + 0.01 * i, 2) for i in range(10)),
+    *(0.995, 0.999, 0.9999),
+)
+SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
+
+COLUMNS = (
+    Column("method", "Method"),
+    Column("TPR", "TPR %"),
+    Column("RA", "RA %"),
+    Column("RAA", "RAA %"),
+    Column("clean", "clean %"),
+    Column("time", "time %", 1),
+    Column("seconds", "s"),
+    Column("prepared", "prepared s"),
+    Column("paper_TPR", "paper TPR %"),
+    Column("paper_RA", "paper RA %"),
+    Column("paper_RAA", "paper RAA %"),
+)
+SUMMARY_COLUMNS = (
+    Column("claim", "NeuSemSlice, mean"),
+    Column("found", "found"),
+    Column("wanted", "wanted"),
+    Column("held", "held"),
+)
+
+Adversaries = Literal["fixed", "fresh"]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Of both attacks, in units of the range of a pixel."""
+
+    epsilon: float
+    step_size: float
+    steps: int
+
+    def attack(self, name: str, normalization: tuple[Tensor, Tensor]) -> Attack:
+        """The attack "fgsm" or "pgd" on inputs that were normalised by mean and deviation."""
+        if name == "fgsm":
+            return FGSM(self.epsilon, normalization)
+        return PGD(self.epsilon, normalization, step_size=self.step_size, steps=self.steps)
+
+
+DIGITS = Strength(0.3, 0.01, 40)
+PHOTOGRAPHS = Strength(8 / 255, 2 / 255, 10)
+STRENGTHS = {"digits": DIGITS, "mnist": DIGITS, "fmnist": DIGITS}
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a model learns new samples, the same for all methods.
+
+    tpr: largest share of the parameters that a slice may hold.
+    similar: similarity from which DeepArc counts a layer as redundant.
+    """
+
+    recipe: Recipe
+    adversaries: Adversaries = "fixed"
+    tpr: float = TPR / 100
+    similar: float = SIMILAR
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A method on one model. Shares are from 0 to 1; `seconds` is of training.
+
+    time: seconds relative to those of full training; None without it.   theta: of the slice.
+    redundant: DeepArc's layers that do not train.   prepared: seconds for slice and layers.
+    """
+
+    setting: str
+    seed: int
+    attack: str
+    method: str
+    tpr: float
+    ra: float
+    raa: float
+    clean: float
+    seconds: float = 0.0
+    time: float | None = None
+    prepared: float = 0.0
+    theta: float | None = None
+    redundant: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The critical neurons, the theta at which they are, and the seconds that it took."""
+
+    critical: Slice
+    theta: float
+    seconds: float
+
+
+@dataclass
+class Subject:
+    """A trained model, which keeps its values, and what there is to train in it.
+
+    profiled: samples of each category of the training data to find that with.
+    """
+
+    setting: str
+    seed: int
+    model: nn.Module
+    data: Data
+    course: Course
+    profiled: int
+
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        return list(self.data.train.per_category(self.profiled).batches(500))
+
+    @cached_property
+    def sliced(self) -> Sliced:
+        start = time.perf_counter()
+        known = profile(self.model, self.batches)
+        theta, critical = largest_slice(known, self.model, self.course.tpr)
+        return Sliced(critical, theta, time.perf_counter() - start)
+
+    @cached_property
+    def layers(self) -> tuple[DeepArc, float]:
+        """With the seconds that it took."""
+        start = time.perf_counter()
+        found = DeepArc(self.model, self.batches, self.course.similar, "unbiased", progress=False)
+        return found, time.perf_counter() - start
+
+    def trained_by(self, method: str) -> Literal["all"] | Freezing:
+        """What a method trains."""
+        if method == "full":
+            return "all"
+        if method == "deeparc":
+            return self.layers[0].freezing()
+        if method == "neusemslice":
+            return train_critical(self.sliced.critical, self.model)
+        return self.layers[0].freezing(self.sliced.critical)
+
+    def described(self, outcome: Outcome) -> Outcome:
+        """An outcome with the part that its method trains, and the seconds to find it."""
+        if "neusemslice" in outcome.method:
+            spent = outcome.prepared + self.sliced.seconds
+            outcome = replace(outcome, theta=self.sliced.theta, prepared=spent)
+        if "deeparc" in outcome.method:
+            layers, seconds = self.layers
+            spent = outcome.prepared + seconds
+            outcome = replace(outcome, redundant=layers.redundant, prepared=spent)
+        return outcome
+
+    def told(self, methods: Sequence[str]) -> str:
+        """The parts that the methods train, in words."""
+        words = ""
+        if any("neusemslice" in method for method in methods):
+            words += f", sliced at theta {self.sliced.theta:g}"
+        if any("deeparc" in method for method in methods):
+            layers, _ = self.layers
+            similar = max(layers.similarity.values())
+            words += f", redundant layers: {', '.join(layers.redundant) or 'none'}"
+            words += f" (similarities up to {similar:.4f})"
+        return words
+
+
+def largest_slice(known: Profile, model: nn.Module, share: float) -> tuple[float, Slice]:
+    """The largest theta of the grid whose slice holds at most `share` of the parameters.
+
+    The least theta, if none does. Returns it and its slice.
+    """
+    for theta in reversed(THETAS):
+        critical = known.slice(theta)
+        if 1 - critical.compression_rate(model) <= share:
+            break
+    return theta, critical
+
+
+def gathered(split: Split, count: int = SAMPLES) -> Split:
+    """`count` samples, or all there are: equally many of each category, in a fixed random order."""
+    categories = len(split.labels.unique())
+    even = split.per_category(-(-count // categories))
+    order = torch.randperm(len(even), generator=torch.Generator().manual_seed(0))[:count]
+    return even.subset(order.to(even.labels.device))
+
+
+def new_samples(data: Data, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
+    """From the check data; a batch of them and their adversaries is one of the recipe's."""
+    return list(gathered(data.check).batches(max(1, recipe.batch // 2)))
+
+
+def attack_of(name: str, data: Data) -> Attack:
+    """An attack of the strength that is usual for the data, in units of the range of a pixel."""
+    scale = SOURCES[data.name].scale
+    normalization = (data.train.mean / scale, data.train.std / scale)
+    return strength_for(data).attack(name, normalization)
+
+
+def strength_for(data: Data) -> Strength:
+    return STRENGTHS.get(data.name, PHOTOGRAPHS)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """The model gets its values back afterwards."""
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(kept)
+
+
+def precision(model: nn.Module) -> torch.dtype | None:
+    """That of all training here: see training.fast."""
+    with fast(model):
+        device = next(model.parameters()).device.type
+        return torch.bfloat16 if torch.is_autocast_enabled(device) else None
+
+
+def trainer(
+    model: nn.Module, attack: Attack, train: Literal["all"] | Freezing, course: Course
+) -> ReadaptTrainer:
+    """One that trains a part of the model as the course says."""
+    return ReadaptTrainer(
+        model, None, attack, train=train, adversaries=course.adversaries,
+        optimizer=make_optimiser(model, course.recipe), scheduler="cosine",
+        epochs=course.recipe.epochs, amp=precision(model),
+    )  # fmt: skip
+
+
+def run_method(subject: Subject, name: str, method: str) -> Outcome:
+    """What a method makes of a model under the attack `name`; the model is left as it was."""
+    model, data = subject.model, subject.data
+    attack, new = attack_of(name, data), new_samples(data, subject.course.recipe)
+    again = list(gathered(data.test).batches(250))
+    tpr = seconds = 0.0
+    with restored(model), torch.random.fork_rng():
+        torch.manual_seed(subject.seed)  # the same adversaries and order for all methods
+        if method == BEFORE:
+            ra = evaluate_attack(model, new, attack)
+        else:
+            train = subject.trained_by(method)
+            found = trainer(model, attack, train, subject.course).fit(new)
+            tpr, ra, seconds = found.tpr, found.ra, found.seconds
+        torch.manual_seed(subject.seed)
+        raa = evaluate_attack(model, again, attack)
+        clean = accuracy(model, data.test)
+    return subject.described(
+        Outcome(subject.setting, subject.seed, name, method, tpr, ra, raa, clean, seconds)
+    )
+
+
+def warm_up(subject: Subject, name: str) -> None:
+    """A short training, so that the first one timed does not pay for what happens once."""
+    course = replace(subject.course, recipe=replace(subject.course.recipe, epochs=1))
+    batches = new_samples(subject.data, course.recipe)[:1]
+    with restored(subject.model), torch.random.fork_rng():
+        trainer(subject.model, attack_of(name, subject.data), "all", course).fit(batches)
+
+
+def run_model(subject: Subject, attacks: Sequence[str], methods: Sequence[str]) -> list[Outcome]:
+    """All attacks and methods on one model."""
+    outcomes = []
+    for name in attacks:
+        warm_up(subject, name)
+        outcomes += timed([run_method(subject, name, method) for method in (BEFORE, *methods)])
+    return outcomes
+
+
+def timed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Outcomes on one model and attack, with their times relative to that of full training."""
+    full = [outcome.seconds for outcome in outcomes if outcome.method == "full"]
+    if not full:
+        return list(outcomes)
+    return [
+        outcome if outcome.method == BEFORE else replace(outcome, time=outcome.seconds / full[0])
+        for outcome in outcomes
+    ]
+
+
+def run_setting(
+    setting: Setting,
+    data: Data,
+    course: Course,
+    attacks: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    cache: Path,
+) -> list[Outcome]:
+    """All outcomes of a setting, seed by seed; prints a line on each seed."""
+    outcomes = []
+    for seed in seeds:
+        device = data.train.labels.device
+        found = trained(setting.name, setting.build, data, setting.recipe, seed, cache, device)
+        subject = Subject(setting.name, seed, found.model, data, course, setting.profiled)
+        with suitable_threads(found.model):
+            outcomes += run_model(subject, attacks, methods)
+        origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
+        print(f"{setting.name}, seed {seed}: trained {origin}{subject.told(methods)}", flush=True)
+    return outcomes
+
+
+def only(
+    outcomes: Iterable[Outcome], method: str | None = None, attack: str | None = None
+) -> list[Outcome]:
+    """The outcomes of a method and an attack; None is any."""
+    return [o for o in outcomes if method in (None, o.method) and attack in (None, o.attack)]
+
+
+def values(outcomes: Sequence[Outcome], field: str) -> dict[str, list[float]]:
+    """Setting -> what its outcomes have for a field, those without it left out."""
+    found: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        value = getattr(outcome, field)
+        if value is not None:
+            found.setdefault(outcome.setting, []).append(value)
+    return found
+
+
+def average(outcomes: Sequence[Outcome], field: str) -> float:
+    """The mean over settings of the mean over their outcomes, in percent."""
+    return 100 * statistics.fmean(map(statistics.fmean, values(outcomes, field).values()))
+
+
+def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
+    """A row for each attack and method, beside the paper's.
+
+    A cell is the spread over the seeds of one setting, or the mean over several settings.
+    """
+    return [
+        row(attack, method, same)
+        for attack in ATTACKS
+        for method in (BEFORE, *METHODS)
+        if (same := only(outcomes, method, attack))
+    ]
+
+
+def row(attack: str, method: str, outcomes: Sequence[Outcome]) -> dict[str, Cell]:
+    """The row of one attack and method."""
+
+    def cell(field: str, scale: float = 100) -> Cell:
+        known = values(outcomes, field)
+        if len(known) > 1:
+            return scale * statistics.fmean(map(statistics.fmean, known.values()))
+        return next((spread([scale * value for value in same]) for same in known.values()), None)
+
+    found: dict[str, Cell] = {
+        "method": f"{ATTACKS[attack]}: {METHODS.get(method, method)}",
+        "RA": cell("ra"), "RAA": cell("raa"), "clean": cell("clean"),
+    }  # fmt: skip
+    if method != BEFORE:
+        found |= {"TPR": cell("tpr"), "time": cell("time")}
+        found |= {"seconds": cell("seconds", 1), "prepared": cell("prepared", 1)}
+    return found | paper_cells(attack, method, {outcome.setting for outcome in outcomes})
+
+
+def paper_cells(attack: str, method: str, settings: Collection[str]) -> dict[str, Cell]:
+    """The paper's cells of a row: means, over several settings."""
+    if method == BEFORE:
+        return {"paper_RA": targets.BEFORE[attack]} if len(settings) > 1 else {}
+    cells = [targets.TABLE_5.get((setting, attack, method)) for setting in settings]
+    known = [cell for cell in cells if cell is not None]
+    if len(known) < len(cells):
+        return {}
+    return {
+        f"paper_{key}": statistics.fmean(getattr(cell, key.lower()) for cell in known)
+        for key in ("TPR", "RA", "RAA")
+    }
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
+    """What is to be shown of NeuSemSlice; nothing without it, only TPR without full training."""
+    sliced, full = only(outcomes, "neusemslice"), only(outcomes, "full")
+    if not sliced:
+        return []
+    limit = targets.MEAN_TPR["neusemslice"]
+    claims = [claim("TPR %, at most the paper's", average(sliced, "tpr"), limit, at_least=False)]
+    sliced = [outcome for outcome in sliced if outcome.time is not None]  # beside full training
+    if not sliced:
+        return claims
+    beside = {(outcome.setting, outcome.seed, outcome.attack) for outcome in sliced}
+    full = [o for o in full if (o.setting, o.seed, o.attack) in beside]
+    for attack in (*ATTACKS, None):
+        mine, theirs = only(sliced, attack=attack), only(full, attack=attack)
+        if mine:
+            claims += compared(mine, theirs, "mean" if attack is None else ATTACKS[attack])
+    time_share = average(sliced, "time")
+    return [*claims, claim("time %, at most full training's", time_share, 100.0, at_least=False)]
+
+
+def compared(
+    sliced: Sequence[Outcome], full: Sequence[Outcome], name: str
+) -> list[dict[str, Cell]]:
+    """The rows of the summary on accuracy, under an attack or in the mean."""
+    ra, raa = (average(sliced, field) for field in ("ra", "raa"))
+    full_ra, full_raa = (average(full, field) for field in ("ra", "raa"))
+    return [
+        claim(f"RA %, {name}: at least full training's + 0.5, or 99.5", ra,
+              min(full_ra + 0.5, 99.5)),
+        claim(f"RAA %, {name}: at least full training's", raa, full_raa),
+    ]  # fmt: skip
+
+
+def claim(text: str, found: float, wanted: float, *, at_least: bool = True) -> dict[str, Cell]:
+    """A row of the summary; `wanted` is the least that holds it, or the most."""
+    held = found >= wanted if at_least else found <= wanted
+    return {"claim": text, "found": found, "wanted": wanted, "held": "yes" if held else "no"}
+
+
+def plot(setting: str, outcomes: Sequence[Outcome], path: Path) -> None:
+    """A panel for each attack: bars of RA, RAA and clean accuracy, with the deviation of seeds."""
+    attacks = [attack for attack in ATTACKS if only(outcomes, attack=attack)]
+    figure, panels = pyplot.subplots(
+        1, len(attacks), figsize=(5.5 * len(attacks), 4), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, attack in zip(panels[0], attacks, strict=True):
+        here = only(outcomes, attack=attack)
+        methods = [method for method in (BEFORE, *METHODS) if only(here, method)]
+        for number, field in enumerate(("ra", "raa", "clean")):
+            cells = [
+                spread([100 * getattr(outcome, field) for outcome in only(here, method)])
+                for method in methods
+            ]
+            panel.bar(
+                [place + 0.27 * (number - 1) for place in range(len(methods))],
+                [cell["mean"] for cell in cells], 0.27, yerr=[cell["std"] for cell in cells],
+                label=field.upper() if field != "clean" else field,
+            )  # fmt: skip
+        names = [
+            f"{METHODS.get(method, method)}\nTPR {average(only(here, method), 'tpr'):.0f} %"
+            for method in methods
+        ]
+        panel.set_xticks(range(len(methods)), names, rotation=30, ha="right")
+        panel.set(title=ATTACKS[attack])
+        panel.grid(alpha=0.3, axis="y")
+    panels[0][0].set(ylabel="accuracy, %")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper")
+    figure.suptitle(f"RQ3, {setting}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def report(
+    setting: Setting,
+    data: Data,
+    outcomes: Sequence[Outcome],
+    course: Course,
+    seeds: Sequence[int],
+    *,
+    evaluated: int | None,
+    output: Path,
+) -> None:
+    """Print the tables of a setting; write its result file and its plot."""
+    rows, claims = table_rows(outcomes), summary(outcomes)
+    new, again = len(gathered(data.check)), len(gathered(data.test))
+    title = f"RQ3, {setting.name}, {course.adversaries} adversaries"
+    path = output / f"{prefix(course.adversaries)}-{setting.name}.json"
+    options = {
+        "recipe": asdict(setting.recipe), "readapt": asdict(course), "scheduler": "cosine",
+        "new_samples": new, "attacked_samples": again, "profiled": setting.profiled,
+        "strength": asdict(strength_for(data)), "thetas": THETAS,
+        "evaluated": evaluated, "data": data.origin,
+    }  # fmt: skip
+    results.write(
+        path, title, COLUMNS, rows, seeds=seeds, device=data.train.labels.device,
+        options=options, summary=claims, outcomes=[asdict(outcome) for outcome in outcomes],
+    )  # fmt: skip
+    plot(setting.name, outcomes, path.with_suffix(".png"))
+    print(
+        f"\n{title}; data: {data.origin}; {new} new samples, {again} attacked afterwards; "
+        f"mean ± deviation of {len(seeds)} seed(s)\n"
+    )
+    print(results.text_table(COLUMNS, rows))
+    print(f"\n{results.text_table(SUMMARY_COLUMNS, claims)}")
+    print(f"\n{path} and {path.with_suffix('.png').name} written\n")
+
+
+def prefix(adversaries: Adversaries) -> str:
+    """How the names of result files begin."""
+    return "rq3" if adversaries == "fixed" else f"rq3-{adversaries}"
+
+
+def report_all(adversaries: Adversaries, *, device: str, output: Path) -> None:
+    """Print and write the means over the paper's settings that have a result file in `output`.
+
+    So settings can be run one by one. Nothing is done where there are fewer than two.
+    """
+    start = prefix(adversaries)
+    paths = {name: output / f"{start}-{name}.json" for name in targets.SETTINGS}
+    contents = {name: results.read(path) for name, path in paths.items() if path.exists()}
+    if len(contents) < 2:
+        return
+    outcomes = [
+        Outcome(**fields) for content in contents.values() for fields in content["outcomes"]
+    ]
+    seeds = sorted({outcome.seed for outcome in outcomes})
+    rows, claims = table_rows(outcomes), summary(outcomes)
+    title = f"RQ3 over {', '.join(contents)}, {adversaries} adversaries"
+    path = output / f"{start}.json"
+    results.write(path, title, COLUMNS, rows, seeds=seeds, device=device, summary=claims)
+    print(f"{title}\n\n{results.text_table(COLUMNS, rows)}\n")
+    print(f"{results.text_table(SUMMARY_COLUMNS, claims)}\n\n{path} written")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = common(__doc__, seeds=3)
+    add = parser.add_argument
+    add("--methods", default="all",
+        help=f"comma list of {', '.join(METHODS)}, or all (default)")  # fmt: skip
+    add("--attacks", default="all",
+        help=f"comma list of {', '.join(ATTACKS)}, or all (default)")  # fmt: skip
+    add("--adversaries", choices=("fixed", "fresh"), default="fixed",
+        help="adversaries to learn: made once, or at each step (default: %(default)s)")  # fmt: skip
+    add("--readapt-epochs", type=int, default=EPOCHS, metavar="N",
+        help="epochs of learning the new samples (default: %(default)s)")  # fmt: skip
+    add("--readapt-learning-rate", type=float, metavar="RATE",
+        help="learning rate of that (default: the setting's)")  # fmt: skip
+    add("--tpr", type=float, default=TPR, metavar="PERCENT",
+        help="most that a slice may hold of the parameters (default: %(default)s)")  # fmt: skip
+    add("--threshold", type=float, default=SIMILAR,
+        help="similarity from which DeepArc finds a layer redundant (%(default)s)")  # fmt: skip
+    return parser
+
+
+def chosen_of(known: dict[str, str], names: str, kind: str) -> list[str]:
+    """What a comma-separated list names ("all": everything known), in the order known."""
+    wanted = list(known) if names == "all" else names.split(",")
+    for name in wanted:
+        if name not in known:
+            raise ArgumentError(f"There is no {kind} {name!r}; there are: {', '.join(known)}.")
+    return [name for name in known if name in wanted]
+
+
+def readapt_recipe(setting: Setting, epochs: int, rate: float | None) -> Recipe:
+    """How new samples are learned: as the setting's model was trained, for `epochs` epochs."""
+    recipe = replace(setting.recipe, epochs=epochs)
+    return recipe if rate is None else replace(recipe, learning_rate=rate)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    asked = parser().parse_args(words)
+    seeds, device = checked_seeds(asked.seeds), usable_device(asked.device)
+    methods = chosen_of(METHODS, asked.methods, "method")
+    attacks = chosen_of(ATTACKS, asked.attacks, "attack")
+    if not 0 < asked.tpr <= 100:
+        raise ArgumentError(f"--tpr is {asked.tpr}; it is a share in percent, in (0, 100].")
+    for setting in chosen(asked.settings):
+        setting = setting.with_epochs(asked.epochs)
+        recipe = readapt_recipe(setting, asked.readapt_epochs, asked.readapt_learning_rate)
+        course = Course(recipe, asked.adversaries, asked.tpr / 100, asked.threshold)
+        data = load(setting.data, asked.data, cache=asked.cache).to(device)
+        data = data.measured_with(asked.evaluated)
+        outcomes = run_setting(
+            setting, data, course, attacks, methods, seeds, cache=asked.cache
+        )  # fmt: skip
+        report(
+            setting, data, outcomes, course, seeds, evaluated=asked.evaluated, output=asked.output
+        )
+    report_all(asked.adversaries, device=device, output=asked.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except NSSPruneError as error:
+        sys.exit(f"rq3.py: {error}")
