@@ -38,7 +38,7 @@ from nss_prune.slicing import Slice
 
 POSITIONS = 64  # of a map that are looked at
 ALLOCATIONS = 4
-TOO_WIDE = 16  # neurons for each independent observation: their covariances are noise
+TOO_WIDE = 4  # neurons for each independent observation: their covariances are noise
 LEAST_SHRINKAGE = 1e-8  # a neuron that is dead, or said by others, has no precision otherwise
 ROUNDS = 16  # a round eliminates as many neurons as are left, divided by this
 
@@ -243,11 +243,8 @@ def eliminate(covariance: Tensor, information: Tensor) -> Elimination:
 
 def _root(information: Tensor) -> Tensor:
     """W with WᵀW = Γ, to the rounding error with which Γ was summed."""
-    unit = torch.eye(len(information)).to(information) * information.diagonal().max()
-    for noise in (
-        len(information) * torch.finfo(torch.float64).eps,
-        torch.finfo(torch.float32).eps,
-    ):
+    unit = torch.eye(len(information)).to(information) * information.trace()
+    for noise in (torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps):
         factor, failed = torch.linalg.cholesky_ex(information + noise * unit)
         if not failed:
             upper: Tensor = factor.T

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from nss_prune.activations import readable
 from nss_prune.adapters import ADAPTERS, Adapter, Claim, claims
@@ -55,6 +56,16 @@ from nss_prune.report import Report, Row, macs_by_module, measure, skeleton
 from nss_prune.similarity import Features, Landscape
 from nss_prune.slicing import STRATEGIES, Slice, Strategy, check_theta
 
+WRAPPER_SETTINGS = (
+    "device_ids",
+    "output_device",
+    "dim",
+    "broadcast_buffers",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+)
 BUDGETS = ("parameters", "MACs")
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
@@ -67,6 +78,15 @@ class _Counted:
     before: nn.Module
     after: nn.Module
     notes: tuple[str, ...]
+
+
+def wrap_again(wrapper: DistributedDataParallel) -> None:
+    """Let a wrapper follow its model, whose parameters are others than those it was made for."""
+    own = vars(wrapper)
+    settings = {name: own[name] for name in WRAPPER_SETTINGS if name in own}
+    if "bucket_bytes_cap" in own:
+        settings["bucket_cap_mb"] = own["bucket_bytes_cap"] / 2**20
+    wrapper.__init__(wrapper.module, **settings)  # type: ignore[misc]
 
 
 class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
@@ -83,7 +103,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     them with the reason.
 
     Args:
-        model: The model, pruned in place by :meth:`step`.
+        model: The model, pruned in place by :meth:`step`. DataParallel and
+            DistributedDataParallel are unwrapped, and the latter wraps the smaller model again; its
+            processes must be given the same profile, or all their shards of the data.
         example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict.
         importance: A torch-pruning importance that replaces semantic slicing.
         data: Batches of (inputs, labels) on the model's device; the example inputs by default,
@@ -158,7 +180,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check_categories(categories)
         ratio = _check_ratio(pruning_ratio)
         self._budgets = _check_budgets(params_budget, macs_budget, ratio, importance)
-        foresees = bool(self._budgets) and data is not None
+        foresees = bool(self._budgets) and data is not None and processes() == 1
         if strategy is None:
             plain = profile is not None or loss is not None
             strategy = "divergence" if foresees and not plain else "semantic"
@@ -168,7 +190,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.timeout = timeout
         self.adapters = tuple(adapters)
         refuse_reparametrised(model)
-        _refuse_distributed(model)
+        self.wrapper = model if isinstance(model, (DataParallel, DistributedDataParallel)) else None
+        model = model if self.wrapper is None else self.wrapper.module
         self.data = data
         self.strategy = strategy
         self.categories = categories
@@ -574,6 +597,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.current_step -= 1
             raise
         self._stale = True
+        if isinstance(self.wrapper, DistributedDataParallel):
+            wrap_again(self.wrapper)
         rows = report_rows(self.model, critical, self.neurons)
         self._report = _Counted(rows, before, skeleton(self.model), self._notes())
         return None
@@ -690,14 +715,6 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, A
     pairs = unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped
     own["unwrapped_parameters"] = [tuple(pair) for pair in pairs]
     return own
-
-
-def _refuse_distributed(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ArgumentError(
-            "DistributedDataParallel holds on to the parameters that it was given; prune "
-            "model.module, with the same data or profile= on every process, and wrap it again"
-        )
 
 
 def _check_ratio(ratio: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOO_WIDE = 16  # kept channels for each observation
+TOO_WIDE = 4  # kept channels for each observation
 PENALTIES_PER_DECADE = 4  # values of λ that are tried; more of them change nothing that matters
 
 

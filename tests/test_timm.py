@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from networks import assert_unchanged, fingerprint
 from nss_prune import NSSPruner
-from nss_prune.errors import ArgumentError
 
 CLASSES = 3
 
@@ -110,23 +107,3 @@ def test_a_bfloat16_model() -> None:
     pruner.step()
     assert pruner.report.after.parameters < pruner.report.before.parameters
     assert model(inputs).dtype == torch.bfloat16
-
-
-def test_data_parallel_is_pruned_inside_its_wrapper() -> None:
-    torch.manual_seed(0)
-    model = nn.DataParallel(timm.create_model("resnet18", num_classes=CLASSES))
-    pruned(model, (3, 64, 64))
-
-
-def test_distributed_data_parallel_must_be_wrapped_again(tmp_path: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
-    )
-    try:
-        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
-        before = fingerprint(model)
-        with pytest.raises(ArgumentError, match=r"model\.module"):
-            NSSPruner(model, torch.randn(2, 4))
-        assert_unchanged(model, before)
-    finally:
-        torch.distributed.destroy_process_group()

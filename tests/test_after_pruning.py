@@ -1,0 +1,113 @@
+"""What users do with a model after it was pruned."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nss_prune import NSSPruner
+
+SIDE = 32
+MODELS = {
+    "resnet18": {},
+    "vit_tiny_patch16_224": {"img_size": SIDE, "patch_size": 8, "depth": 2},
+    "convnext_atto": {},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pruned(request) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model(request.param, num_classes=10, **MODELS[request.param]).eval()
+    inputs = torch.randn(2, 3, SIDE, SIDE)
+    data = [(torch.randn(20, 3, SIDE, SIDE), torch.arange(20) % 10)]
+    NSSPruner(model, inputs, params_budget=0.6, data=data, progress=False).step()
+    return model, inputs
+
+
+def test_onnxruntime_gives_the_same(pruned) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, inputs = pruned
+    program = torch.onnx.export(model, (inputs,), dynamo=True)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_it_gives_the_same(pruned) -> None:
+    model, inputs = pruned
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs), model(inputs))
+
+
+def test_exported_it_gives_the_same(pruned) -> None:
+    model, inputs = pruned
+    exported = torch.export.export(model, (inputs,)).module()
+    torch.testing.assert_close(exported(inputs), model(inputs))
+
+
+def test_copies_are_the_same(pruned) -> None:
+    model, inputs = pruned
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(inputs), model(inputs))
+
+
+def test_in_bfloat16_it_runs(pruned) -> None:
+    model, inputs = pruned
+    assert copy.deepcopy(model).bfloat16()(inputs.bfloat16()).isfinite().all()
+
+
+def test_a_new_optimiser_trains_it(pruned) -> None:
+    model, inputs = copy.deepcopy(pruned[0]).train(), pruned[1]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = [parameter.clone() for parameter in model.parameters()]
+    model(inputs).square().sum().backward()
+    optimiser.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    moved = [not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
+    assert any(moved)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_distributed_model_is_unwrapped_and_wrapped_again(process_group) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    inputs = torch.randn(40, 6)
+    data = [(inputs, torch.arange(40) % 3)]
+    pruner = NSSPruner(wrapped, inputs[:2], theta=0.7, data=data)
+    pruner.step()
+    assert model[0].out_features < 16
+    assert wrapped.module is model
+    assert wrapped.find_unused_parameters
+    torch.testing.assert_close(wrapped(inputs), model(inputs))
+    wrapped(inputs).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_data_parallel_model_stays_wrapped() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    wrapped, inputs = nn.DataParallel(model), torch.randn(40, 6)
+    data = [(inputs, torch.arange(40) % 3)]
+    NSSPruner(wrapped, inputs[:2], theta=0.7, data=data).step()
+    assert model[0].out_features < 16
+    torch.testing.assert_close(wrapped(inputs), model(inputs))
