@@ -38,6 +38,7 @@ from nss_prune.folding import Folded
 from nss_prune.folding import fold as fold_into_readers
 from nss_prune.importance import NSSImportance
 from nss_prune.neurons import (
+    NeuronGroup,
     NeuronMap,
     OutputRecorder,
     as_arguments,
@@ -151,6 +152,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ignored_params: list[nn.Parameter]
     round_to: int | None
     max_pruning_ratio: float
+    prune_num_heads: bool
 
     def __init__(
         self,
@@ -530,7 +532,46 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     kept[name][torch.as_tensor(group[0].idxs) % len(kept[name])] = False
             for name in self._vanished({name: kept[name] for name in ranked}):
                 kept[name] = self._scores(name) >= self._scores(name).max()
+            if self.prune_num_heads:
+                kept.update(self._heads_kept())
         return Slice(kept, self.neurons.groups)
+
+    def _heads_kept(self) -> dict[str, torch.Tensor]:
+        """Heads by head_pruning_ratio: of each layer, or of all together with global_pruning."""
+        heads = [group for group in self.neurons.groups if not group.has_channels]
+        scores = {group.name: self._head_scores(group) for group in heads}
+        gone = {}
+        for group in heads:
+            ratio = self.get_target_head_pruning_ratio(self.model.get_submodule(group.name))
+            gone[group.name] = group.size - int(self._sizes[group.name] * (1 - ratio) + 1e-9)
+        if self.global_pruning and heads:
+            pooled = torch.cat(list(scores.values()))
+            out = torch.zeros(len(pooled), dtype=torch.bool)
+            out[pooled.argsort(stable=True)[: sum(gone.values())]] = True
+            parts = out.split([group.size for group in heads])
+            gone = {group.name: int(part.sum()) for group, part in zip(heads, parts, strict=True)}
+        kept = {}
+        for group in heads:
+            most = min(gone[group.name], group.size - 1)
+            kept[group.name] = torch.ones(group.size, dtype=torch.bool)
+            kept[group.name][scores[group.name].argsort(stable=True)[:most]] = False
+        return kept
+
+    def _head_scores(self, group: NeuronGroup) -> torch.Tensor:
+        """Importance of the heads; torch-pruning's criteria are averaged over their channels."""
+        if not self._own_criterion:
+            return self._semantic_ranking().scores[group.name]
+        module = self.model.get_submodule(group.name)
+        function = self.DG.get_pruner_of_module(module).prune_out_channels
+        root = next(member for member in group.members if member.name == group.name)
+        found = self.importance(
+            self.DG.get_pruning_group(module, function, list(range(root.width)))
+        )
+        if found is None or len(found) != root.width:
+            return torch.zeros(group.size)
+        by_channel = found.detach().cpu()[root.channels]
+        total = torch.zeros(group.size).index_add(0, root.neurons, by_channel.float())
+        return total / torch.bincount(root.neurons, minlength=group.size)
 
     @contextlib.contextmanager
     def _ranking_only(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch_pruning as tp
 from torch import nn
 
 from nss_prune import NSSPruner
@@ -107,3 +108,36 @@ def test_a_bfloat16_model() -> None:
     pruner.step()
     assert pruner.report.after.parameters < pruner.report.before.parameters
     assert model(inputs).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_heads_by_ratio(own: bool, together: bool) -> None:
+    torch.manual_seed(0)
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=CLASSES
+    ).eval()
+    inputs = torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[2 * 8 : 3 * 8] *= 1e-3  # a query, key and value of little
+        model.blocks[1].attn.qkv.weight[32 + 2 * 8 : 32 + 3 * 8] *= 1e-3
+        model.blocks[1].attn.qkv.weight[64 + 2 * 8 : 64 + 3 * 8] *= 1e-3
+    pruner = NSSPruner(
+        model,
+        inputs,
+        importance=tp.importance.GroupMagnitudeImportance(p=2) if own else None,
+        data=[(inputs, torch.arange(8) % 2)],
+        pruning_ratio=0.0,
+        prune_num_heads=True,
+        head_pruning_ratio=0.5,
+        global_pruning=together,
+        num_heads={block.attn.qkv: 4 for block in model.blocks},
+    )
+    pruner.step()
+    left = [block.attn.num_heads for block in model.blocks]
+    if not any(row.unit == "heads" for row in pruner.report.rows):
+        pytest.skip("this version of timm cannot take fewer heads")
+    assert sum(left) == 6
+    assert together or left == [2, 2, 2]
+    assert model(inputs).shape == (8, CLASSES)
+    assert not pruner.slice.kept["blocks.1.attn.qkv"][2]
