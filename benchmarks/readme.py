@@ -3,8 +3,8 @@
     python benchmarks/readme.py
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
-`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, or `NAME summary`: what NeuSemSlice
-gains in that RQ2 file.
+`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, or `NAME summary`: what that RQ2 or
+RQ3 file says in all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import results
 from rq1 import THETA_COLUMNS
-from rq2 import SUMMARY_COLUMNS
+from rq2 import SUMMARY_COLUMNS as GAINS
+from rq3 import SUMMARY_COLUMNS as CLAIMS
 from storage import written_aside
 
 README = Path(__file__).parent.parent / "README.md"
@@ -34,7 +35,8 @@ def table(name: str) -> str:
         ]
         return results.markdown_table(THETA_COLUMNS, rows)
     if part == ["summary"]:
-        return results.markdown_table(SUMMARY_COLUMNS, content["summary"])
+        columns = CLAIMS if file.startswith("rq3") else GAINS
+        return results.markdown_table(columns, content["summary"])
     return results.markdown_table(content["columns"], content["rows"])
 
 
