@@ -405,12 +405,13 @@ def _reason_to_leave(
     graph: tp.DependencyGraph, group: Any, output_nodes: set[Any], ignored: set[nn.Module]
 ) -> str | None:
     """Why a whole group must stay, or None."""
-    readers = 0
+    makers = readers = 0
     size, ties = len(group[0].idxs), _ties(group)
     for dependency, channels in group:
         node, handler = dependency.target, dependency.handler
         makes = graph.is_out_channel_pruning_fn(handler)
         reads = graph.is_in_channel_pruning_fn(handler)
+        makers += makes and not reads
         readers += reads and not makes
         if node.module in ignored and makes:
             return "ignored"
@@ -421,6 +422,8 @@ def _reason_to_leave(
         groups = _channel_groups(node.module, node.type)
         if groups > 1 and (size % ties or not _can_be_tied(node.module, channels, size)):
             return f"{graph._module2name.get(node.module)} ties channels in {groups} groups"
+    if not makers:
+        return "made outside of what is traced"
     return None if readers else "nothing reads it"
 
 

@@ -139,7 +139,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         progress: Show a progress bar; by default when stderr is a terminal.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
-            model's output are left alone without being named.
+            model's output are left alone without being named. Attention is pruned by whole heads
+            (``prune_num_heads`` with a ratio), never inside them: ``prune_head_dims`` has no
+            effect.
 
     Raises:
         ArgumentError: An argument is outside what it may be.

@@ -18,6 +18,7 @@ from nss_prune.errors import NothingToPruneError, NSSPruneError, RemovalError
 from nss_prune.neurons import (
     Forward,
     Member,
+    NeuronGroup,
     NeuronMap,
     call_model,
     check_fits,
@@ -218,7 +219,7 @@ def verified(
         critical = Slice(chosen, neurons.groups)
         return trial(model, critical, example_inputs, customized_pruners, forward, adapters)
 
-    blamed = _blamed([group.name for group in neurons.groups], failure)
+    blamed = _blamed(neurons.groups, failure)
     if len(blamed) < len(neurons.groups):
         return neurons.without(blamed)
     if not _is_finite(model, example_inputs, forward):
@@ -260,7 +261,9 @@ def training(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(content)
 
 
-def _blamed(names: Sequence[str], failure: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
+def _blamed(
+    groups: Sequence[NeuronGroup], failure: Callable[[Sequence[str]], str | None]
+) -> dict[str, str]:
     """The groups that fail by themselves, or only with others that do not, and why.
 
     Halves are tried, then quarters, and so on. Groups at the same place of repeated blocks stay
@@ -283,9 +286,10 @@ def _blamed(names: Sequence[str], failure: Callable[[Sequence[str]], str | None]
         else:
             blamed.update(dict.fromkeys(alike[0], reason))
 
-    by_place: dict[str, list[str]] = {}
-    for name in names:
-        by_place.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    by_place: dict[Any, list[str]] = {}
+    for group in groups:
+        sides = tuple(sorted(member.side for member in group.members))
+        by_place.setdefault((re.sub(r"\d+", "#", group.name), sides), []).append(group.name)
     sort_out(list(by_place.values()))
     return blamed
 

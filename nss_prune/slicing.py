@@ -185,13 +185,18 @@ class ParameterCount:
         self.shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
         self._shrinking: dict[str, set[int]] = {}
         self._members: dict[tuple[str, int], list[tuple[str, Member, int | None]]] = {}
+        first_names = _first_names(model)
         for group in groups:
             for member in group.members:
                 entry = (group.name, member, _repeats(member, group.size))
-                for parameter, axis in _axes_of(member, model):
+                for name, axis in _axes_of(member, model):
+                    parameter = first_names[name]
                     axis %= len(self.shapes[parameter])
                     self._shrinking.setdefault(parameter, set()).add(axis)
-                    self._members.setdefault((parameter, axis), []).append(entry)
+                    known = self._members.setdefault((parameter, axis), [])
+                    # A layer that the model holds under two names shrinks once.
+                    if not known or known[0][1].name == member.name:
+                        known.append(entry)
 
     def left(self, critical: Slice) -> dict[str, int]:
         """Parameter -> number of its entries after the removal of all outside a slice."""
@@ -213,6 +218,13 @@ class ParameterCount:
                     shape[axis] -= round(shape[axis] * share)
             left[parameter] = math.prod(shape)
         return left
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> the first one."""
+    first = {id(value): name for name, value in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(value)] for name, value in everything}
 
 
 def _repeats(member: Member, size: int) -> int | None:

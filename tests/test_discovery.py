@@ -137,3 +137,12 @@ def test_profile_of_parts() -> None:
     inputs = torch.randn(40, 6).double()
     result = profile(model, [(inputs, torch.arange(40) % 3)], metrics=("avg",))
     assert list(result.layers) == ["first.inner.0", "blocks.0.up", "blocks.1.up"]
+
+
+def test_what_is_made_outside_is_left_alone() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)
+    )
+    found = discover(model, torch.randn(2, 4, 6, 6))
+    assert [group.name for group in found.groups] == ["1"]
+    assert found.left_alone["0"] == "made outside of what is traced"
