@@ -42,8 +42,8 @@ def adapted_on_trial(
 ) -> NeuronMap:
     """The map with the neurons that adapters claim and a trial confirms; the model stays.
 
-    Of several claims on a module the first that stands is taken. Where none does, the map says
-    why, unless it has neurons there already. Modules that look the same, such as those of
+    Of several claims on a module the first that stands is taken. Where none does, its channels are
+    left alone, and the map says why. Modules that look the same, such as those of
     repeated blocks, are tried once.
 
     Args:
@@ -52,7 +52,7 @@ def adapted_on_trial(
     """
     verdicts: dict[Any, str | None] = {}
     taken: dict[nn.Module, tuple[NeuronGroup, ...]] = {}
-    refused: dict[str, tuple[str, int]] = {}
+    reasons: dict[nn.Module, dict[str, tuple[str, int]]] = {}
     for module, adapter, groups in claimed:
         call = calls.get(module)
         look = (adapter, *_look(module, call))
@@ -64,16 +64,21 @@ def adapted_on_trial(
             taken[module] = groups
         else:
             roots = {group.name: (reason, group.members[0].width) for group in groups}
-            refused = {**roots, **refused}  # of several reasons the first
+            reasons.setdefault(module, roots)  # of several reasons the first
+    refused: dict[str, tuple[str, int]] = {}
+    for module, roots in reasons.items():
+        refused.update({} if module in taken else roots)
     result = joined(model, neurons, [group for groups in taken.values() for group in groups])
+    # What fails by whole heads fails by their channels too, which would cost many trials to see.
+    result = result.without({name: reason for name, (reason, _) in refused.items()})
     known = {group.name for group in result.groups}
     left = {name: why for name, why in refused.items() if name not in known}
     return replace(
         result,
         left_alone={**result.left_alone, **{name: why for name, (why, _) in left.items()}},
         left_alone_sizes={
-            **result.left_alone_sizes,
             **{name: size for name, (_, size) in left.items()},
+            **result.left_alone_sizes,
         },
     )
 
