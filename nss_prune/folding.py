@@ -131,7 +131,7 @@ def folding(
                 f"the statistics of {name} are of {len(found.mean)} channels, it reads "
                 f"{member.width}; take them of this model before anything is removed"
             )
-        found = _resolved(found, map_positions(readers[name]), int((~removed).sum()))
+        found = _resolved(found, map_positions(module, readers[name]), int((~removed).sum()))
         folds[name] = _solved(name, module, _missing_channels(found, removed))
     return folds
 
@@ -199,15 +199,15 @@ def refit(
         shown = survey(model, readers, inputs)
         hidden = None if progress is None else not progress
         for name in tqdm(shown.calls, desc="refit", unit="reader", leave=False, disable=hidden):
-            summed = summed_positions(readers[name])
-            both = _both_readings(model, sliced, critical, name, data, shown, summed)
             module = submodule(model, name)
+            summed = summed_positions(module, readers[name])
+            both = _both_readings(model, sliced, critical, name, data, shown, summed)
             reason = _reason_to_leave(module, both, shared)
             if reason:
                 folds[name] = ReaderFold(note=f"{name} is left unfolded: {reason}")
                 continue
             removed = _removed_channels(critical, name, len(both.mean) // 2)
-            both = _resolved(both, map_positions(readers[name]), int((~removed).sum()))
+            both = _resolved(both, map_positions(module, readers[name]), int((~removed).sum()))
             folds[name] = _solved(name, module, _changed_channels(both, removed))
             apply(sliced, {name: folds[name]})
     return apply(model, folds)

@@ -134,9 +134,9 @@ class ReaderSums:
         """Add what is read inside, where the model is run once on ``samples`` samples."""
 
         def add(name: str, read: Tensor) -> None:
-            if name not in self._moments:
-                self._moments[name] = Moments(summed_positions(self.readers[name]))
             module = submodule(self._model, name)
+            if name not in self._moments:
+                self._moments[name] = Moments(summed_positions(module, self.readers[name]))
             self._moments[name].add(by_sample(name, read, module, samples))
             self._shapes[name] = tuple(read.shape[1:])
 
@@ -240,12 +240,16 @@ def sides_by_reader(groups: Sequence[NeuronGroup]) -> dict[str, list[Member]]:
     found: dict[str, list[Member]] = {}
     for group in groups:
         for member in group.readers:
-            found.setdefault(member.name, []).append(member)
+            # The channels of a head have nothing in common, as the positions of a map have.
+            side = member if group.has_channels else replace(member, neurons=member.channels)
+            found.setdefault(member.name, []).append(side)
     return found
 
 
-def map_positions(members: Sequence[Member]) -> int:
-    """Positions of the flattened map that a reader reads neuron by neuron, or 1."""
+def map_positions(module: nn.Module, members: Sequence[Member]) -> int:
+    """Positions of the flattened map that a linear reader reads neuron by neuron, or 1."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 1
     repeats = len(members[0].neurons) // len(members[0].neurons.unique())
     return repeats if all(_is_flattened(member, repeats) for member in members) else 1
 
@@ -262,9 +266,9 @@ def _is_flattened(member: Member, repeats: int) -> bool:
     )
 
 
-def summed_positions(members: Sequence[Member]) -> int:
+def summed_positions(module: nn.Module, members: Sequence[Member]) -> int:
     """Channels that each row of a covariance stands for while it is summed."""
-    return 1 if members[0].width <= WIDEST_MAP else map_positions(members)
+    return 1 if members[0].width <= WIDEST_MAP else map_positions(module, members)
 
 
 def counted_batches(
