@@ -9,7 +9,7 @@ paper's TPR, is therefore 1 − ``Slice.compression_rate``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -187,7 +187,9 @@ class Freezing:
         return sum(int(mask.sum()) for mask in self.trainable.values()) / total
 
     @contextlib.contextmanager
-    def attach(self, optimizer: Optimizer | None = None) -> Iterator[Freezing]:
+    def attach(
+        self, optimizer: Optimizer | None = None, *, apart: Collection[str] = ()
+    ) -> Iterator[Freezing]:
         """Within the context, what is frozen keeps the bits that it has on entry.
 
         Gradients of frozen entries are zero, so that clipping sees only those that train.
@@ -197,6 +199,7 @@ class Freezing:
         Args:
             optimizer: Frozen entries get their bits back after each of its steps (weight decay
                 and momentum move what has no gradient too). Without it, call :meth:`restore`.
+            apart: Parameters whose entries are frozen by other means; they are left alone.
 
         Raises:
             ArgumentError: The optimiser has no hooks, or this freezing is attached already.
@@ -209,7 +212,7 @@ class Freezing:
         if self._kept is not None:
             raise ArgumentError("this freezing is attached already; leave that context first")
         with contextlib.ExitStack() as stack, flags_kept(self.model):
-            self._kept = self._freeze(stack)
+            self._kept = self._freeze(stack, apart)
             stack.callback(self._release)
             if optimizer is not None:
                 hook = optimizer.register_step_post_hook(lambda *_: self.restore())
@@ -230,9 +233,11 @@ class Freezing:
         self.restore()
         self._kept = None
 
-    def _freeze(self, stack: contextlib.ExitStack) -> list[_Kept]:
+    def _freeze(self, stack: contextlib.ExitStack, apart: Collection[str]) -> list[_Kept]:
         kept = []
         for name, parameter in self.model.named_parameters():
+            if name in apart:
+                continue
             if name not in self.trainable:
                 stack.callback(setattr, parameter, "grad", parameter.grad)
                 parameter.grad = None

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from nss_prune.adaptation.attacks import Attack, PerChannel, attacked, make_attack
 from nss_prune.adaptation.batches import Data, Moved, Shuffled, repeatable
+from nss_prune.adaptation.compact import CompactTraining, cut_blocks
 from nss_prune.adaptation.freezing import Freezing, train_critical
 from nss_prune.adaptation.replicas import agree, average_gradients, total
 from nss_prune.adaptation.resuming import Checkpoint
@@ -94,7 +95,8 @@ class ReadaptTrainer:
 
     Attributes:
         freezing: What trains.
-        optimizer: The optimiser in use.
+        optimizer: The optimiser in use. One that was given by name has parameters of its own in
+            place of those of which only a block of rows and columns trains.
 
     Raises:
         ArgumentError: An argument is outside what it may be.
@@ -147,13 +149,17 @@ class ReadaptTrainer:
             weight_decay=weight_decay,
             momentum=momentum,
         )
+        blocks = cut_blocks(self.freezing, self.optimizer) if isinstance(optimizer, str) else {}
+        self._training = CompactTraining(self.freezing, self.optimizer, blocks)
         self.scheduler = _scheduler(scheduler, self.optimizer, epochs)
         self.epochs = epochs
         self.loss: Loss = cross_entropy if loss is None else loss
         self.amp = amp
         self.clip_norm = clip_norm
         self.patience = patience
-        self._checkpoint = Checkpoint(checkpoint, self.freezing, self.optimizer)
+        # Frozen entries are compared besides: the same number of others are the same ones.
+        purpose = {"entries in blocks": self._training.size} if blocks else {}
+        self._checkpoint = Checkpoint(checkpoint, self.freezing, self.optimizer, purpose)
         self.resume = resume
         self.progress = progress
         self._result: ReadaptResult | None = None
@@ -210,7 +216,7 @@ class ReadaptTrainer:
         scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
             device_of(self.model).type, enabled=self.amp == torch.float16
         )
-        with self.freezing.attach(self.optimizer):
+        with self._training.attach():
             course = self._resumed()
             while len(course.losses) < self.epochs and not course.is_over(self.patience):
                 epoch = len(course.losses)
@@ -230,6 +236,8 @@ class ReadaptTrainer:
 
     def _epoch(self, batches: Data, epoch: int, scaler: Any) -> float:
         """Mean loss of one pass over the data."""
+        # A checkpoint, the other processes or the validation may have changed the model.
+        self._training.read()
         sampler = getattr(getattr(batches, "data", None), "sampler", None)
         if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
@@ -238,25 +246,29 @@ class ReadaptTrainer:
 
     def _step(self, scaler: Any, batch: Any, number: int) -> Tensor:
         """One step of the optimiser; the loss, detached."""
-        inputs, adversaries, labels = self._attacked(batch)
-        device = device_of(self.model)
+        samples = self._attacked(batch)
         self.optimizer.zero_grad()
-        with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
-            if adversaries is None:
-                loss = self._mean_loss(run(self.model, inputs, number), labels)
-            else:
-                # Together, so that batch norms see and record both as one.
-                outputs = run(self.model, torch.cat([inputs, adversaries]), number)
-                both = torch.cat([labels, labels])
-                loss = 2 * self._mean_loss(outputs, both)
-        scaler.scale(loss).backward()
-        average_gradients(self.model.parameters())
+        with self._training.block_gradients():
+            loss = self._batch_loss(*samples, number)
+            scaler.scale(loss).backward()
+        average_gradients(self._training.parameters())
         if self.clip_norm is not None:
             scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            nn.utils.clip_grad_norm_(self._training.parameters(), self.clip_norm)
         scaler.step(self.optimizer)
         scaler.update()
         return loss.detach()
+
+    def _batch_loss(
+        self, inputs: Any, adversaries: Tensor | None, labels: Tensor, number: int
+    ) -> Tensor:
+        device = device_of(self.model)
+        with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
+            if adversaries is None:
+                return self._mean_loss(run(self.model, inputs, number), labels)
+            # Together, so that batch norms see and record both as one.
+            outputs = run(self.model, torch.cat([inputs, adversaries]), number)
+            return 2 * self._mean_loss(outputs, torch.cat([labels, labels]))
 
     def _attacked(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor | None, Tensor]:
         """Inputs, adversaries if there is an attack, and labels."""

@@ -1,0 +1,297 @@
+"""Trainable entries that form a block are trained as a block.
+
+The entries of a weight that belong to critical neurons lie at some rows × some columns. Cut out as
+a parameter of their own, they are all that the optimiser sees, and after each of its steps they are
+written back into the whole. In linear layers, no gradient of a frozen entry is computed either;
+that of a convolution is computed whole, which takes less time than that of its block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+from nss_prune.adaptation.freezing import Freezing
+
+BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adadelta, RMSprop)
+"""Optimisers that treat each entry by itself: a block gets the values it would get in the whole."""
+
+
+class Block:
+    """Some rows × some columns of a parameter, as a parameter of their own.
+
+    Args:
+        whole: The parameter of the model, ``[rows, columns, ...]``, or ``[rows]``.
+        rows: Those in the block, ``[rows in the block]``, or None for all.
+        columns: Likewise.
+    """
+
+    def __init__(self, whole: nn.Parameter, rows: Tensor | None, columns: Tensor | None) -> None:
+        self.whole = whole
+        self.rows = rows
+        self.columns = columns
+        self.entries = nn.Parameter(self._of(whole.detach()))
+
+    def cut(self) -> None:
+        """Take the entries, and what is frozen, as they are in the whole."""
+        whole = self.whole.detach()
+        every = torch.arange(len(whole), device=whole.device)
+        if self.rows is None:
+            self._order = every
+        else:
+            self.rows = self.rows.to(whole.device)
+            others = every[~torch.isin(every, self.rows)]
+            self._order = torch.cat([self.rows, others]).argsort()
+        # The rows of the block come first here, so that they can be a parameter.
+        self._sorted = whole.index_select(0, self._order.argsort())
+        self._trained = self._sorted[: len(self.entries)]
+        if self.columns is None:
+            self.entries.data = self._trained
+        else:
+            self.columns = self.columns.to(whole.device)
+            self.entries.data = self._trained.index_select(1, self.columns)
+            broad = self.columns.view(-1, *[1] * (whole.dim() - 2))
+            self._places = broad.expand(self.entries.shape)
+
+    def read(self) -> None:
+        """Take the entries as they are in the whole; what is frozen stays as it was cut."""
+        self.entries.data.copy_(self._of(self.whole.detach()))
+
+    def write(self) -> None:
+        """Give the whole the entries, and what is frozen the bits that it had."""
+        # On a CPU, index_copy_ would take twice as long in both places.
+        if self.columns is not None:
+            self._trained.scatter_(1, self._places, self.entries.detach())
+        torch.index_select(self._sorted, 0, self._order, out=self.whole.detach())
+
+    def _of(self, whole: Tensor) -> Tensor:
+        block = whole if self.rows is None else whole.index_select(0, self.rows)
+        return block if self.columns is None else block.index_select(1, self.columns)
+
+    @contextlib.contextmanager
+    def attach(self) -> Iterator[None]:
+        """Within the context, a gradient that the whole gets becomes that of the block.
+
+        What is frozen keeps the bits that it has on entry.
+        """
+        self.cut()
+        before, self.whole.grad = self.whole.grad, None
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self.whole, "grad", before)
+            if self.whole.requires_grad:
+                hook = self.whole.register_post_accumulate_grad_hook(self._take_gradient)
+                stack.callback(hook.remove)
+            yield
+
+    def _take_gradient(self, whole: Tensor) -> None:
+        gradient, whole.grad = whole.grad, None
+        assert gradient is not None
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        gradient = self._of(gradient)
+        if self.entries.grad is not None:
+            gradient = gradient + self.entries.grad
+        self.entries.grad = gradient
+
+    @property
+    def suffices(self) -> bool:
+        """Whether its gradient is all that is asked for: no hook but its own waits for more."""
+        hooks = self.whole._post_accumulate_grad_hooks or ()
+        return self.whole.requires_grad and not self.whole._backward_hooks and len(hooks) < 2
+
+
+def cut_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
+    """Replace parameters in the optimiser by the blocks of them that train.
+
+    Args:
+        freezing: What trains. A parameter of which all trains, or entries that are no block, stays.
+        optimizer: Fresh, of the model's parameters. One that treats entries by what others are, as
+            those do that scale whole layers, keeps them all.
+
+    Returns:
+        Parameter -> its block.
+    """
+    if type(optimizer) not in BY_ENTRY:
+        return {}
+    updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    blocks = {}
+    for name, parameter in freezing.model.named_parameters():
+        if name in freezing.trainable and parameter in updated:
+            block = _block(parameter, freezing.trainable[name])
+            if block is not None:
+                blocks[name] = block
+    replaced = {block.whole: block.entries for block in blocks.values()}
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(value, value) for value in group["params"]]
+    return blocks
+
+
+def _block(parameter: nn.Parameter, entries: Tensor) -> Block | None:
+    """The block that the entries form; None if they form none, or are the whole parameter."""
+    sides = [
+        entries.movedim(axis, 0).reshape(size, -1).any(1) for axis, size in enumerate(entries.shape)
+    ]
+    is_product = math.prod(int(side.sum()) for side in sides) == int(entries.sum())
+    if not is_product or not all(bool(side.all()) for side in sides[2:]):
+        return None
+    rows, columns = (
+        None if len(sides) <= axis or bool(sides[axis].all()) else sides[axis].nonzero().flatten()
+        for axis in (0, 1)
+    )
+    return None if rows is None and columns is None else Block(parameter, rows, columns)
+
+
+class CompactTraining:
+    """A freezing of which some parameters train as blocks, the others under its masks.
+
+    ::
+
+        training = CompactTraining(freezing, optimizer, cut_blocks(freezing, optimizer))
+        with training.attach():
+            for inputs, labels in data:
+                optimizer.zero_grad()
+                with training.block_gradients():
+                    cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+
+    Args:
+        freezing: What trains.
+        optimizer: Of the blocks and of the parameters that have none.
+        blocks: Parameter -> its block.
+    """
+
+    def __init__(
+        self, freezing: Freezing, optimizer: Optimizer, blocks: Mapping[str, Block]
+    ) -> None:
+        self.freezing = freezing
+        self.optimizer = optimizer
+        self.blocks = dict(blocks)
+        self._linears = list(_linears(freezing.model, self.blocks.values()))
+
+    @property
+    def size(self) -> int:
+        """Number of entries in all blocks."""
+        return sum(block.entries.numel() for block in self.blocks.values())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters, or their blocks: all whose gradients count."""
+        for name, parameter in self.freezing.model.named_parameters():
+            yield self.blocks[name].entries if name in self.blocks else parameter
+
+    @contextlib.contextmanager
+    def attach(self) -> Iterator[None]:
+        """As :meth:`Freezing.attach`, for the optimiser and all its blocks."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.freezing.attach(self.optimizer, apart=self.blocks))
+            for block in self.blocks.values():
+                stack.enter_context(block.attach())
+            hook = self.optimizer.register_step_post_hook(lambda *_: self._write())
+            stack.callback(hook.remove)
+            stack.callback(self._restore)
+            yield
+
+    def read(self) -> None:
+        """Take the blocks from the model, when something else than the optimiser wrote to it."""
+        for block in self.blocks.values():
+            block.read()
+
+    def _write(self) -> None:
+        for block in self.blocks.values():
+            block.write()
+
+    def _restore(self) -> None:
+        self.read()
+        self._write()
+
+    @contextlib.contextmanager
+    def block_gradients(self) -> Iterator[None]:
+        """Within the context, linear layers compute the gradients of their blocks only.
+
+        The backward pass belongs inside, as it may call layers again to save memory.
+        """
+        layers = [linear for linear in self._linears if linear.block.suffices]
+        try:
+            for linear in layers:
+                vars(linear.layer)["forward"] = linear
+            yield
+        finally:
+            for linear in layers:
+                vars(linear.layer).pop("forward", None)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """The forward pass of a linear layer with a block of its weight that trains."""
+
+    layer: nn.Linear
+    block: Block
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        weight, bias = self.layer.weight, self.layer.bias
+        if weight is not self.block.whole or not weight.requires_grad:
+            return functional.linear(inputs, weight, bias)
+        flat = inputs if inputs.dim() == 2 else inputs.reshape(-1, inputs.shape[-1])
+        outputs: Tensor = _BlockLinear.apply(
+            self.block.entries,
+            *_in_autocast(flat, weight.detach(), bias),
+            self.block.rows,
+            self.block.columns,
+        )
+        return outputs if inputs.dim() == 2 else outputs.view(*inputs.shape[:-1], len(weight))
+
+
+def _linears(model: nn.Module, blocks: Iterable[Block]) -> Iterator[_Linear]:
+    of_weight: dict[Tensor, Block] = {block.whole: block for block in blocks}
+    for module in model.modules():
+        # Others do more than the product, or do it otherwise.
+        plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+        if plain and isinstance(module, nn.Linear) and module.weight in of_weight:
+            yield _Linear(module, of_weight[module.weight])
+
+
+def _in_autocast(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the type that autocast, if it is on, gives the factors of a product."""
+    device = inputs.device.type
+    if not torch.is_autocast_enabled(device) or inputs.dtype == torch.float64:
+        return inputs, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class _BlockLinear(torch.autograd.Function):
+    """A linear layer that takes the gradient of a block of its weight in place of the weight's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        entries: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight, rows, columns)
+        return functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, rows, columns = ctx.saved_tensors
+        made = gradient if rows is None else gradient.index_select(1, rows)
+        read = inputs if columns is None else inputs.index_select(1, columns)
+        of_entries = made.t() @ read
+        of_inputs = gradient @ weight if ctx.needs_input_grad[1] else None
+        of_bias = gradient.sum(0) if ctx.needs_input_grad[3] else None
+        return of_entries, of_inputs, None, of_bias, None, None
