@@ -155,6 +155,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     round_to: int | None
     max_pruning_ratio: float
     prune_num_heads: bool
+    num_heads: dict[nn.Module, int]
 
     def __init__(
         self,
@@ -278,6 +279,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.ignored_layers = [layer for layer in ignored if isinstance(layer, nn.Module)]
         self.ignored_params = [layer for layer in ignored if isinstance(layer, nn.Parameter)]
         defaults = inspect.signature(tp.pruner.BasePruner).parameters
+        self.num_heads = dict(arguments["num_heads"])
         for name in ("iterative_steps", "round_to", "max_pruning_ratio", "root_module_types"):
             setattr(self, name, arguments.get(name, defaults[name].default))
         self.current_step = 0
@@ -642,6 +644,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._stale = True
         if isinstance(self.wrapper, DistributedDataParallel):
             wrap_again(self.wrapper)
+        for group in critical.groups:
+            if not group.has_channels:  # scripts set the attributes of attention from this
+                module = self.model.get_submodule(group.name)
+                self.num_heads[module] = int(critical.kept[group.name].sum())
         rows = report_rows(self.model, critical, self.neurons)
         self._report = _Counted(rows, before, skeleton(self.model), self._notes())
         return None

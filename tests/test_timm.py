@@ -139,5 +139,8 @@ def test_heads_by_ratio(own: bool, together: bool) -> None:
         pytest.skip("this version of timm cannot take fewer heads")
     assert sum(left) == 6
     assert together or left == [2, 2, 2]
+    for block in model.blocks:  # as torch-pruning's script for timm does
+        block.attn.num_heads = pruner.num_heads[block.attn.qkv]
+        block.attn.head_dim = block.attn.qkv.out_features // (3 * block.attn.num_heads)
     assert model(inputs).shape == (8, CLASSES)
     assert not pruner.slice.kept["blocks.1.attn.qkv"][2]
