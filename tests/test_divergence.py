@@ -115,6 +115,7 @@ def test_what_is_foreseen_is_what_happens(make) -> None:
     found = eliminations(model, data, groups)
     assert_unchanged(model, before)
     whole = model.eval()(inputs).log_softmax(1)
+    wanted = happened = 0.0  # of all layers, each alone: one draw of labels is noise for the least
     for group in groups:
         kept = torch.ones(group.size, dtype=torch.bool)
         kept[found[group.name].order[: group.size // 4]] = False
@@ -124,7 +125,8 @@ def test_what_is_foreseen_is_what_happens(make) -> None:
         fold(other.eval(), critical, reader_statistics(other, data, groups))
         with critical.masked(other), torch.no_grad():
             drift = (whole.exp() * (whole - other(inputs).log_softmax(1))).sum(1).mean()
-        assert foreseen(critical, found) == pytest.approx(float(drift), rel=0.6)
+        wanted, happened = wanted + foreseen(critical, found), happened + float(drift)
+    assert wanted == pytest.approx(happened, rel=0.4)
 
 
 def test_labels_are_not_used_and_the_seed_decides() -> None:
