@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +42,15 @@ def add_metrics(parser: argparse.ArgumentParser) -> None:
     """The option --metrics, for scripts that compare them."""
     parser.add_argument("--metrics", default=",".join(metrics_known()),
         help="comma list of contribution metrics (default: %(default)s)")  # fmt: skip
+
+
+def named(names: str, known: Collection[str], kind: str) -> list[str]:
+    """What a comma-separated list names ("all": everything known)."""
+    wanted = list(known) if names == "all" else names.split(",")
+    for name in wanted:
+        if name not in known:
+            raise ArgumentError(f"There is no {kind} {name!r}; there are: {', '.join(known)}.")
+    return wanted
 
 
 def checked_seeds(count: int) -> Sequence[int]:

@@ -50,9 +50,9 @@ import results
 import targets
 from data import Data, load
 from nss_prune import NSSPruner
-from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
+from nss_prune.errors import NothingToPruneError, NSSPruneError
 from nss_prune.unstructured import Iterations, compression_rate, iterative_sparsify, weight_count
-from options import checked_seeds, common, usable_device
+from options import checked_seeds, common, named, usable_device
 from results import Cell, Column, spread
 from settings import Setting, chosen
 from stopping import Pair, Point, Rule, Run, gain, last_held, means
@@ -351,11 +351,7 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen_methods(names: str) -> list[str]:
     """The methods that a comma-separated list names ("all": every one)."""
-    wanted = list(METHODS) if names == "all" else names.split(",")
-    for name in wanted:
-        if name not in METHODS:
-            raise ArgumentError(f"There is no method {name!r}; there are: {', '.join(METHODS)}.")
-    return wanted
+    return named(names, METHODS, "method")
 
 
 def main(words: Sequence[str] | None = None) -> None:

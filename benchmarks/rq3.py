@@ -68,7 +68,7 @@ from nss_prune.adaptation import (
 from nss_prune.adaptation.attacks import Attack
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NSSPruneError
-from options import checked_seeds, common, usable_device
+from options import checked_seeds, common, named, usable_device
 from results import Cell, Column, spread
 from settings import Setting, chosen
 from training import Recipe, accuracy, fast, make_optimiser, suitable_threads, trained
@@ -610,10 +610,7 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen_of(known: dict[str, str], names: str, kind: str) -> list[str]:
     """What a comma-separated list names ("all": everything known), in the order known."""
-    wanted = list(known) if names == "all" else names.split(",")
-    for name in wanted:
-        if name not in known:
-            raise ArgumentError(f"There is no {kind} {name!r}; there are: {', '.join(known)}.")
+    wanted = named(names, known, kind)
     return [name for name in known if name in wanted]
 
 

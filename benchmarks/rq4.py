@@ -70,7 +70,7 @@ from nss_prune.adaptation import Freezing
 from nss_prune.adaptation.incremental import IncrementalTrainer, Objective, TaskLoss, mixed
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
-from options import checked_seeds, common, usable_device
+from options import checked_seeds, common, named, usable_device
 from packnet import PackNet
 from results import Cell, Column, spread
 from settings import Setting, chosen
@@ -619,19 +619,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_methods(names: str) -> list[str]:
-    """The methods that a comma-separated list names ("all": every one)."""
-    wanted = list(METHODS) if names == "all" else names.split(",")
-    for name in wanted:
-        if name not in METHODS:
-            raise ArgumentError(f"There is no method {name!r}; there are: {', '.join(METHODS)}.")
-    return wanted
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
-    seeds, methods = checked_seeds(asked.seeds), chosen_methods(asked.methods)
+    seeds, methods = checked_seeds(asked.seeds), named(asked.methods, METHODS, "method")
     device = usable_device(asked.device)
     for setting in chosen(asked.settings):
         setting = setting.with_epochs(asked.epochs)

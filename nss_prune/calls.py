@@ -29,7 +29,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
 
     def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if module not in calls:
-            calls[module] = Call(*map_tensors(_copied, (tuple(arguments), dict(keywords))))
+            calls[module] = Call(*map_tensors(copied, (tuple(arguments), dict(keywords))))
 
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -38,7 +38,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
         yield calls
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
     """A copy: what runs later may work in place."""
     return tensor.detach().clone()
 

@@ -32,11 +32,9 @@ from nss_prune.categories import class_scores
 from nss_prune.collector import Beside, alone, as_computed, run
 from nss_prune.errors import NumericalError
 from nss_prune.neurons import NeuronGroup, evaluation
-from nss_prune.readers import Moments, ReaderStatistics, counted_batches
-from nss_prune.similarity import evenly_spaced
+from nss_prune.readers import Moments, ReaderStatistics, counted_batches, spaced
 from nss_prune.slicing import Slice
 
-POSITIONS = 64  # of a map that are looked at
 ALLOCATIONS = 4
 TOO_WIDE = 4  # neurons for each independent observation: their covariances are noise
 LEAST_SHRINKAGE = 1e-8  # a neuron that is dead, or said by others, has no precision otherwise
@@ -134,12 +132,9 @@ def sensitivities(
 
 def _information(gradient: Tensor) -> Tensor:
     """Σ g gᵀ over the samples and positions of ``[samples, neurons, positions]``."""
-    positions = gradient.shape[2]
-    if positions > POSITIONS:
-        picked = evenly_spaced(positions, POSITIONS).to(gradient.device)
-        gradient = gradient.index_select(2, picked)
-    by_neuron = gradient.transpose(0, 1).flatten(1)
-    total: Tensor = (by_neuron @ by_neuron.T).double() * (positions / gradient.shape[2])
+    seen = spaced(gradient, 2)
+    by_neuron = seen.transpose(0, 1).flatten(1)
+    total: Tensor = (by_neuron @ by_neuron.T).double() * (gradient.shape[2] / seen.shape[2])
     return total
 
 

@@ -39,7 +39,7 @@ from nss_prune.neurons import (
     resolve_layers,
     tensors_in,
 )
-from nss_prune.readers import ReaderStatistics, ReaderSums, survey
+from nss_prune.readers import ReaderStatistics, ReaderSums
 from nss_prune.similarity import (
     Features,
     Landscape,
@@ -448,9 +448,7 @@ def profile_neurons(
     found = builder.build(minimum_samples, notes_on_rule(collector.uncovered))
     if not keep_readers:
         return found
-    with evaluation(model), torch.no_grad():
-        norms = survey(model, sums_read.readers, example_inputs).norms
-    return replace(found, readers=sums_read.statistics(norms))
+    return replace(found, readers=sums_read.surveyed(example_inputs))
 
 
 class ProfileBuilder:

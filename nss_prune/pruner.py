@@ -43,7 +43,6 @@ from nss_prune.neurons import (
     OutputRecorder,
     as_arguments,
     call_model,
-    evaluation,
     find_neurons,
     refuse_reparametrised,
     resolve_layers,
@@ -51,7 +50,7 @@ from nss_prune.neurons import (
     traceable,
 )
 from nss_prune.profile import Profile, profile_neurons
-from nss_prune.readers import ReaderStatistics, ReaderSums, reader_statistics, survey
+from nss_prune.readers import ReaderStatistics, ReaderSums, reader_statistics
 from nss_prune.removal import remove, undone_on_error, verified
 from nss_prune.report import Report, Row, macs_by_module, measure, skeleton
 from nss_prune.similarity import Features, Landscape
@@ -497,9 +496,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             progress=self.progress,
         )
         if self.fold:
-            with evaluation(self.model), torch.no_grad():
-                norms = survey(self.model, sums.readers, self._example_inputs).norms
-            self._statistics = sums.statistics(norms)
+            self._statistics = sums.surveyed(self._example_inputs)
 
     def _limits(self) -> Limits:
         least = {

@@ -143,6 +143,11 @@ class ReaderSums:
         with watched(self._model, self.readers, add):
             yield
 
+    def surveyed(self, example_inputs: Any) -> dict[str, ReaderStatistics]:
+        """:meth:`statistics`, with the norms that one more call of the model shows."""
+        with evaluation(self._model), torch.no_grad():
+            return self.statistics(survey(self._model, self.readers, example_inputs).norms)
+
     def statistics(self, norms: Mapping[str, str]) -> dict[str, ReaderStatistics]:
         """Reader -> its statistics; one that was never called is missing.
 
@@ -173,7 +178,7 @@ class Moments:
 
     def add(self, values: Tensor) -> None:
         """Add ``[samples, channels, positions]``."""
-        seen = _spaced(values, 2).double()
+        seen = spaced(values, 2).double()
         samples, channels, positions = seen.shape
         seen = seen.reshape(samples, channels // self.repeats, self.repeats, positions)
         if self._shift is None:
@@ -184,7 +189,7 @@ class Moments:
             self._averages = seen.new_zeros(2, units)
         centred = seen - self._shift[:, :, None]
         self._total += centred.sum((0, 3))
-        picked = _spaced(centred, 2)
+        picked = spaced(centred, 2)
         by_unit = picked.transpose(0, 1).flatten(1)
         self._matrix += by_unit @ by_unit.T
         averages = picked.mean((2, 3))
@@ -204,7 +209,7 @@ class Moments:
             raise NumericalError(
                 f"{name} reads NaN or infinite values; check the data and the model's weights"
             )
-        picked = _spaced(offset, 1)
+        picked = spaced(offset, 1)
         rows = self.rows * picked.shape[1]
         covariance = self._matrix / rows - picked @ picked.T / picked.shape[1]
         mean, square = self._averages / self.samples
@@ -220,7 +225,7 @@ class Moments:
         )
 
 
-def _spaced(values: Tensor, axis: int) -> Tensor:
+def spaced(values: Tensor, axis: int) -> Tensor:
     """At most ``POSITIONS`` evenly spaced entries along an axis."""
     available = values.shape[axis]
     if available <= POSITIONS:

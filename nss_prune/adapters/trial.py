@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adapters import Adapter, Claim, apply_changes, joined, planned_changes
-from nss_prune.calls import Call
+from nss_prune.calls import Call, copied
 from nss_prune.errors import RemovalError
 from nss_prune.neurons import (
     Member,
@@ -108,7 +108,7 @@ def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | Non
     groups = adapter.groups("", module)
     try:
         halves = {group.name: torch.arange(group.size) % 2 == 0 for group in groups}
-        reason = _removal_failure(twin(module, _copied), Slice(halves, groups), adapter, call)
+        reason = _removal_failure(twin(module, copied), Slice(halves, groups), adapter, call)
         if reason is None and not all(_independent(module, group, call) for group in groups):
             reason = "the heads depend on each other, or are not told apart"
     except Exception as error:
@@ -144,7 +144,7 @@ def _independent(module: nn.Module, group: NeuronGroup, call: Call) -> bool:
     for digit in range((group.size - 1).bit_length()):
         for value in (0, 1):
             poisoned = (numbers >> digit) % 2 == value
-            part = twin(module, _copied)
+            part = twin(module, copied)
             _poison(part, group, poisoned)
             with _watched(part, group, ~poisoned) as clean:
                 _run(part, call)
@@ -200,12 +200,8 @@ def _watched(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> Iterator
 def _run(module: nn.Module, call: Call) -> Any:
     with evaluation(module), torch.no_grad():
         # Clones, because a module may work in place.
-        arguments, keywords = map_tensors(torch.clone, (call.arguments, call.keywords))
+        arguments, keywords = map_tensors(copied, (call.arguments, call.keywords))
         return module(*arguments, **keywords)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
 
 
 def _first_line(error: Exception) -> str:
