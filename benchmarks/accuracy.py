@@ -57,6 +57,7 @@ from torch.nn.functional import cross_entropy
 
 import results
 from data import Data, Split, load
+from figures import save_figure
 from nss_prune import NSSImportance, Slice, remove
 from nss_prune.activations import readable
 from nss_prune.budget import (
@@ -710,9 +711,7 @@ def plot(title: str, cells: Sequence[Measured], path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def report(record: Record, data: Data) -> None:

@@ -36,6 +36,7 @@ from torch import nn
 import results
 import targets
 from data import Data, Split, load
+from figures import save_figure
 from nss_prune import Profile, Slice, profile
 from nss_prune.errors import NSSPruneError
 from options import add_metrics, checked_seeds, common, usable_device
@@ -249,9 +250,7 @@ def plot(setting: str, points: Sequence[Point], metrics: Sequence[str], path: Pa
     panels[0][0].set(ylabel="test accuracy, %")
     panels[0][0].legend()
     figure.suptitle(f"RQ1, {setting}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def report(

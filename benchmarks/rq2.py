@@ -49,6 +49,7 @@ from torch import nn
 import results
 import targets
 from data import Data, load
+from figures import save_figure
 from nss_prune import NSSPruner
 from nss_prune.errors import NothingToPruneError, NSSPruneError
 from nss_prune.unstructured import Iterations, compression_rate, iterative_sparsify, weight_count
@@ -269,9 +270,7 @@ def plot(setting: str, pairs: Sequence[Pair], path: Path) -> None:
     axes.set(xlabel="compression rate, %", ylabel="test accuracy, %", title=f"RQ2, {setting}")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def report(

@@ -56,6 +56,7 @@ from torch import Tensor, nn
 import results
 import targets_adaptation as targets
 from data import SOURCES, Data, Split, load
+from figures import save_figure
 from nss_prune import Profile, Slice, profile
 from nss_prune.adaptation import (
     FGSM,
@@ -521,9 +522,7 @@ def plot(setting: str, outcomes: Sequence[Outcome], path: Path) -> None:
     panels[0][0].set(ylabel="accuracy, %")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"RQ3, {setting}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def report(

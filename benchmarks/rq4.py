@@ -66,6 +66,7 @@ from tqdm import tqdm
 import results
 import targets_adaptation as targets
 from data import Data, Split, load
+from figures import save_figure
 from nss_prune.adaptation import Freezing
 from nss_prune.adaptation.incremental import IncrementalTrainer, Objective, TaskLoss, mixed
 from nss_prune.deeparc import DeepArc
@@ -574,9 +575,7 @@ def plot(title: str, outcomes: Sequence[Outcome], path: Path) -> None:
     axes.set(ylabel="test accuracy, %", title=title)
     axes.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def report(
