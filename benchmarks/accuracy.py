@@ -23,10 +23,12 @@ All but the last rank neurons, and how many go of each layer is a question of it
 
 And every slice is measured in several kinds:
 
-    plain         the neurons are removed
-    recalibrated  and the BatchNorms' statistics estimated anew, by nss_prune.recalibration
-    folded        removed after nss_prune.folding.fold, which `divergence` counts on
-    refit         removed after nss_prune.folding.refit, which takes a pass for each layer
+    plain                the neurons are removed
+    recalibrated         and the BatchNorms' statistics moved by as much as those of the calibration
+                         data moved, by nss_prune.recalibration
+    folded               removed after nss_prune.folding.fold, which `divergence` counts on
+    folded-recalibrated  both
+    refit                removed after nss_prune.folding.refit, which takes a pass for each layer
 
 `efficientnet-imagenet` prunes the hidden channels of the inverted bottlenecks alone, to a share of
 their own multiply-accumulates; `efficientnet-imagenet-whole` all that can be pruned. Where a
@@ -76,7 +78,13 @@ from nss_prune.folding import fold, refit
 from nss_prune.neurons import Member, NeuronGroup, NeuronMap, evaluation, trace
 from nss_prune.profile import profile_neurons
 from nss_prune.readers import ReaderStatistics, ReaderSums, survey
-from nss_prune.recalibration import recalibrate, running_norms
+from nss_prune.recalibration import (
+    NormStatistics,
+    kept_statistics,
+    norm_statistics,
+    recalibrate,
+    running_norms,
+)
 from nss_prune.removal import verified
 from nss_prune.report import macs_by_module
 from options import checked_seeds, common, usable_device
@@ -100,7 +108,7 @@ RIVALS: dict[str, Callable[[], Any]] = {
 SEMANTIC, DIVERGENCE = "semantic", "divergence"
 CRITERIA = (*RIVALS, SEMANTIC, DIVERGENCE)
 ALLOCATIONS = ("local", "global", "cost", "ours")
-KINDS = ("plain", "recalibrated", "folded", "refit")
+KINDS = ("plain", "recalibrated", "folded", "folded-recalibrated", "refit")
 WHOLE = "whole model"
 HIDDEN_READERS = "conv_pwl"  # timm's name for what reads an inverted bottleneck's hidden channels
 
@@ -354,6 +362,11 @@ class Calibration:
         return self._pass[1]
 
     @cached_property
+    def norms(self) -> dict[str, NormStatistics]:
+        """What the BatchNorms of the whole model read."""
+        return norm_statistics(self.subject.model, self.batches)
+
+    @cached_property
     def _pass(self) -> tuple[dict[str, Elimination], dict[str, ReaderStatistics]]:
         """Eliminations, and what the readers read."""
         model, groups = self.subject.model, self.subject.groups
@@ -432,14 +445,21 @@ def best(scores: Tensor, count: int) -> Tensor:
 def pruned(calibration: Calibration, critical: Slice, kind: str) -> nn.Module:
     """The smaller model of one kind."""
     model = copy.deepcopy(calibration.subject.model)
-    if kind == "folded":
+    if kind.startswith("folded"):
         fold(model, critical, calibration.statistics)
     if kind == "refit":
         refit(model, critical, calibration.batches)
     remove(model, critical, calibration.subject.example)
-    if kind == "recalibrated":
-        recalibrate(model, calibration.batches)
+    by_channel(model)
+    if kind.endswith("recalibrated"):
+        whole = kept_statistics(calibration.norms, critical)
+        recalibrate(model, calibration.batches, whole=whole)
     return model
+
+
+def by_channel(model: nn.Module) -> nn.Module:
+    """The model with its channels laid out last: depthwise convolutions take half the time so."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 class Record:
@@ -506,9 +526,10 @@ def run_board(
     board = record.board
     device = data.train.labels.device
     setting = board.setting
-    model = trained(setting.name, setting.build, data, setting.recipe, 0, cache, device).model
+    found = trained(setting.name, setting.build, data, setting.recipe, 0, cache, device)
+    model = by_channel(found.model)
     if not running_norms(model):
-        kinds = [kind for kind in kinds if kind != "recalibrated"]
+        kinds = [kind for kind in kinds if not kind.endswith("recalibrated")]
     with suitable_threads(model):
         subject = subject_of(board, model, next(data.train.batches(2))[0])
         ranker = Ranker(subject)
@@ -747,7 +768,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"comma list of {', '.join(CRITERIA)}, or all (default: %(default)s)")  # fmt: skip
     add("--allocations", default="local,global,ours",
         help=f"comma list of {', '.join(ALLOCATIONS)}, or all (default: %(default)s)")  # fmt: skip
-    add("--kinds", default="plain,recalibrated,folded",
+    add("--kinds", default="plain,recalibrated,folded,folded-recalibrated",
         help=f"comma list of {', '.join(KINDS)}, or all (default: %(default)s)")  # fmt: skip
     add("--kept", metavar="SHARES",
         help="comma list of shares of the MACs to keep (default: the setting's)")  # fmt: skip

@@ -14,13 +14,17 @@ the data, forward and backward, and labels are not used.
 Neurons are eliminated one by one, each time the one that adds least. With W any root of Γ = WᵀW,
 eliminating p adds ½ ‖w_p‖² / [Σ⁻¹]_pp exactly, after which W and Σ⁻¹ are those of the neurons that
 are left; so one elimination gives the order of a group and D for every number of neurons.
+
+On new samples the k neurons that stay say less of the others than on the n independent
+observations that they were fitted to. As generalised cross-validation has it (Golub, Heath, Wahba,
+1979), D is therefore divided by (1 − (k + 1) / n)².
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -170,7 +174,18 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
         )
     if len(information) > TOO_WIDE * statistics.observations:
         return _independent(statistics.covariance.diagonal() * information.diagonal())
-    return eliminate(shrunk(statistics.covariance, statistics.observations), information)
+    found = eliminate(shrunk(statistics.covariance, statistics.observations), information)
+    return replace(found, divergence=_on_new_samples(found.divergence, statistics.observations))
+
+
+def _on_new_samples(divergence: Tensor, observations: float) -> Tensor:
+    """D where the neurons that stay were fitted to so many independent observations.
+
+    They have at most half as many effective parameters, see :func:`nss_prune.ridge.ridge`.
+    """
+    left = torch.arange(len(divergence) - 1, -1, -1).to(divergence)
+    parameters = (left + 1).clamp(max=observations / 2)
+    return divergence / (1 - parameters / observations) ** 2
 
 
 def _independent(costs: Tensor) -> Elimination:

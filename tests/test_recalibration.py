@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp
-from nss_prune.errors import ArgumentError, DataError, NumericalError
-from nss_prune.recalibration import recalibrate
+from nss_prune.discovery import discover
+from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NumericalError
+from nss_prune.recalibration import kept_statistics, norm_statistics, recalibrate
+from nss_prune.removal import remove
+from nss_prune.slicing import Slice
 
 
 def two_norms() -> nn.Sequential:
@@ -92,6 +95,65 @@ def test_it_puts_right_what_a_scaled_layer_put_wrong():
     assert not torch.allclose(changed(data[0][0]), expected, rtol=1e-2)
     recalibrate(changed, data)
     torch.testing.assert_close(changed(data[0][0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_data_are_read_without_a_trace():
+    model = two_norms().train()
+    data = batches(37, (2, 6, 6), 2)
+    before = fingerprint(model)
+    found = norm_statistics(model, data)
+    assert_unchanged(model, before)
+    with torch.no_grad():
+        expected = naive(model.eval(), data)
+    for name, (mean, variance) in zip(("1", "6"), expected, strict=True):
+        torch.testing.assert_close(found[name].mean, mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found[name].variance, variance, rtol=1e-12, atol=1e-12)
+        assert torch.equal(found[name].running_mean, model.get_submodule(name).running_mean)
+
+
+def test_beside_the_whole_model_what_did_not_change_stays():
+    model = two_norms()
+    with torch.no_grad():
+        model[1].running_mean.uniform_(-1, 1)
+        model[6].running_var.uniform_(1, 2)
+    expected = copy.deepcopy(model)
+    data = batches(37, (2, 6, 6), 2)
+    recalibrate(model, data, whole=norm_statistics(model, data))
+    for name, value in expected.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_beside_the_whole_model_a_shift_is_undone_whatever_the_samples():
+    torch.manual_seed(0)
+    model = cnn().eval()  # with statistics of other data
+    recalibrate(model, batches(64, (3, 12, 12), 5, size=64))
+    few = [(1 + 2 * inputs, labels) for inputs, labels in batches(16, (3, 12, 12), 5)]
+    expected = model(few[0][0])
+    whole = norm_statistics(model, few)
+    with torch.no_grad():
+        model[0].bias.add_(3.0)
+    recalibrate(model, few, whole=whole)
+    torch.testing.assert_close(model(few[0][0]), expected)
+
+
+def test_of_a_smaller_model_the_channels_that_stay_are_compared():
+    model = two_norms()
+    data = batches(64, (2, 6, 6), 2)
+    groups = discover(model, data[0][0][:2]).groups
+    kept = {group.name: torch.arange(group.size) != 1 for group in groups}
+    critical = Slice(kept, groups)
+    whole = norm_statistics(model, data)
+    assert sorted(whole) == ["1", "6"]
+    remove(model, critical, data[0][0][:2])
+    with pytest.raises(ModelMismatchError, match="statistics of 3 channels for 1, which has 2"):
+        recalibrate(model, data, whole=whole)
+    before = model[1].running_mean
+    recalibrate(model, data, whole=kept_statistics(whole, critical))
+    torch.testing.assert_close(model[1].running_mean, before)  # what it reads did not change
+    assert len(model[6].running_mean) == 4
+    with pytest.raises(ModelMismatchError, match="no statistics for 1"):
+        recalibrate(model, data, whole={})
 
 
 def test_a_norm_that_is_called_twice_counts_both_calls():
