@@ -27,6 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,19 +147,18 @@ def families(source: str) -> dict[str, list[str]]:
 
 def smallest(models: Iterable[Model]) -> str | None:
     """The name of the one with the fewest parameters; None where none can be created."""
-    sizes = {model.name: meta_parameters(model) for model in models}
+    sizes = {model.name: size_of(model) for model in models}
     created = {name: size for name, size in sizes.items() if size is not None}
     return min(created, key=lambda name: (created[name], name)) if created else None
 
 
-def meta_parameters(model: Model) -> int | None:
-    """Parameters of a model without its memory; None where it cannot be created so."""
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
+def size_of(model: Model) -> int | None:
+    """Parameters of a model, without its memory where that works; None where nothing does."""
+    for device in ("meta", "cpu"):
+        with suppress(Exception), torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return parameters(model.create())
-    except Exception:
-        return None
+    return None
 
 
 def parameters(model: nn.Module) -> int:
@@ -168,14 +168,15 @@ def parameters(model: nn.Module) -> int:
 def choose(source: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
     """Family -> its smallest model, beside the version of the package that this holds for."""
     version = results.version(source)
-    if earlier.get("version") == version:
-        return dict(earlier)
-    print(f"choosing the smallest models of {source} {version}: some minutes", flush=True)
-    chosen = {
-        family: smallest(Model(source, name) for name in names)
-        for family, names in families(source).items()
+    known = earlier["models"] if earlier.get("version") == version else {}
+    every = families(source)
+    missing = {family: names for family, names in every.items() if known.get(family) is None}
+    if missing:
+        print(f"choosing the smallest models of {source} {version}: some minutes", flush=True)
+    found = {
+        family: smallest(Model(source, name) for name in names) for family, names in missing.items()
     }
-    return {"version": version, "models": chosen}
+    return {"version": version, "models": {family: {**known, **found}[family] for family in every}}
 
 
 # One model on one side, in a process of its own
@@ -541,7 +542,7 @@ class State:
         )
 
     def not_created(self) -> list[str]:
-        """Families of which no model can be created on the meta device."""
+        """Families of which no model can be created."""
         return [
             f"{source} {family}"
             for source, chosen in self.choice.items()
@@ -650,7 +651,7 @@ def report(state: State) -> None:
     for model, cause in sorted(excluded(outcomes).items()):
         print(f"\nexcluded, does not run before pruning: {model}: {cause}")
     for family in state.not_created():
-        print(f"\nno model can be created on the meta device: {family}")
+        print(f"\nno model can be created: {family}")
     names = ", ".join(lost(outcomes)) or "none"
     print(f"\nfamilies that {THEIRS} prunes and {OURS} does not: {names}")
     print(f"\n{state.path} written")

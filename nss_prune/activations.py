@@ -25,8 +25,10 @@ from nss_prune.neurons import (
     evaluation,
     input_axis,
     map_tensors,
+    skeleton,
     submodule,
     tensors_in,
+    without_values,
 )
 
 
@@ -202,6 +204,17 @@ def _first_axes(
     model: nn.Module, neurons: NeuronMap, inputs: Any, forward: Forward
 ) -> dict[str, int]:
     """Reader -> length of the first axis of what it reads; nothing where the model fails."""
+    with contextlib.suppress(Exception):  # some models cannot do without values
+        shapes = map_tensors(without_values, inputs)
+        return _first_axes_read(skeleton(model), neurons, shapes, forward)
+    with contextlib.suppress(Exception):
+        return _first_axes_read(model, neurons, inputs, forward)
+    return {}
+
+
+def _first_axes_read(
+    model: nn.Module, neurons: NeuronMap, inputs: Any, forward: Forward
+) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def look(name: str) -> Any:
@@ -214,9 +227,6 @@ def _first_axes(
         for name in {reader.name for group in neurons.groups for reader in group.readers}:
             handle = submodule(model, name).register_forward_pre_hook(look(name))
             stack.callback(handle.remove)
-        try:
-            with evaluation(model), torch.no_grad():
-                forward(model, inputs)
-        except Exception:
-            return {}
+        with evaluation(model), torch.no_grad():
+            forward(model, inputs)
     return found

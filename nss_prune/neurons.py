@@ -168,6 +168,16 @@ def twin(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
     return made
 
 
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model without values: it takes no memory, and calling it computes nothing."""
+    return twin(model, without_values)
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and type on torch's "meta" device."""
+    return torch.empty_like(tensor, device="meta", requires_grad=False)
+
+
 def _twin(module: nn.Module, copied: Callable[[Tensor], Tensor], known: dict[int, Any]) -> Any:
     if id(module) in known:
         return known[id(module)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
@@ -145,6 +146,8 @@ class ReaderSums:
 
     def surveyed(self, example_inputs: Any) -> dict[str, ReaderStatistics]:
         """:meth:`statistics`, with the norms that one more call of the model shows."""
+        if not any(isinstance(module, _BatchNorm) for module in self._model.modules()):
+            return self.statistics({})
         with evaluation(self._model), torch.no_grad():
             return self.statistics(survey(self._model, self.readers, example_inputs).norms)
 
@@ -367,7 +370,7 @@ def survey(model: nn.Module, readers: Iterable[str], inputs: Any) -> Survey:
             hook = submodule(model, name).register_forward_hook(followed.reader_hook(name))
             stack.callback(hook.remove)
         for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, _BatchNorm):
                 norm_hook = module.register_forward_pre_hook(followed.norm_hook(name))
                 stack.callback(norm_hook.remove)
         with followed:

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nss_prune.neurons import Forward, call_model, evaluation, map_tensors, tensors_in, twin
+from nss_prune.neurons import (
+    Forward,
+    call_model,
+    evaluation,
+    map_tensors,
+    skeleton,
+    tensors_in,
+    without_values,
+)
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,6 @@ def measure(model: nn.Module, example_inputs: Any, forward: Forward = call_model
     return Cost(parameters, macs_by_module(model, example_inputs, forward)[""])
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model without values, whose cost :func:`measure` can count at any time."""
-    return twin(model, _without_values)
-
-
 def macs_by_module(
     model: nn.Module, example_inputs: Any, forward: Forward = call_model
 ) -> dict[str, int]:
@@ -83,7 +86,7 @@ def macs_by_module(
     nothing is computed.
     """
     try:
-        inputs = map_tensors(_without_values, example_inputs)
+        inputs = map_tensors(without_values, example_inputs)
         return _counted(skeleton(model), inputs, forward)
     except Exception:
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -108,10 +111,6 @@ def _counted(model: nn.Module, example_inputs: Any, forward: Forward) -> dict[st
         for name, operations in counter.get_flop_counts().items()
     }
     return {**found, "": counter.get_total_flops() // 2}
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta", requires_grad=False)
 
 
 def _change(what: str, before: int, after: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import GatedMlp, GluMlp, Mlp, SwiGLU
 from timm.models import mvitv2
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from nss_prune.adapters import (
     Adapter,
     Attention,
     Change,
+    GatedUnit,
     adapted,
     apply_changes,
     claims,
@@ -772,3 +774,76 @@ def test_vision_transformer_after_the_removal(fused: bool, tmp_path: Path) -> No
     assert torch.equal(pickle.loads(pickle.dumps(model))(inputs), expected)
     save_pruned(model, tmp_path / "model.safetensors")
     assert torch.equal(load_pruned(tmp_path / "model.safetensors", fresh())(inputs), expected)
+
+
+GATED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (partial(GluMlp, WIDTH, 14), (5, WIDTH)),
+    "gate first": (partial(GluMlp, WIDTH, 14, act_layer=nn.SiLU, gate_last=False), (5, WIDTH)),
+    "norm": (partial(GluMlp, WIDTH, 14, norm_layer=nn.LayerNorm), (5, WIDTH)),
+    "map": (partial(GluMlp, WIDTH, 14, use_conv=True), (WIDTH, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("structure", GATED)
+def test_gated_values_go_with_their_gates(structure: str) -> None:
+    model, inputs = made(*GATED[structure])
+    before = fingerprint(model)
+    neurons = on_trial(model, NOTHING, inputs)
+    assert_unchanged(model, before)
+    (group,) = neurons.groups
+    assert (group.name, group.size, group.ties, group.has_channels) == ("0.fc1", 7, 2, True)
+    check_removed_equals_masked(model, neurons, inputs)
+    model.train()(inputs).square().sum().backward()
+
+
+def test_members_of_a_gated_unit_by_hand() -> None:
+    (group,) = GatedUnit().groups("here", GluMlp(WIDTH, 6, norm_layer=nn.LayerNorm))
+    made, norm, read = group.members
+    assert (made.name, made.side, made.width) == ("here.fc1", "out", 6)
+    assert made.channels.tolist() == [0, 3, 1, 4, 2, 5]
+    assert made.neurons.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (norm.name, norm.side, norm.channels.tolist()) == ("here.norm", "both", [0, 1, 2])
+    assert (read.name, read.side, read.neurons.tolist()) == ("here.fc2", "in", [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Mlp, WIDTH, 24),
+        partial(SwiGLU, WIDTH, 24),  # torch-pruning sees which of its layers go together
+        partial(GatedMlp, WIDTH, 24),
+        partial(nn.Linear, WIDTH, 24),
+    ],
+)
+def test_what_is_no_gated_unit_is_not_claimed(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    assert not any(GatedUnit().groups(name, part) for name, part in model.named_modules())
+
+
+def test_halves_that_belong_together_otherwise_are_left_alone() -> None:
+    class Neighbours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(WIDTH, 14), nn.Linear(7, WIDTH)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            both = self.make(inputs)
+            return self.read(both[..., ::2] * both[..., 1::2].sigmoid())
+
+    model, inputs = made(Neighbours, (5, WIDTH))
+    neurons = on_trial(model, NOTHING, inputs)
+    assert not neurons.groups
+    assert list(neurons.left_alone) == ["0.make"]
+
+
+def test_gated_units_of_a_model_that_is_traced_in_parts() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deepseek_vit_412m", pretrained=False, depth=2, embed_dim=32, num_heads=2, img_size=28
+    )
+    inputs = torch.randn(2, 3, 28, 28)
+    neurons = discover(model.eval(), inputs, timeout=6)
+    gated = [group for group in neurons.groups if group.name.endswith("mlp.fc1")]
+    assert len(gated) == 2
+    assert all(group.ties == 2 for group in gated)
+    check_removed_equals_masked(model.double(), neurons, inputs.double())

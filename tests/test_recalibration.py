@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp
+from nss_prune import NSSPruner
 from nss_prune.discovery import discover
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NumericalError
 from nss_prune.recalibration import kept_statistics, norm_statistics, recalibrate
@@ -199,3 +200,45 @@ def test_a_failure_leaves_the_model_as_it_was(data, error, message):
 def test_a_model_without_running_statistics_is_refused(model):
     with pytest.raises(ArgumentError, match="has no BatchNorm with running statistics"):
         recalibrate(model, batches(8, (12,), 3))
+
+
+def trained_like(seed: int = 0) -> tuple[nn.Module, list]:
+    """A network whose second norm reads what a first layer with spare neurons makes."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(12, 30), nn.BatchNorm1d(30), nn.ReLU(),
+        nn.Linear(30, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5),
+    ).double()  # fmt: skip
+    data = batches(600, (12,), 5, size=100)
+    recalibrate(model, data)
+    return model.eval(), data
+
+
+def test_the_pruner_recalibrates_beside_the_whole_model():
+    model, data = trained_like()
+    expected, few = copy.deepcopy(model), data[:2]
+    pruner = NSSPruner(model, data[0][0][:2], data=few, params_budget=0.6, recalibrate=True)
+    pruner.step()
+    whole = norm_statistics(expected, few)
+    NSSPruner(expected, data[0][0][:2], data=few, params_budget=0.6).step()
+    assert not torch.equal(expected[4].running_var, model[4].running_var)
+    recalibrate(expected, few, whole=kept_statistics(whole, pruner.slice))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_the_pruner_says_that_there_is_nothing_to_recalibrate():
+    model = mlp()
+    data = batches(64, (12,), 3)
+    pruner = NSSPruner(model, data[0][0][:2], data=data, params_budget=0.7, recalibrate=True)
+    pruner.step()
+    assert pruner.report is not None
+    assert "nothing was recalibrated: the model has no BatchNorm" in pruner.report.notes
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(None, "with no data"), (iter([]), "with list_iterator")]
+)
+def test_the_pruner_needs_data_that_it_can_read_twice(data, message):
+    with pytest.raises(ArgumentError, match=message):
+        NSSPruner(mlp(), torch.zeros(2, 12).double(), data=data, recalibrate=True)

@@ -14,11 +14,12 @@ from dataclasses import replace
 from torch import nn
 
 from nss_prune.adapters.attention import Attention
+from nss_prune.adapters.gated import GatedUnit
 from nss_prune.adapters.protocol import Adapter, Change
 from nss_prune.neurons import NeuronGroup, NeuronMap
 from nss_prune.slicing import Slice
 
-ADAPTERS: tuple[Adapter, ...] = (Attention(), Attention(head_first=True))
+ADAPTERS: tuple[Adapter, ...] = (Attention(), Attention(head_first=True), GatedUnit())
 """The structures known; the first adapter that claims a module has it."""
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Adapter",
     "Attention",
     "Change",
+    "GatedUnit",
     "adapted",
     "apply_changes",
     "claims",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nss_prune.adapters.protocol import Change
+from nss_prune.adapters.protocol import Change, covering
 from nss_prune.neurons import Member, NeuronGroup, Side
 
 FUSED = ("qkv", "qkv_proj", "to_qkv", "in_proj", "query_key_value")
@@ -199,19 +199,19 @@ class Attention:
     def _members(self, heads: Heads, prefix: str) -> Iterator[Member]:
         for source in heads.going:
             neurons = heads.neurons_of(source, self.head_first)
-            yield _member(prefix + source.projection.name, "out", neurons)
+            yield covering(prefix + source.projection.name, "out", neurons)
             for name in source.projection.norms:
-                yield _member(prefix + name, "both", neurons)
+                yield covering(prefix + name, "both", neurons)
         read = heads.neuron_of_query(heads.value_width)
         for name in (*heads.norms, *heads.reader.norms):
-            yield _member(prefix + name, "both", read)
-        yield _member(prefix + heads.reader.name, "in", read)
+            yield covering(prefix + name, "both", read)
+        yield covering(prefix + heads.reader.name, "in", read)
         for name, part in heads.others.items():
             if isinstance(part, nn.Linear) and part.out_features == heads.queries:
-                yield _member(prefix + name, "out", heads.neuron_of_query(1))
+                yield covering(prefix + name, "out", heads.neuron_of_query(1))
             for key, _, neurons, axis in _along_heads(part, part._parameters, heads):
                 path = f"{name}.{key}" if name else key
-                yield _member(prefix + path, "out", neurons, axis)
+                yield covering(prefix + path, "out", neurons, axis)
 
 
 def find_heads(module: nn.Module) -> Heads | None:
@@ -349,12 +349,6 @@ def _norms_between(
         if isinstance(norm := module._modules[name], nn.LayerNorm)
         if tuple(norm.normalized_shape) == (reader.width,)
     )
-
-
-def _member(name: str, side: Side, neurons: Tensor, axis: int | None = None) -> Member:
-    """A member all of whose channels belong to neurons, in the order of the neurons."""
-    channels = neurons.argsort(stable=True)
-    return Member(name, side, channels, neurons[channels], len(neurons), axis)
 
 
 def _along_heads(

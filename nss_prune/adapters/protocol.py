@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from nss_prune.neurons import NeuronGroup
+from nss_prune.neurons import Member, NeuronGroup, Side
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,9 @@ class Adapter(Protocol):
             kept: True for the neurons that stay, bool ``[neurons]``.
         """
         ...
+
+
+def covering(name: str, side: Side, neurons: Tensor, axis: int | None = None) -> Member:
+    """A member all of whose channels belong to neurons, in the order of the neurons."""
+    channels = neurons.argsort(stable=True)
+    return Member(name, side, channels, neurons[channels], len(neurons), axis)

@@ -1,0 +1,74 @@
+"""Gated units: a neuron is a value with its gate.
+
+A gated linear unit (Dauphin et al., 2017; Shazeer, 2020, "SwiGLU") makes values and gates in one
+layer of twice the width, multiplies the halves, and a second layer reads the product. What follows
+a model through its tensors cannot always tell which gate goes with which value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.adapters.protocol import Change, covering
+from nss_prune.neurons import NeuronGroup, Side
+
+
+class GatedUnit:
+    """A module of just two such layers: the second reads half as much as the first makes.
+
+    Between them there may be norms over the product. Layers are linear, or convolutions of a
+    single position.
+    """
+
+    def groups(self, name: str, module: nn.Module) -> tuple[NeuronGroup, ...]:
+        """One group, named after the first layer, or ()."""
+        found = _pair(module)
+        if found is None:
+            return ()
+        first, norms, second, size = found
+        prefix = f"{name}." if name else ""
+        neurons = torch.arange(size)
+        members = (
+            covering(prefix + first, "out", neurons.repeat(2)),
+            *(covering(prefix + norm, "both", neurons) for norm in norms),
+            covering(prefix + second, "in", neurons),
+        )
+        return (NeuronGroup(prefix + first, size, members, ties=2),)
+
+    def changes(self, module: nn.Module, group: NeuronGroup, kept: Tensor) -> Iterable[Change]:
+        """Nothing: the halves are as wide as the layer says."""
+        return ()
+
+
+def _pair(module: nn.Module) -> tuple[str, tuple[str, ...], str, int] | None:
+    """First layer, norms, second layer, and the number of neurons."""
+    if next(module.children(), None) is None:
+        return None
+    leaves = list(_leaves_with_parameters(module))
+    if len(leaves) < 2 or list(module.parameters(recurse=False)):
+        return None
+    (first, maker), *between, (second, reader) = leaves
+    size = _channels(reader, "in")
+    if not size or _channels(maker, "out") != 2 * size:
+        return None
+    if not all(isinstance(norm, nn.LayerNorm) for _, norm in between):
+        return None
+    return first, tuple(name for name, _ in between), second, size
+
+
+def _leaves_with_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in module.named_modules():
+        if part is not module and list(part.parameters(recurse=False)):
+            yield name, part
+
+
+def _channels(layer: nn.Module, side: Side) -> int:
+    """Channels of a layer that looks at a single position, else 0."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features if side == "in" else layer.out_features
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
+        return layer.in_channels if side == "in" else layer.out_channels
+    return 0
