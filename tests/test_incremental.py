@@ -234,19 +234,22 @@ def test_tasks_that_share_labels_share_rows() -> None:
         assert accuracy(model, others) > 0.9
 
 
-@pytest.mark.parametrize("bound", ["tolerance", "divergence"])
+@pytest.mark.parametrize("bound", ["tolerance", "divergence", "entropy"])
 def test_theta_goes_down_as_long_as_the_mask_holds(bound: str) -> None:
     torch.manual_seed(0)
     data = pictures((0, 1), samples=400, deviation=5.0)
     model = trained(small_mlp(), data)
     limits = {"tolerance": 1.0, "divergence": math.inf}
-    if bound == "divergence":
-        limits = {"tolerance": 100.0, "divergence": 0.01}
+    if bound != "tolerance":
+        limits = {"tolerance": 100.0, "divergence": 0.01 if bound == "divergence" else 1e-9}
     trainer = IncrementalTrainer(model, data=data, progress=False, **limits)
     held_out, profiled = (list(part) for part in parts(data, 0.2, 0))
     assert sum(len(y) for _, y in held_out) + sum(len(y) for _, y in profiled) == 400
     model.eval()
     whole, wanted = accuracy(model, held_out), probabilities(model, held_out)
+    entropy = float(-(wanted * wanted.log()).sum(1).mean())
+    most = max(limits["divergence"], 0.05 * entropy)
+    assert (most > limits["divergence"]) == (bound == "entropy")
     found = profile(model, profiled, progress=False)
     holds = []
     for theta in THETAS:
@@ -254,7 +257,7 @@ def test_theta_goes_down_as_long_as_the_mask_holds(bound: str) -> None:
             given = probabilities(model, held_out)
             drift = float((wanted * (wanted / given).log()).sum(1).mean())
             right = accuracy(model, held_out) >= whole - limits["tolerance"] / 100
-            holds.append(right and drift <= limits["divergence"])
+            holds.append(right and drift <= most)
     passed = holds.index(False)
     assert passed > 0
     expected = found.slice(THETAS[passed - 1])

@@ -63,6 +63,7 @@ THETAS = (0.999, 0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0
 """What theta="auto" tries, in this order."""
 
 HELD_OUT = 0.2  # of a task's data: it chooses θ, the rest is profiled
+OF_ENTROPY = 0.05  # by as much outputs may diverge that are unsure anyway
 
 Replay = float | Sampler[Any] | Data
 
@@ -100,8 +101,9 @@ class IncrementalTrainer:
             most ``tolerance`` there, and the outputs diverge by at most ``divergence``.
         tolerance: Accuracy that the mask may cost with theta="auto", in percentage points.
         divergence: Kullback-Leibler divergence of the task's outputs under the mask from those of
-            the whole network, in nats a sample, with theta="auto". It sees what a mask costs where
-            the model, which was trained on these samples, still gets all of them right.
+            the whole network, in nats a sample, with theta="auto"; or 5 % of these outputs' own
+            entropy, where that is more. It sees what a mask costs where the model, which was
+            trained on these samples, still gets all of them right.
         seed: Of the draws of held-out and replayed samples.
         progress: Show progress bars; by default when stderr is a terminal.
         **profile_arguments: As :func:`nss_prune.profile` takes them.
@@ -437,7 +439,8 @@ class IncrementalTrainer:
             return False
         found, wanted = masked[0], whole[0]
         drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
-        return float(drift) <= self.divergence
+        entropy = -(wanted.exp() * wanted).sum(1).mean()
+        return float(drift) <= max(self.divergence, OF_ENTROPY * float(entropy))
 
     @torch.no_grad()
     def _answers(self, task: Task, data: Data, masked: bool) -> tuple[Tensor, float]:
