@@ -3,8 +3,8 @@
     python benchmarks/readme.py
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
-`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, or `NAME summary`: what that RQ2 or
-RQ3 file says in all.
+`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, or `NAME summary`: what that file
+of RQ2, RQ3 or the accuracy board says in all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import results
+from accuracy import SUMMARY_COLUMNS as LEADS
 from rq1 import THETA_COLUMNS
 from rq2 import SUMMARY_COLUMNS as GAINS
 from rq3 import SUMMARY_COLUMNS as CLAIMS
@@ -20,6 +21,7 @@ from storage import written_aside
 
 README = Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+SUMMARIES = {"accuracy": LEADS, "rq2": GAINS, "rq3": CLAIMS}
 SHOWN_THETAS = (0.90, 0.95, 0.99)
 
 
@@ -35,7 +37,7 @@ def table(name: str) -> str:
         ]
         return results.markdown_table(THETA_COLUMNS, rows)
     if part == ["summary"]:
-        columns = CLAIMS if file.startswith("rq3") else GAINS
+        columns = SUMMARIES[file.partition("-")[0]]
         return results.markdown_table(columns, content["summary"])
     return results.markdown_table(content["columns"], content["rows"])
 
