@@ -371,7 +371,7 @@ class Calibration:
         """Eliminations, and what the readers read."""
         model, groups = self.subject.model, self.subject.groups
         sums = ReaderSums(model, groups)
-        found = eliminations(model, self.batches, groups, seed=self._seed, beside=sums.watching)
+        found = eliminations(model, self.batches, groups, seed=self._seed, reads=sums)
         with evaluation(model), torch.no_grad():
             norms = survey(model, sums.readers, self.subject.example).norms
         return found, sums.statistics(norms)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.errors import GraphError
-from nss_prune.neurons import Forward, call_model, evaluation, map_tensors
+from nss_prune.neurons import Forward, call_model, evaluation, map_tensors, tensors_in
 
 
 @dataclass
@@ -61,3 +61,17 @@ def recorded_calls(
                 "inputs of one call: a tensor, a tuple of arguments or a dict"
             ) from error
     return calls
+
+
+def look(module: nn.Module, call: Call | None) -> tuple[Any, ...]:
+    """What modules have in common that work the same: class, structure, settings and inputs."""
+    settings = [
+        (path, name, value)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (bool, int, str)) and name != "training"
+    ]
+    shapes = [(name, value.shape) for name, value in module.named_parameters()]
+    inputs = [] if call is None else tensors_in((call.arguments, call.keywords))
+    called_with = [call is None, *(value.shape for value in inputs)]
+    return type(module), repr(module), *settings, *shapes, *called_with

@@ -18,7 +18,7 @@ from torch import nn
 
 from nss_prune.adapters import ADAPTERS, Adapter, claims
 from nss_prune.adapters.trial import adapted_on_trial
-from nss_prune.calls import Call, recorded_calls, recording
+from nss_prune.calls import Call, look, recorded_calls, recording
 from nss_prune.deadline import deadline
 from nss_prune.errors import GraphError, NothingToPruneError
 from nss_prune.neurons import (
@@ -121,6 +121,7 @@ class _Search:
     left_alone: dict[str, tuple[str, int]] = field(default_factory=dict)
     seen: set[nn.Module] = field(default_factory=set)
     failed: Counter[type] = field(default_factory=Counter)
+    known: dict[Any, NeuronMap] = field(default_factory=dict)
 
     def visit(self, name: str, module: nn.Module, calls: dict[nn.Module, Call]) -> None:
         """Add the neurons of a module, or of its children where it cannot be traced."""
@@ -143,6 +144,16 @@ class _Search:
         return sum(isinstance(layer, roots) for layer in module.modules())
 
     def _traced(self, module: nn.Module, call: Call) -> NeuronMap:
+        """The neurons of a module; blocks that look the same have the same."""
+        inside = {*module.modules(), *module.parameters()}
+        if not inside.isdisjoint(self.ignored):
+            return self._trace(module, call)
+        seen = look(module, call)
+        if seen not in self.known:
+            self.known[seen] = self._trace(module, call)
+        return self.known[seen]
+
+    def _trace(self, module: nn.Module, call: Call) -> NeuronMap:
         remaining = max(0.1, self.end - time.monotonic())
         with deadline(min(self.limit, remaining), module):
             graph, output_nodes = trace(

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from nss_prune.activations import Reading, Watcher
 from nss_prune.budget import Limits, ShareOf, solve
 from nss_prune.categories import class_scores
-from nss_prune.collector import Beside, alone, as_computed, run
+from nss_prune.collector import alone, as_computed, run
 from nss_prune.errors import NumericalError
 from nss_prune.neurons import NeuronGroup, evaluation
-from nss_prune.readers import Moments, ReaderStatistics, counted_batches, spaced
+from nss_prune.readers import Moments, ReaderStatistics, ReaderSums, counted_batches, spaced
 from nss_prune.slicing import Slice
 
 ALLOCATIONS = 4
@@ -80,7 +80,7 @@ def eliminations(
     groups: Sequence[NeuronGroup],
     *,
     seed: int = 0,
-    beside: Beside = alone,
+    reads: ReaderSums | None = None,
     progress: bool | None = None,
 ) -> dict[str, Elimination]:
     """Layer -> its elimination, from one pass over the data; the model is left as found.
@@ -89,14 +89,14 @@ def eliminations(
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
             must be class scores.
         seed: For the labels that are drawn from the model's outputs.
-        beside: See :class:`nss_prune.collector.Collector`.
+        reads: To add what the readers read to, in the same pass.
         progress: Show a progress bar; None for only on a terminal.
 
     Raises:
         DataError: The data is empty, or the model refuses it or gives no class scores.
         NumericalError: A reader reads NaN or infinite values, or gets such gradients.
     """
-    found = sensitivities(model, data, groups, seed=seed, beside=beside, progress=progress)
+    found = sensitivities(model, data, groups, seed=seed, reads=reads, progress=progress)
     return {name: eliminated(name, sums) for name, sums in found.items()}
 
 
@@ -106,12 +106,13 @@ def sensitivities(
     groups: Sequence[NeuronGroup],
     *,
     seed: int = 0,
-    beside: Beside = alone,
+    reads: ReaderSums | None = None,
     progress: bool | None = None,
 ) -> dict[str, Sensitivity]:
     """Layer -> its sums, see :func:`eliminations`."""
     found: dict[str, Sensitivity] = {}
     sizes = {group.name: group.size for group in groups}
+    added = {} if reads is None else {g.name: name for g in groups if (name := _sole_reader(g))}
 
     def add(reading: Reading, gradient: Tensor) -> None:
         name = reading.group
@@ -121,17 +122,32 @@ def sensitivities(
             )
             found[name] = Sensitivity(Moments(), zeros[3:], zeros[:3])
         activation, gradient = as_computed(reading.activation), as_computed(gradient)
-        found[name].read.add(activation)
+        if name not in added:
+            found[name].read.add(activation)
         found[name].information += _information(gradient)
         found[name].effects += _effects(activation, gradient)
 
+    beside = alone if reads is None else reads.watching
     generator = torch.Generator().manual_seed(seed)
     with evaluation(model), torch.enable_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "divergence"):
             with Watcher(groups, samples, add).attached(model), beside(samples):
                 scores = class_scores(run(model, inputs, number)).float()
                 _drawn_loss(scores, generator).backward()
+    if reads is not None:
+        for name, reader in added.items():
+            found[name].read = reads.moments(reader)
     return found
+
+
+def _sole_reader(group: NeuronGroup) -> str | None:
+    """The one layer that reads the neurons, where it reads nothing else and each as a channel."""
+    if len(group.readers) != 1:
+        return None
+    (reader,) = group.readers
+    neurons = torch.arange(group.size)
+    alike = reader.width == group.size and reader.channels.equal(neurons)
+    return reader.name if alike and reader.neurons.equal(neurons) else None
 
 
 def _information(gradient: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from nss_prune.adapters.trial import adapted_on_trial
 from nss_prune.budget import TOLERANCE, Limits, limited, mac_share, parameter_share, solve
 from nss_prune.calls import recording
 from nss_prune.categories import Categories, check_categories
-from nss_prune.collector import Loss, alone
+from nss_prune.collector import Loss
 from nss_prune.contributions import Contribution, metric_named
 from nss_prune.deadline import deadline
 from nss_prune.discovery import TIMEOUT, WHOLE_SHARE, discover_parts
@@ -502,15 +502,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         assert self.data is not None
         self._set_neurons(readable(self.model, self.neurons, self._example_inputs, self._forward))
         groups = self.neurons.groups
-        sums = ReaderSums(self.model, groups)
+        sums = ReaderSums(self.model, groups) if self.fold else None
         self._eliminations = eliminations(
-            self.model,
-            self.data,
-            groups,
-            beside=sums.watching if self.fold else alone,
-            progress=self.progress,
+            self.model, self.data, groups, reads=sums, progress=self.progress
         )
-        if self.fold:
+        if sums is not None:
             self._statistics = sums.surveyed(self._example_inputs)
 
     def _limits(self) -> Limits:

@@ -144,6 +144,10 @@ class ReaderSums:
         with watched(self._model, self.readers, add):
             yield
 
+    def moments(self, reader: str) -> Moments:
+        """What was added up of one reader."""
+        return self._moments[reader]
+
     def surveyed(self, example_inputs: Any) -> dict[str, ReaderStatistics]:
         """:meth:`statistics`, with the norms that one more call of the model shows."""
         if not any(isinstance(module, _BatchNorm) for module in self._model.modules()):

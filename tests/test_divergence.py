@@ -26,7 +26,7 @@ from nss_prune.divergence import (
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.folding import fold
 from nss_prune.neurons import NeuronGroup
-from nss_prune.readers import reader_statistics
+from nss_prune.readers import ReaderSums, reader_statistics
 from nss_prune.slicing import Slice
 
 SIZES = (4, 3)
@@ -127,6 +127,24 @@ def test_what_is_foreseen_is_what_happens(make) -> None:
             drift = (whole.exp() * (whole - other(inputs).log_softmax(1))).sum(1).mean()
         wanted, happened = wanted + foreseen(critical, found), happened + float(drift)
     assert wanted == pytest.approx(happened, rel=0.4)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_beside_the_sums_of_the_readers_the_same_is_found(make) -> None:
+    torch.manual_seed(0)
+    model = make()
+    inputs = torch.randn(64, *((12,) if make is mlp else (3, 12, 12))).double()
+    groups = discover(model, inputs[:2]).groups
+    data = [(inputs[:40], None), (inputs[40:], None)]
+    sums = ReaderSums(model, groups)
+    beside = eliminations(model, data, groups, reads=sums)
+    for name, found in eliminations(model, data, groups).items():
+        assert torch.equal(found.order, beside[name].order)
+        torch.testing.assert_close(found.divergence, beside[name].divergence)
+    statistics = reader_statistics(model, data, groups)
+    assert statistics.keys() == sums.statistics({}).keys()
+    for name, read in sums.statistics({}).items():
+        torch.testing.assert_close(read.covariance, statistics[name].covariance)
 
 
 def test_labels_are_not_used_and_the_seed_decides() -> None:

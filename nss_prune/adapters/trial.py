@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adapters import Adapter, Claim, apply_changes, joined, planned_changes
-from nss_prune.calls import Call, copied
+from nss_prune.calls import Call, copied, look
 from nss_prune.errors import RemovalError
 from nss_prune.neurons import (
     Member,
@@ -55,12 +55,12 @@ def adapted_on_trial(
     reasons: dict[nn.Module, dict[str, tuple[str, int]]] = {}
     for module, adapter, groups in claimed:
         call = calls.get(module)
-        look = (adapter, *_look(module, call))
+        seen = (adapter, *look(module, call))
         if module in taken:
             continue
-        if look not in verdicts:
-            verdicts[look] = refusal(module, adapter, call)
-        if (reason := verdicts[look]) is None:
+        if seen not in verdicts:
+            verdicts[seen] = refusal(module, adapter, call)
+        if (reason := verdicts[seen]) is None:
             taken[module] = groups
         else:
             roots = {group.name: (reason, group.members[0].width) for group in groups}
@@ -81,20 +81,6 @@ def adapted_on_trial(
             **result.left_alone_sizes,
         },
     )
-
-
-def _look(module: nn.Module, call: Call | None) -> tuple[Any, ...]:
-    """What modules have in common that work the same: class, structure, settings and inputs."""
-    settings = [
-        (path, name, value)
-        for path, part in module.named_modules()
-        for name, value in vars(part).items()
-        if isinstance(value, (bool, int, str)) and name != "training"
-    ]
-    shapes = [(name, value.shape) for name, value in module.named_parameters()]
-    inputs = [] if call is None else tensors_in((call.arguments, call.keywords))
-    called_with = [call is None, *(value.shape for value in inputs)]
-    return type(module), repr(module), *settings, *shapes, *called_with
 
 
 def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | None:
