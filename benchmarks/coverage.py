@@ -414,10 +414,10 @@ def prune_ours(trial: Trial, network: nn.Module, inputs: Tensor) -> None:
 
 
 def amount(trial: Trial) -> dict[str, Any]:
-    """How much is to go; half of the time is for the stages after torch-pruning's tracing."""
+    """How much is to go; a third of the time is for torch-pruning's tracing."""
     if trial.theta is not None:
         return {"theta": trial.theta}
-    return {"params_budget": BUDGET, "timeout": trial.left / 2}
+    return {"params_budget": BUDGET, "timeout": trial.left / 3}
 
 
 def bits(network: nn.Module) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def sensitivities(
         activation, gradient = as_computed(reading.activation), as_computed(gradient)
         if name not in added:
             found[name].read.add(activation)
-        found[name].information += _information(gradient)
+        _add_information(found[name].information, gradient)
         found[name].effects += _effects(activation, gradient)
 
     beside = alone if reads is None else reads.watching
@@ -150,12 +150,11 @@ def _sole_reader(group: NeuronGroup) -> str | None:
     return reader.name if alike and reader.neurons.equal(neurons) else None
 
 
-def _information(gradient: Tensor) -> Tensor:
-    """Σ g gᵀ over the samples and positions of ``[samples, neurons, positions]``."""
+def _add_information(total: Tensor, gradient: Tensor) -> None:
+    """Add Σ g gᵀ over the samples and positions of ``[samples, neurons, positions]``."""
     seen = spaced(gradient, 2)
     by_neuron = seen.transpose(0, 1).flatten(1)
-    total: Tensor = (by_neuron @ by_neuron.T).double() * (gradient.shape[2] / seen.shape[2])
-    return total
+    total.add_(by_neuron @ by_neuron.T, alpha=gradient.shape[2] / seen.shape[2])
 
 
 def _effects(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -180,16 +179,19 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
         NumericalError: Its sums are NaN or infinite.
     """
     statistics = sums.read.statistics(name, (), None)
-    information = sums.information / statistics.samples
-    weights = _togetherness(sums, information, statistics)
-    information = weights[:, None] * information * weights
-    if not torch.isfinite(information.sum()):
+    if not torch.isfinite(sums.information.sum() + sums.effects.sum()):
         raise NumericalError(
             f"the gradients of what reads {name} are NaN or infinite; check the data and the "
             "model's weights"
         )
-    if len(information) > TOO_WIDE * statistics.observations:
-        return _independent(statistics.covariance.diagonal() * information.diagonal())
+    apart = statistics.covariance.diagonal() * sums.information.diagonal() / statistics.samples
+    effects = _effects_alone(sums, statistics)
+    if len(apart) > TOO_WIDE * statistics.observations:
+        return _independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
+    # Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
+    # Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
+    weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
+    information = weights[:, None] * (sums.information / statistics.samples) * weights
     found = eliminate(shrunk(statistics.covariance, statistics.observations), information)
     return replace(found, divergence=_on_new_samples(found.divergence, statistics.observations))
 
@@ -210,17 +212,12 @@ def _independent(costs: Tensor) -> Elimination:
     return Elimination(order, costs[order].cumsum(0) / 2)
 
 
-def _togetherness(sums: Sensitivity, information: Tensor, statistics: ReaderStatistics) -> Tensor:
-    """How much more each neuron matters where it says something, ``[neurons]``.
-
-    Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
-    Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
-    """
+def _effects_alone(sums: Sensitivity, statistics: ReaderStatistics) -> Tensor:
+    """2 D of each neuron that goes alone and leaves its mean, ``[neurons]``."""
     mean = statistics.mean
     first, mixed, second = sums.effects / statistics.samples
-    alone = first - 2 * mean * mixed + mean**2 * second
-    apart = information.diagonal() * statistics.covariance.diagonal()
-    return torch.where(apart > 0, (alone / apart).clamp(min=0).sqrt(), torch.zeros_like(apart))
+    effects: Tensor = first - 2 * mean * mixed + mean**2 * second
+    return effects.clamp(min=0)
 
 
 def shrunk(covariance: Tensor, observations: float) -> Tensor:

@@ -182,6 +182,7 @@ class Moments:
         self.samples = 0
         self.rows = 0
         self._shift: Tensor | None = None
+        self._found: ReaderStatistics | None = None
 
     def add(self, values: Tensor) -> None:
         """Add ``[samples, channels, positions]``."""
@@ -203,6 +204,7 @@ class Moments:
         self._averages += torch.stack([averages.sum(0), averages.square().sum(0)])
         self.samples += samples
         self.rows += samples * positions
+        self._found = None
 
     def statistics(self, name: str, shape: tuple[int, ...], norm: str | None) -> ReaderStatistics:
         """Of everything added.
@@ -210,6 +212,11 @@ class Moments:
         Raises:
             NumericalError: Something added was NaN or infinite.
         """
+        if self._found is None:
+            self._found = self._statistics(name)
+        return replace(self._found, shape=shape, norm=norm)
+
+    def _statistics(self, name: str) -> ReaderStatistics:
         assert self._shift is not None
         offset = self._total / self.rows
         if not torch.isfinite(self._matrix.sum() + offset.sum()):
@@ -218,17 +225,18 @@ class Moments:
             )
         picked = spaced(offset, 1)
         rows = self.rows * picked.shape[1]
-        covariance = self._matrix / rows - picked @ picked.T / picked.shape[1]
+        covariance = self._matrix / rows
+        covariance.addmm_(picked, picked.T, alpha=-1 / picked.shape[1])
+        covariance = covariance.add_(covariance.T.clone()).div_(2)
         mean, square = self._averages / self.samples
         between = float((square - mean.square()).sum())
         return ReaderStatistics(
             mean=(self._shift + offset).flatten(),
-            covariance=(covariance + covariance.T) / 2,
+            covariance=covariance,
             rows=rows,
             samples=self.samples,
             observations=_independent(self.samples, rows, float(covariance.trace()), between),
-            shape=shape,
-            norm=norm,
+            shape=(),
         )
 
 
