@@ -18,6 +18,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from nss_prune.activations import readable
 from nss_prune.adapters import ADAPTERS, Adapter, Claim, claims
 from nss_prune.adapters.trial import adapted_on_trial
+from nss_prune.arguments import (
+    check_budgets,
+    check_ratio,
+    check_repeatable,
+    check_strategy,
+    own_arguments,
+)
 from nss_prune.budget import TOLERANCE, Limits, limited, mac_share, parameter_share, solve
 from nss_prune.calls import recording
 from nss_prune.categories import Categories, check_categories
@@ -45,7 +52,6 @@ from nss_prune.neurons import (
     call_model,
     find_neurons,
     refuse_reparametrised,
-    resolve_layers,
     skeleton,
     trace,
     traceable,
@@ -60,9 +66,9 @@ from nss_prune.recalibration import (
     running_norms,
 )
 from nss_prune.removal import remove, undone_on_error, verified
-from nss_prune.report import Report, Row, macs_by_module, measure
+from nss_prune.report import Report, Row, macs_by_module, measure, report_rows
 from nss_prune.similarity import Features, Landscape
-from nss_prune.slicing import STRATEGIES, Slice, Strategy, check_theta
+from nss_prune.slicing import Slice, Strategy, check_theta
 
 WRAPPER_SETTINGS = (
     "device_ids",
@@ -74,8 +80,6 @@ WRAPPER_SETTINGS = (
     "gradient_as_bucket_view",
     "static_graph",
 )
-BUDGETS = ("parameters", "MACs")
-DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
 
 @dataclass(frozen=True)
@@ -194,15 +198,15 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.theta = check_theta(theta)
         self.metric = metric_named(metric)
         check_categories(categories)
-        ratio = _check_ratio(pruning_ratio)
-        self._budgets = _check_budgets(params_budget, macs_budget, ratio, importance)
+        ratio = check_ratio(pruning_ratio)
+        self._budgets = check_budgets(params_budget, macs_budget, ratio, importance)
         foresees = bool(self._budgets) and data is not None and processes() == 1
         if strategy is None:
             plain = profile is not None or loss is not None
             strategy = "divergence" if foresees and not plain else "semantic"
-        _check_strategy(strategy, ratio, importance, foresees)
+        check_strategy(strategy, ratio, importance, foresees)
         if recalibrate:
-            _check_repeatable(data)
+            check_repeatable(data)
         if not timeout > 0:
             raise ArgumentError(f"timeout is {timeout!r}; give a number of seconds above 0")
         self.timeout = timeout
@@ -765,71 +769,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         )
 
 
-def own_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of what torch-pruning would change, in the forms that it understands.
-
-    Raises:
-        ArgumentError: torch-pruning has no such argument, or ignored_layers names a stranger.
-    """
-    known = set(inspect.signature(tp.pruner.BasePruner).parameters) - {"self"}
-    unknown = sorted(set(arguments) - known)
-    if unknown:
-        raise ArgumentError(
-            f"there is no argument {', '.join(unknown)}; NSSPruner takes its own and those of "
-            f"torch_pruning.pruner.BasePruner: {', '.join(sorted(known))}"
-        )
-    own = dict(arguments)
-    for name in DICT_ARGUMENTS:
-        own[name] = dict(own.get(name) or {})
-    own["ignored_layers"] = resolve_layers(model, own.get("ignored_layers"))
-    unwrapped = own.get("unwrapped_parameters") or ()
-    pairs = unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped
-    own["unwrapped_parameters"] = [tuple(pair) for pair in pairs]
-    return own
-
-
-def _check_ratio(ratio: float | None) -> float | None:
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
-    return ratio
-
-
-def _check_budgets(
-    params_budget: float | None, macs_budget: float | None, ratio: float | None, importance: Any
-) -> dict[str, float]:
-    given = dict(zip(BUDGETS, (params_budget, macs_budget), strict=True))
-    budgets = {kind: share for kind, share in given.items() if share is not None}
-    for kind, share in budgets.items():
-        if not 0 < share <= 1:
-            raise ArgumentError(
-                f"the budget is {share!r} of the {kind}; it is the share to keep, in (0, 1]"
-            )
-    if len(budgets) + (ratio is not None) > 1:
-        raise ArgumentError(
-            f"pruning_ratio is {ratio}, params_budget {params_budget} and macs_budget "
-            f"{macs_budget}; give one of them, or none and theta"
-        )
-    if budgets and importance is not None:
-        raise ArgumentError(
-            "a budget is solved over the entry thresholds of semantic slicing; give pruning_ratio "
-            "with importance="
-        )
-    return budgets
-
-
-def _check_repeatable(data: Iterable[Any] | None) -> None:
-    if data is None or isinstance(data, Iterator):
-        raise ArgumentError(
-            f"recalibrate=True with {'no data' if data is None else type(data).__name__}: the data "
-            "is read before and after the removal; give data= as a list of batches or a DataLoader"
-        )
-    if processes() > 1:
-        raise ArgumentError(
-            f"recalibrate=True with {processes()} processes, each of which would find statistics "
-            "of its own; prune in one process, or call nss_prune.recalibration.recalibrate later"
-        )
-
-
 def _shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:
     """What the report says about a budget that is not met, in zero or one lines."""
     if abs(reached - wanted) <= TOLERANCE:
@@ -849,37 +788,3 @@ def untraceable(model: nn.Module, error: Exception) -> GraphError:
         f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
         "model(*example_inputs) runs"
     )
-
-
-def _check_strategy(strategy: str, ratio: float | None, importance: Any, foresees: bool) -> None:
-    """Args: ``foresees``, whether there are a budget and data."""
-    known = (*STRATEGIES, "divergence")
-    if strategy not in known:
-        raise ArgumentError(f"strategy is {strategy!r}; use one of {known}")
-    if strategy == "divergence" and not foresees:
-        raise ArgumentError(
-            "strategy='divergence' allocates a budget from data: give macs_budget= or "
-            "params_budget=, and data="
-        )
-    if strategy in ("category", "global") and (ratio is None or importance is not None):
-        raise ArgumentError(
-            f"strategy={strategy!r} takes a share of the ranking: give pruning_ratio=, and no "
-            "importance="
-        )
-
-
-def report_rows(model: nn.Module, critical: Slice, neurons: NeuronMap) -> tuple[Row, ...]:
-    """A row for each layer that has neurons, in the order of the model's modules."""
-    rows = {
-        group.name: Row(
-            group.name,
-            group.size * group.ties,
-            int(critical.kept[group.name].sum()) * group.ties,
-            unit="channels" if group.has_channels else "heads",
-        )
-        for group in neurons.groups
-    }
-    for name, reason in neurons.left_alone.items():
-        size = neurons.left_alone_sizes[name]
-        rows[name] = Row(name, size, size, reason)
-    return tuple(rows[name] for name, _ in model.named_modules() if name in rows)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nss_prune.neurons import (
     Forward,
+    NeuronMap,
     call_model,
     evaluation,
     map_tensors,
@@ -20,6 +21,7 @@ from nss_prune.neurons import (
     tensors_in,
     without_values,
 )
+from nss_prune.slicing import Slice
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,23 @@ class Report:
         lines.append(_change("MACs", self.before.macs, self.after.macs))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+
+def report_rows(model: nn.Module, critical: Slice, neurons: NeuronMap) -> tuple[Row, ...]:
+    """A row for each layer that has neurons, in the order of the model's modules."""
+    rows = {
+        group.name: Row(
+            group.name,
+            group.size * group.ties,
+            int(critical.kept[group.name].sum()) * group.ties,
+            unit="channels" if group.has_channels else "heads",
+        )
+        for group in neurons.groups
+    }
+    for name, reason in neurons.left_alone.items():
+        size = neurons.left_alone_sizes[name]
+        rows[name] = Row(name, size, size, reason)
+    return tuple(rows[name] for name, _ in model.named_modules() if name in rows)
 
 
 def measure(model: nn.Module, example_inputs: Any, forward: Forward = call_model) -> Cost:

@@ -1,0 +1,100 @@
+"""What the arguments of NSSPruner may be."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from nss_prune.distributed import processes
+from nss_prune.errors import ArgumentError
+from nss_prune.neurons import resolve_layers
+from nss_prune.slicing import STRATEGIES
+
+BUDGETS = ("parameters", "MACs")
+DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
+
+
+def own_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of what torch-pruning would change, in the forms that it understands.
+
+    Raises:
+        ArgumentError: torch-pruning has no such argument, or ignored_layers names a stranger.
+    """
+    known = set(inspect.signature(tp.pruner.BasePruner).parameters) - {"self"}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ArgumentError(
+            f"there is no argument {', '.join(unknown)}; NSSPruner takes its own and those of "
+            f"torch_pruning.pruner.BasePruner: {', '.join(sorted(known))}"
+        )
+    own = dict(arguments)
+    for name in DICT_ARGUMENTS:
+        own[name] = dict(own.get(name) or {})
+    own["ignored_layers"] = resolve_layers(model, own.get("ignored_layers"))
+    unwrapped = own.get("unwrapped_parameters") or ()
+    pairs = unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped
+    own["unwrapped_parameters"] = [tuple(pair) for pair in pairs]
+    return own
+
+
+def check_ratio(ratio: float | None) -> float | None:
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
+    return ratio
+
+
+def check_budgets(
+    params_budget: float | None, macs_budget: float | None, ratio: float | None, importance: Any
+) -> dict[str, float]:
+    given = dict(zip(BUDGETS, (params_budget, macs_budget), strict=True))
+    budgets = {kind: share for kind, share in given.items() if share is not None}
+    for kind, share in budgets.items():
+        if not 0 < share <= 1:
+            raise ArgumentError(
+                f"the budget is {share!r} of the {kind}; it is the share to keep, in (0, 1]"
+            )
+    if len(budgets) + (ratio is not None) > 1:
+        raise ArgumentError(
+            f"pruning_ratio is {ratio}, params_budget {params_budget} and macs_budget "
+            f"{macs_budget}; give one of them, or none and theta"
+        )
+    if budgets and importance is not None:
+        raise ArgumentError(
+            "a budget is solved over the entry thresholds of semantic slicing; give pruning_ratio "
+            "with importance="
+        )
+    return budgets
+
+
+def check_strategy(strategy: str, ratio: float | None, importance: Any, foresees: bool) -> None:
+    """Args: ``foresees``, whether there are a budget and data."""
+    known = (*STRATEGIES, "divergence")
+    if strategy not in known:
+        raise ArgumentError(f"strategy is {strategy!r}; use one of {known}")
+    if strategy == "divergence" and not foresees:
+        raise ArgumentError(
+            "strategy='divergence' allocates a budget from data: give macs_budget= or "
+            "params_budget=, and data="
+        )
+    if strategy in ("category", "global") and (ratio is None or importance is not None):
+        raise ArgumentError(
+            f"strategy={strategy!r} takes a share of the ranking: give pruning_ratio=, and no "
+            "importance="
+        )
+
+
+def check_repeatable(data: Iterable[Any] | None) -> None:
+    if data is None or isinstance(data, Iterator):
+        raise ArgumentError(
+            f"recalibrate=True with {'no data' if data is None else type(data).__name__}: the data "
+            "is read before and after the removal; give data= as a list of batches or a DataLoader"
+        )
+    if processes() > 1:
+        raise ArgumentError(
+            f"recalibrate=True with {processes()} processes, each of which would find statistics "
+            "of its own; prune in one process, or call nss_prune.recalibration.recalibrate later"
+        )
