@@ -29,6 +29,9 @@ And every slice is measured in several kinds:
     folded               removed after nss_prune.folding.fold, which `divergence` counts on
     folded-recalibrated  both
     refit                removed after nss_prune.folding.refit, which takes a pass for each layer
+    plain-tuned          `plain`, then trained on all training data for `--tuned-epochs`, at a
+                         tenth of the learning rate that the model was trained with
+    folded-tuned         `folded`, then trained in the same way
 
 `efficientnet-imagenet` prunes the hidden channels of the inverted bottlenecks alone, to a share of
 their own multiply-accumulates; `efficientnet-imagenet-whole` all that can be pruned. Where a
@@ -90,7 +93,7 @@ from nss_prune.report import macs_by_module
 from options import checked_seeds, common, usable_device
 from results import Cell, Column, spread
 from settings import BEYOND, SETTINGS, Setting
-from training import accuracy, suitable_threads, trained
+from training import Recipe, accuracy, suitable_threads, train, trained
 
 Batches = list[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
@@ -108,7 +111,8 @@ RIVALS: dict[str, Callable[[], Any]] = {
 SEMANTIC, DIVERGENCE = "semantic", "divergence"
 CRITERIA = (*RIVALS, SEMANTIC, DIVERGENCE)
 ALLOCATIONS = ("local", "global", "cost", "ours")
-KINDS = ("plain", "recalibrated", "folded", "folded-recalibrated", "refit")
+UNTUNED = ("plain", "recalibrated", "folded", "folded-recalibrated", "refit")
+KINDS = (*UNTUNED, "plain-tuned", "folded-tuned")
 WHOLE = "whole model"
 HIDDEN_READERS = "conv_pwl"  # timm's name for what reads an inverted bottleneck's hidden channels
 
@@ -147,6 +151,7 @@ class Board:
 
     calibrated: pictures that a seed draws.   batch: pictures at a time.
     hidden: prune the hidden channels of inverted bottlenecks alone, to a share of their MACs.
+    tuned_epochs: of training after pruning, where that is asked for and there is data for it.
     """
 
     name: str
@@ -155,6 +160,14 @@ class Board:
     levels: tuple[Level, ...] = levels("MACs", 0.9, 0.8, 0.7, 0.6, 0.5)
     batch: int = 500
     hidden: bool = False
+    tuned_epochs: int = 1
+
+    @property
+    def tuned(self) -> Recipe:
+        """How the model is trained on after pruning; for 0 epochs where it is a pretrained one."""
+        recipe = self.setting.recipe
+        epochs = self.tuned_epochs if recipe.epochs else 0
+        return replace(recipe, epochs=epochs, learning_rate=recipe.learning_rate / 10)
 
 
 CIFAR_CALIBRATED = 2000
@@ -328,12 +341,28 @@ def scaled(total: dict[str, Tensor], batches: Batches) -> dict[str, Tensor]:
 GRADIENTS = {"taylor": mean_gradients, "hessian": squared_gradients}
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """How models are trained on after they were pruned."""
+
+    split: Split
+    recipe: Recipe
+
+
 class Calibration:
     """What one draw of pictures tells of a subject; each part is found once, when it is needed."""
 
-    def __init__(self, subject: Subject, ranker: Ranker, batches: Batches, seed: int) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        ranker: Ranker,
+        batches: Batches,
+        seed: int,
+        tuning: Tuning | None = None,
+    ) -> None:
         self.subject = subject
         self.batches = batches
+        self.tuning = tuning
         self._ranker = ranker
         self._seed = seed
         self._scores: dict[str, Scores | None] = {}
@@ -454,6 +483,9 @@ def pruned(calibration: Calibration, critical: Slice, kind: str) -> nn.Module:
     if kind.endswith("recalibrated"):
         whole = kept_statistics(calibration.norms, critical)
         recalibrate(model, calibration.batches, whole=whole)
+    if kind.endswith("tuned"):
+        assert calibration.tuning is not None
+        train(model, calibration.tuning.split, calibration.tuning.recipe, seed=0)
     return model
 
 
@@ -530,6 +562,9 @@ def run_board(
     model = by_channel(found.model)
     if not running_norms(model):
         kinds = [kind for kind in kinds if not kind.endswith("recalibrated")]
+    tuning = Tuning(data.train, board.tuned)
+    if not board.tuned.epochs:
+        kinds = [kind for kind in kinds if not kind.endswith("tuned")]
     with suitable_threads(model):
         subject = subject_of(board, model, next(data.train.batches(2))[0])
         ranker = Ranker(subject)
@@ -543,7 +578,8 @@ def run_board(
             if lacking:
                 split, check = drawn(board, data, seed, redraw)
                 batches = list(split.batches(board.batch))
-                measure(record, Calibration(subject, ranker, batches, seed), check, seed, lacking)
+                calibration = Calibration(subject, ranker, batches, seed, tuning)
+                measure(record, calibration, check, seed, lacking)
 
 
 def drawn(board: Board, data: Data, seed: int, redraw: bool) -> tuple[Split, Split]:
@@ -776,6 +812,8 @@ def parser() -> argparse.ArgumentParser:
         help="comma list of shares of the parameters to keep (default: the setting's)")  # fmt: skip
     add("--calibrated", type=int, metavar="N",
         help="pictures that a seed draws to calibrate (default: the setting's)")  # fmt: skip
+    add("--tuned-epochs", type=int, default=Board.tuned_epochs, metavar="N",
+        help="epochs of training for the kinds that are tuned (default: %(default)s)")  # fmt: skip
     add("--redraw", action="store_true",
         help="draw the test pictures anew with each seed, for pretrained models")  # fmt: skip
     add("--fresh", action="store_true", help="start anew, whatever the result file has")
@@ -813,8 +851,13 @@ def adapted(board: Board, asked: argparse.Namespace) -> Board:
             f"--redraw would check {board.name} with pictures that it was trained with; it is for "
             "pretrained models."
         )
+    if asked.tuned_epochs < 1:
+        raise ArgumentError(f"--tuned-epochs is {asked.tuned_epochs}; it is 1 or more.")
     new_levels = tuple(wanted) or board.levels
-    return replace(board, setting=setting, calibrated=calibrated, levels=new_levels)
+    return replace(
+        board, setting=setting, calibrated=calibrated, levels=new_levels,
+        tuned_epochs=asked.tuned_epochs,
+    )  # fmt: skip
 
 
 def numbers(words: str) -> list[float]:
@@ -843,7 +886,8 @@ def main(words: Sequence[str] | None = None) -> None:
         data = data.measured_with(asked.evaluated)
         options = {
             "calibrated": board.calibrated, "evaluated": asked.evaluated, "redraw": asked.redraw,
-            "recipe": asdict(board.setting.recipe), "data": data.origin,
+            "recipe": asdict(board.setting.recipe), "tuned": asdict(board.tuned),
+            "data": data.origin,
         }  # fmt: skip
         path = asked.output / f"accuracy-{board.name}.json"
         record = Record(board, options, path, device)

@@ -13,12 +13,14 @@ import accuracy
 import data
 import models
 import settings
-from accuracy import BOARDS, KINDS, Board, Level, Measured, Variant
+from accuracy import BOARDS, UNTUNED, Board, Level, Measured, Variant
+from data import Split
 from networks import assert_unchanged, cnn, fingerprint, mlp, settled
 from nss_prune import Slice
 from nss_prune.budget import Limits, solve
 from nss_prune.errors import ArgumentError
 from nss_prune.neurons import tensors_in
+from training import Recipe
 
 DIGITS = BOARDS["mlp-digits"]
 OURS = Variant("divergence", "ours")
@@ -41,7 +43,11 @@ def random_batches(model, shape, classes, *, samples=96, size=32):
 def calibration_of(model, shape, classes):
     subject = subject_of(model, shape)
     batches = random_batches(model, shape, classes)
-    return accuracy.Calibration(subject, accuracy.Ranker(subject), batches, 0)
+    pixels = torch.cat([inputs for inputs, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    split = Split(pixels, labels, torch.zeros(()), torch.ones(()))
+    tuning = accuracy.Tuning(split, Recipe(epochs=1, learning_rate=0.01))
+    return accuracy.Calibration(subject, accuracy.Ranker(subject), batches, 0, tuning)
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +250,13 @@ class TestPruned:
         model = of_cnn.subject.model
         before = fingerprint(model)
         critical, _ = of_cnn.slice(OURS, Level("MACs", 0.5))
-        smaller = {kind: accuracy.pruned(of_cnn, critical, kind) for kind in KINDS}
+        smaller = {kind: accuracy.pruned(of_cnn, critical, kind) for kind in UNTUNED}
         shapes = [{n: v.shape for n, v in m.state_dict().items()} for m in smaller.values()]
         assert all(shape == shapes[0] for shape in shapes)
         assert_unchanged(model, before)
         inputs = of_cnn.batches[0][0]
         with torch.no_grad():
-            outputs = {kind: m.eval()(inputs) for kind, m in smaller.items()}
+            outputs = {kind: m(inputs) for kind, m in smaller.items()}
             with critical.masked(model):
                 torch.testing.assert_close(outputs["plain"], model(inputs))
         # Nothing is removed before its only norm.
@@ -260,6 +266,20 @@ class TestPruned:
         for i in range(len(different)):
             for other in different[:i]:
                 assert not torch.allclose(different[i], other)
+
+    @pytest.mark.parametrize("kind", ["plain", "folded"])
+    def test_tuned_models_are_trained_on(self, kind):
+        torch.manual_seed(0)
+        found = calibration_of(mlp().float(), (12,), 3)
+        critical, _ = found.slice(OURS, Level("MACs", 0.5))
+        before, after = (accuracy.pruned(found, critical, k) for k in (kind, f"{kind}-tuned"))
+        state = before.state_dict()
+        assert all(value.shape == state[n].shape for n, value in after.state_dict().items())
+        assert not after.training
+        inputs, labels = (torch.cat(part) for part in zip(*found.batches, strict=True))
+        with torch.no_grad():
+            losses = [nn.functional.cross_entropy(m(inputs), labels) for m in (before, after)]
+        assert losses[1] < losses[0]
 
     def test_folding_comes_closer_to_the_whole_model(self, of_cnn):
         critical, _ = of_cnn.slice(OURS, Level("MACs", 0.7))
@@ -382,7 +402,8 @@ class TestScript:
         assert "divergence" in capsys.readouterr().out
         assert (tmp_path / "accuracy-mlp-digits.png").stat().st_size > 10_000
         places = [(c["criterion"], c["level"], c["kind"]) for c in content["cells"]]
-        kinds = ("plain", "folded", "refit")  # no norms to recalibrate, or to rank by
+        # No norms to recalibrate, or to rank by.
+        kinds = ("plain", "folded", "refit", "plain-tuned", "folded-tuned")
         assert places == [
             (criterion, level, kind)
             for criterion in ("magnitude-l2", "divergence")
@@ -436,6 +457,7 @@ class TestScript:
         [
             (["--criteria", "snip"], "no criterion 'snip'"),
             (["--allocations", "fair"], "no allocation 'fair'"),
+            (["--tuned-epochs", "0"], "--tuned-epochs is 0"),
             (["--kinds", "trained"], "no kind 'trained'"),
             (["--settings", "mlp"], "no setting 'mlp'"),
             (["--kept", "0.9,1.5"], "the share kept is 1.5"),
