@@ -3,8 +3,8 @@
     python benchmarks/readme.py
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
-`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, or `NAME summary`: what that file
-of RQ2, RQ3 or the accuracy board says in all.
+`NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
+RQ2 or RQ3 says in all, or `NAME leads`: the best of every criterion on that accuracy board.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from storage import written_aside
 
 README = Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-SUMMARIES = {"accuracy": LEADS, "rq2": GAINS, "rq3": CLAIMS}
 SHOWN_THETAS = (0.90, 0.95, 0.99)
 
 
@@ -36,8 +35,12 @@ def table(name: str) -> str:
             if row["metric"] == "taylor" and row["theta"] in SHOWN_THETAS
         ]
         return results.markdown_table(THETA_COLUMNS, rows)
+    if part == ["leads"]:
+        best = [row for row in content["summary"] if row["kind"] == "any"]
+        shown = [column for column in LEADS if column.key != "kind"]
+        return results.markdown_table(shown, best)
     if part == ["summary"]:
-        columns = SUMMARIES[file.partition("-")[0]]
+        columns = CLAIMS if file.startswith("rq3") else GAINS
         return results.markdown_table(columns, content["summary"])
     return results.markdown_table(content["columns"], content["rows"])
 

@@ -623,7 +623,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         Args:
             interactive: Yield torch-pruning groups instead, each with the neurons to remove, for
-                the caller to ``.prune()``. Nothing is checked, folded or undone then.
+                the caller to ``.prune()``. Nothing is checked, folded, recalibrated or undone then.
 
         Raises:
             DataError, NumericalError: The data cannot be used.
