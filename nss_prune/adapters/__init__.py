@@ -122,7 +122,8 @@ def planned_changes(
 
     Ask before the removal, then :func:`apply_changes`.
     """
-    going = {group.name: group for group in critical.groups if group.name in critical.removed}
+    removed = critical.removed
+    going = {group.name: group for group in critical.groups if group.name in removed}
     if not going:
         return ()
     return tuple(

@@ -7,6 +7,7 @@ a model through its tensors cannot always tell which gate goes with which value.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from nss_prune.adapters.protocol import Change, covering
 from nss_prune.neurons import NeuronGroup, Side
+
+MOST_LAYERS = 4  # two and some norms: larger modules are not walked through to their end
 
 
 class GatedUnit:
@@ -45,10 +48,10 @@ class GatedUnit:
 
 def _pair(module: nn.Module) -> tuple[str, tuple[str, ...], str, int] | None:
     """First layer, norms, second layer, and the number of neurons."""
-    if next(module.children(), None) is None:
+    if any(parameter is not None for parameter in module._parameters.values()):
         return None
-    leaves = list(_leaves_with_parameters(module))
-    if len(leaves) < 2 or list(module.parameters(recurse=False)):
+    leaves = list(itertools.islice(_leaves_with_parameters(module), MOST_LAYERS + 1))
+    if not 2 <= len(leaves) <= MOST_LAYERS:
         return None
     (first, maker), *between, (second, reader) = leaves
     size = _channels(reader, "in")
@@ -61,7 +64,7 @@ def _pair(module: nn.Module) -> tuple[str, tuple[str, ...], str, int] | None:
 
 def _leaves_with_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
-        if part is not module and list(part.parameters(recurse=False)):
+        if part is not module and any(value is not None for value in part._parameters.values()):
             yield name, part
 
 
