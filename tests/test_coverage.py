@@ -77,10 +77,28 @@ def test_the_smallest_of_every_family(monkeypatch) -> None:
 
 
 def test_a_choice_is_made_again_for_another_version_only(monkeypatch) -> None:
-    monkeypatch.setattr(coverage, "families", lambda source: {})
-    kept = {"version": timm.__version__, "models": {"a": "a_20"}}
+    monkeypatch.setattr(coverage, "families", lambda source: {"a": ["a_30", "a_20"]})
+    monkeypatch.setattr(timm, "create_model", made_up)
+    kept = {"version": timm.__version__, "models": {"a": "a_30"}}
     assert coverage.choose("timm", kept) == kept
-    assert coverage.choose("timm", {**kept, "version": "0.1"})["models"] == {}
+    assert coverage.choose("timm", {**kept, "version": "0.1"})["models"] == {"a": "a_20"}
+
+
+def test_a_choice_is_made_for_families_that_lack_one(monkeypatch) -> None:
+    monkeypatch.setattr(coverage, "families", lambda source: {"a": ["a_3"], "b": ["b_4", "b_2"]})
+    monkeypatch.setattr(timm, "create_model", made_up)
+    kept = {"version": timm.__version__, "models": {"a": "a_7", "b": None, "gone": "gone_1"}}
+    assert coverage.choose("timm", kept)["models"] == {"a": "a_7", "b": "b_2"}
+
+
+def test_a_model_that_needs_values_to_be_made_is_made_with_them(monkeypatch) -> None:
+    def made(name: str) -> nn.Module:
+        layer = nn.Linear(3, 1)
+        float(layer.weight.sum())  # fails without values
+        return layer
+
+    monkeypatch.setattr(timm, "create_model", made)
+    assert coverage.size_of(coverage.Model("timm", "any")) == 4
 
 
 def test_torchvisions_architectures() -> None:
