@@ -132,7 +132,8 @@ def sliced(
     smaller = copy.deepcopy(model)
     start = time.perf_counter()
     batches = list(data.train.per_category(profiled).batches(250))
-    pruner = NSSPruner(smaller, batches[0][0][:2], theta=theta, data=batches)
+    # The paper removes neurons and does nothing else.
+    pruner = NSSPruner(smaller, batches[0][0][:2], theta=theta, data=batches, fold=False)
     pruner.step()
     return smaller, time.perf_counter() - start, str(pruner.report)
 
