@@ -78,9 +78,9 @@ from nss_prune.discovery import discover
 from nss_prune.divergence import Elimination, allocate, eliminations
 from nss_prune.errors import ArgumentError, NSSPruneError
 from nss_prune.folding import fold, refit
-from nss_prune.neurons import Member, NeuronGroup, NeuronMap, evaluation, trace
+from nss_prune.neurons import Member, NeuronGroup, NeuronMap, trace
 from nss_prune.profile import profile_neurons
-from nss_prune.readers import ReaderStatistics, ReaderSums, survey
+from nss_prune.readers import ReaderStatistics, ReaderSums
 from nss_prune.recalibration import (
     NormStatistics,
     kept_statistics,
@@ -401,9 +401,7 @@ class Calibration:
         model, groups = self.subject.model, self.subject.groups
         sums = ReaderSums(model, groups)
         found = eliminations(model, self.batches, groups, seed=self._seed, reads=sums)
-        with evaluation(model), torch.no_grad():
-            norms = survey(model, sums.readers, self.subject.example).norms
-        return found, sums.statistics(norms)
+        return found, sums.surveyed(self.subject.example)
 
     def _divergence(self, level: Level) -> tuple[Slice, float]:
         if level not in self._allocated:

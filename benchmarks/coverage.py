@@ -173,10 +173,10 @@ def choose(source: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
     missing = {family: names for family, names in every.items() if known.get(family) is None}
     if missing:
         print(f"choosing the smallest models of {source} {version}: some minutes", flush=True)
-    found = {
-        family: smallest(Model(source, name) for name in names) for family, names in missing.items()
-    }
-    return {"version": version, "models": {family: {**known, **found}[family] for family in every}}
+    models = dict(known)
+    for family, names in missing.items():
+        models[family] = smallest(Model(source, name) for name in names)
+    return {"version": version, "models": {family: models[family] for family in every}}
 
 
 # One model on one side, in a process of its own

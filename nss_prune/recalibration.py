@@ -85,9 +85,9 @@ def recalibrate(
         )
     with _fresh_statistics(norms, keep=True), torch.no_grad():
         called = _measured(model, norms, data, progress)
-        for name, norm in called.items() if whole is not None else ():
-            assert whole is not None
-            _move(name, norm, whole)
+        if whole is not None:
+            for name, norm in called.items():
+                _move(name, norm, whole)
     return tuple(called)
 
 
