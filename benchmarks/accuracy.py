@@ -76,8 +76,9 @@ from nss_prune.budget import (
 )
 from nss_prune.discovery import discover
 from nss_prune.divergence import Elimination, allocate, eliminations
+from nss_prune.effects import measured
 from nss_prune.errors import ArgumentError, NSSPruneError
-from nss_prune.folding import fold, refit
+from nss_prune.folding import ReaderFold, fold, folding, refit
 from nss_prune.neurons import Member, NeuronGroup, NeuronMap, trace
 from nss_prune.profile import profile_neurons
 from nss_prune.readers import ReaderStatistics, ReaderSums
@@ -403,11 +404,22 @@ class Calibration:
         found = eliminations(model, self.batches, groups, seed=self._seed, reads=sums)
         return found, sums.surveyed(self.subject.example)
 
+    @cached_property
+    def _eliminations(self) -> dict[str, Elimination]:
+        """With the divergence measured, as the pruner does it."""
+        model, groups = self.subject.model, self.subject.groups
+        found, statistics = self._pass
+
+        def folds(critical: Slice) -> dict[str, ReaderFold]:
+            return folding(model, critical, statistics)
+
+        return measured(model, self.batches, groups, found, folds, seed=self._seed)
+
     def _divergence(self, level: Level) -> tuple[Slice, float]:
         if level not in self._allocated:
             share = self.subject.shares[level.of]
             self._allocated[level] = allocate(
-                self.subject.groups, self._pass[0], level.kept, share, Limits()
+                self.subject.groups, self._eliminations, level.kept, share, Limits()
             )
         return self._allocated[level]
 

@@ -75,7 +75,7 @@ from options import checked_seeds, common, named, usable_device
 from packnet import PackNet
 from results import Cell, Column, spread
 from settings import Setting, chosen
-from training import Recipe, fast, make_optimiser, suitable_threads, take, trained
+from training import Recipe, fast, make_optimiser, suitable_layout, suitable_threads, take, trained
 
 CLASSES = 10
 PROFILED = 1000  # samples of each class, where a setting's slices are computed from fewer
@@ -183,6 +183,7 @@ def study(
     with (
         torch.random.fork_rng(),
         suitable_threads(model),
+        suitable_layout(model),
         freezing.attach(optimiser),
         tqdm(total=steps, desc="next task", leave=False, disable=None) as bar,
     ):

@@ -49,6 +49,7 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int, title: str 
     with (
         torch.random.fork_rng(),
         suitable_threads(model),
+        suitable_layout(model),
         tqdm(total=steps, desc=title, leave=False, disable=None) as bar,
     ):
         torch.manual_seed(seed)  # for dropout
@@ -90,6 +91,19 @@ def suitable_threads(model: nn.Module, small: int = 1_000_000) -> Iterator[None]
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def suitable_layout(model: nn.Module) -> Iterator[None]:
+    """Channels last while a model trains, which convolutions in bfloat16 on a CPU are faster in.
+
+    Measured on two cores, resnet20_cifar: 125 ms a step, and 189 ms as models are made.
+    """
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -7,9 +7,10 @@ diverge from those of the whole model, in nats of Kullback-Leibler divergence, b
     D(P) ≈ ½ tr(Γ_PP Σ_P|S),    Γ = E[Σ_positions g gᵀ],
 
 where g is the gradient of −log p(y | x), with y drawn from the model's own p, by what the readers
-read: the Fisher information of Optimal Brain Surgeon (Hassibi, Stork, 1993), for whole neurons and
-after folding, with what the readers read in the place of weights. Γ and Σ come from one pass over
-the data, forward and backward, and labels are not used.
+read (or of what has the same covariance and varies less): the Fisher information of Optimal Brain
+Surgeon (Hassibi, Stork, 1993), for whole neurons and after folding, with what the readers read in
+the place of weights. Γ and Σ come from one pass over the data, forward and backward, and labels
+are not used.
 
 Neurons are eliminated one by one, each time the one that adds least. With W any root of Γ = WᵀW,
 eliminating p adds ½ ‖w_p‖² / [Σ⁻¹]_pp exactly, after which W and Σ⁻¹ are those of the neurons that
@@ -52,10 +53,13 @@ class Elimination:
     Attributes:
         order: Neurons, the first to go first, ``[neurons]``.
         divergence: D after each of them, in nats a sample, ``[neurons]``, float64.
+        growth: How much larger errors are on new samples than on those that the neurons that stay
+            were fitted to, ``[neurons]``; None for as large.
     """
 
     order: Tensor
     divergence: Tensor
+    growth: Tensor | None = None
 
 
 @dataclass
@@ -65,8 +69,8 @@ class Sensitivity:
     Attributes:
         read: Mean and covariance of what its readers read.
         information: Σ over samples and positions of g gᵀ, ``[neurons, neurons]``, float64.
-        effects: Σ over samples of e², e f and f², where e = Σ_positions g x and
-            f = Σ_positions g, float64 ``[3, neurons]``.
+        effects: Σ over samples of e², e f and f², where e = Σ g x and f = Σ g over positions and
+            readers, float64 ``[3, neurons]``.
     """
 
     read: Moments
@@ -88,7 +92,7 @@ def eliminations(
     Args:
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
             must be class scores.
-        seed: For the labels that are drawn from the model's outputs.
+        seed: For what is drawn at random.
         reads: To add what the readers read to, in the same pass.
         progress: Show a progress bar; None for only on a terminal.
 
@@ -112,6 +116,7 @@ def sensitivities(
     """Layer -> its sums, see :func:`eliminations`."""
     found: dict[str, Sensitivity] = {}
     sizes = {group.name: group.size for group in groups}
+    effects: dict[str, Tensor] = {}
     added = {} if reads is None else {g.name: name for g in groups if (name := _sole_reader(g))}
 
     def add(reading: Reading, gradient: Tensor) -> None:
@@ -125,7 +130,8 @@ def sensitivities(
         if name not in added:
             found[name].read.add(activation)
         _add_information(found[name].information, gradient)
-        found[name].effects += _effects(activation, gradient)
+        # Of all readers before they are squared: what a neuron does, it does in all of them.
+        effects[name] = effects.get(name, 0) + _effects(activation, gradient)
 
     beside = alone if reads is None else reads.watching
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +139,11 @@ def sensitivities(
         for number, inputs, samples in counted_batches(model, data, progress, "divergence"):
             with Watcher(groups, samples, add).attached(model), beside(samples):
                 scores = class_scores(run(model, inputs, number)).float()
-                _drawn_loss(scores, generator).backward()
+                drawn_loss(scores, generator).backward()
+            for name, (effect, total) in effects.items():
+                squares = torch.stack([effect**2, effect * total, total**2])
+                found[name].effects += squares.sum(1)
+            effects.clear()
     if reads is not None:
         for name, reader in added.items():
             found[name].read = reads.moments(reader)
@@ -158,18 +168,24 @@ def _add_information(total: Tensor, gradient: Tensor) -> None:
 
 
 def _effects(activation: Tensor, gradient: Tensor) -> Tensor:
-    """See :class:`Sensitivity`; both are ``[samples, neurons, positions]``."""
+    """Σ_positions g x and Σ_positions g, ``[2, samples, neurons]``; the arguments are
+    ``[samples, neurons, positions]``."""
     effect = (activation * gradient).sum(2).double()
-    total = gradient.sum(2).double()
-    return torch.stack([effect**2, effect * total, total**2]).sum(1)
+    return torch.stack([effect, gradient.sum(2).double()])
 
 
-def _drawn_loss(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """−log p of labels drawn from p, summed; scores are ``[samples, classes, ...]``."""
+def drawn_loss(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """A sum over samples whose gradient by the scores has the Fisher information for covariance.
+
+    With random signs s, v = Σ_c s_c √p_c (1_c − p) has E[v vᵀ] = diag(p) − p pᵀ, as the gradient
+    of −log p(y) with y drawn from p has. But a confident sample, where that is large for labels
+    that are hardly ever drawn, shows as much in each draw. Scores are ``[samples, classes, ...]``.
+    """
     by_place = scores.movedim(1, -1).flatten(0, -2)
-    chances = by_place.detach().softmax(1).cpu()
-    labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(scores.device)
-    return nn.functional.cross_entropy(by_place, labels, reduction="sum")
+    chances = by_place.detach().softmax(1)
+    signs = torch.randint(2, chances.shape, generator=generator).to(chances) * 2 - 1
+    roots = signs * chances.sqrt()
+    return (by_place * (roots - chances * roots.sum(1, keepdim=True))).sum()
 
 
 def eliminated(name: str, sums: Sensitivity) -> Elimination:
@@ -193,17 +209,18 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
     weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
     information = weights[:, None] * (sums.information / statistics.samples) * weights
     found = eliminate(shrunk(statistics.covariance, statistics.observations), information)
-    return replace(found, divergence=_on_new_samples(found.divergence, statistics.observations))
+    growth = _on_new_samples(found.divergence, statistics.observations)
+    return replace(found, divergence=found.divergence * growth**2, growth=growth)
 
 
 def _on_new_samples(divergence: Tensor, observations: float) -> Tensor:
-    """D where the neurons that stay were fitted to so many independent observations.
+    """What errors grow by where the neurons that stay were fitted to so many observations.
 
     They have at most half as many effective parameters, see :func:`nss_prune.ridge.ridge`.
     """
     left = torch.arange(len(divergence) - 1, -1, -1).to(divergence)
     parameters = (left + 1).clamp(max=observations / 2)
-    return divergence / (1 - parameters / observations) ** 2
+    return 1 / (1 - parameters / observations)
 
 
 def _independent(costs: Tensor) -> Elimination:

@@ -34,6 +34,7 @@ from nss_prune.deadline import deadline
 from nss_prune.discovery import TIMEOUT, WHOLE_SHARE, discover_parts
 from nss_prune.distributed import processes
 from nss_prune.divergence import Elimination, allocate, eliminations
+from nss_prune.effects import measured
 from nss_prune.errors import (
     ArgumentError,
     GraphError,
@@ -41,7 +42,7 @@ from nss_prune.errors import (
     NothingToPruneError,
     RemovalError,
 )
-from nss_prune.folding import Folded
+from nss_prune.folding import Folded, ReaderFold, folding
 from nss_prune.folding import fold as fold_into_readers
 from nss_prune.importance import NSSImportance
 from nss_prune.neurons import (
@@ -500,7 +501,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return critical
 
     def _foresee(self) -> None:
-        """Eliminate the neurons of every group, and see what the readers read, in one pass."""
+        """Eliminate the neurons of every group, and see what the readers read, in one pass.
+
+        A second one, where the data can be iterated again, measures what that costs.
+        """
         if self._eliminations is not None:
             return
         assert self.data is not None
@@ -512,6 +516,16 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         )
         if sums is not None:
             self._statistics = sums.surveyed(self._example_inputs)
+        if not isinstance(self.data, Iterator):
+            self._eliminations = measured(
+                self.model, self.data, groups, self._eliminations, self._changes,
+                progress=self.progress,
+            )  # fmt: skip
+
+    def _changes(self, critical: Slice) -> dict[str, ReaderFold]:
+        """How readers would change beside the removal."""
+        statistics = self._statistics
+        return {} if statistics is None else folding(self.model, critical, statistics)
 
     def _limits(self) -> Limits:
         least = {

@@ -16,6 +16,7 @@ from nss_prune.discovery import discover
 from nss_prune.divergence import (
     Elimination,
     allocate,
+    drawn_loss,
     eliminate,
     eliminations,
     foreseen,
@@ -91,11 +92,7 @@ def test_the_least_neuron_alone_costs_what_its_effect_is() -> None:
         effects[reading.group] = (centred * gradient).sum(2).square().mean(0) / 2
 
     with Watcher(groups, 200, see).attached(model):
-        scores = model(inputs).float()
-        drawn = torch.multinomial(
-            scores.detach().softmax(1), 1, generator=torch.Generator().manual_seed(3)
-        )
-        nn.functional.cross_entropy(scores, drawn[:, 0], reduction="sum").backward()
+        drawn_loss(model(inputs).float(), torch.Generator().manual_seed(3)).backward()
     for name, found in sums.items():
         first, mixed, second = found.effects / 200
         mean = found.read.statistics(name, (), None).mean

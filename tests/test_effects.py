@@ -1,0 +1,159 @@
+"""The divergence measured, against changes made one by one and differentiated numerically."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import assert_unchanged, cnn, fingerprint, mlp, settled
+from nss_prune import NSSPruner, effects
+from nss_prune.discovery import discover
+from nss_prune.divergence import Elimination, drawn_loss, eliminations
+from nss_prune.effects import measured
+from nss_prune.folding import fold, folding
+from nss_prune.neurons import NeuronGroup
+from nss_prune.readers import reader_statistics
+from nss_prune.slicing import Slice
+
+SAMPLES = 120
+
+
+class Residual(nn.Module):
+    """A trunk that a block and the head read, with a ReLU that writes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        self.inner = nn.Conv2d(10, 8, 3, padding=1, groups=2)
+        self.outer = nn.Conv2d(8, 10, 1)
+        self.head = nn.Linear(10, 4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = self.relu(self.stem(x))
+        trunk = trunk + self.outer(self.relu(self.inner(trunk)))
+        return self.head(self.relu(trunk).mean((2, 3)))
+
+
+def made(make) -> tuple[nn.Module, list[tuple[Tensor, None]], tuple[NeuronGroup, ...]]:
+    torch.manual_seed(0)
+    shape = (12,) if make is mlp else (3, 12, 12)
+    inputs = torch.randn(SAMPLES, *shape).double()
+    model = settled(make().double(), inputs).eval()
+    data = [(inputs[:70], None), (inputs[70:], None)]
+    return model, data, discover(model, inputs[:2]).groups
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("make", [mlp, cnn, Residual])
+def test_it_is_the_fisher_information_of_the_change(make, folds: bool) -> None:
+    model, data, groups = made(make)
+    statistics = reader_statistics(model, data, groups)
+    nothing = {  # foreseen, so that all that is measured is in what comes back
+        g.name: Elimination(torch.randperm(g.size), torch.zeros(g.size).double()) for g in groups
+    }
+    before = fingerprint(model)
+
+    def changed(critical: Slice):
+        return folding(model, critical, statistics) if folds else {}
+
+    found = measured(model, data, groups, nothing, changed, seed=5)
+    assert_unchanged(model, before)
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.cat([x for x, _ in data])
+    scores = model(inputs).detach().float().requires_grad_()
+    for part in scores.split([len(x) for x, _ in data]):
+        drawn_loss(part, generator).backward(retain_graph=True)
+    drawn = scores.grad.double()
+    for group in groups:
+        largest = 0.0  # D never falls as more neurons go
+        for count in effects._counts(group.size)[:3].tolist():
+            kept = torch.ones(group.size, dtype=torch.bool)
+            kept[nothing[group.name].order[:count]] = False
+            critical = Slice({group.name: kept}, groups)
+            moved = derivative(make, model, critical, inputs, statistics, folds)
+            largest = max(largest, float((drawn * moved).sum(1).square().mean()) / 2)
+            got = float(found[group.name].divergence[count - 1])
+            assert got == pytest.approx(largest, rel=2e-3, abs=1e-9)
+
+
+def derivative(make, model, critical, inputs, statistics, folds: bool, step: float = 1e-4):
+    """What the scores move by for a small step towards the sliced model, by central differences."""
+    other = make().double()
+    other.load_state_dict(model.state_dict())
+    if folds:
+        fold(other.eval(), critical, statistics)
+    with torch.no_grad():
+        for (name, side), (_, channels) in critical.removed_channels().items():
+            if side == "in":
+                weight = other.get_submodule(name).weight
+                weight[:, channels[channels < weight.shape[1]]] = 0
+        ends = []
+        for sign in (1, -1):
+            mixed = make().double().eval()
+            values = dict(model.state_dict())
+            for key, value in other.state_dict().items():
+                if value.is_floating_point():
+                    values[key] = values[key] + sign * step * (value - values[key])
+            mixed.load_state_dict(values)
+            ends.append(mixed(inputs))
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+def test_the_gradient_drawn_has_the_fisher_information_for_covariance() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(1, 5).mul(2).repeat(200_000, 1).requires_grad_()
+    drawn_loss(scores, torch.Generator().manual_seed(0)).backward()
+    chances = scores[0].detach().softmax(0)
+    expected = chances.diag() - chances[:, None] * chances
+    torch.testing.assert_close(scores.grad.T @ scores.grad / 200_000, expected, rtol=0, atol=3e-3)
+
+
+def test_what_is_foreseen_is_never_lowered() -> None:
+    model, data, groups = made(Residual)
+    found = eliminations(model, data, groups)
+    statistics = reader_statistics(model, data, groups)
+    higher = measured(model, data, groups, found, lambda s: folding(model, s, statistics))
+    for name, elimination in found.items():
+        assert torch.equal(higher[name].order, elimination.order)
+        assert (higher[name].divergence >= elimination.divergence).all()
+        assert (higher[name].divergence.diff() >= 0).all()
+    assert any(not torch.equal(higher[n].divergence, found[n].divergence) for n in found)
+
+
+def test_few_samples_and_frozen_layers() -> None:
+    model, data, groups = made(mlp)
+    found = eliminations(model, data, groups)
+    assert measured(model, data[:1], groups, found, lambda s: {}) == found
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    frozen = measured(model, data, groups, found, lambda s: {})
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for name, elimination in measured(model, data, groups, found, lambda s: {}).items():
+        assert torch.equal(elimination.divergence, frozen[name].divergence)
+    assert all(not parameter.grad for parameter in model.parameters())
+
+
+def test_parts_and_the_whole_measure_the_same(monkeypatch) -> None:
+    model, data, groups = made(cnn)
+    found = eliminations(model, data, groups)
+    whole = measured(model, data, groups, found, lambda s: {})
+    monkeypatch.setattr(effects, "MOST_VALUES", 1)
+    for name, elimination in measured(model, data, groups, found, lambda s: {}).items():
+        torch.testing.assert_close(elimination.divergence, whole[name].divergence)
+
+
+def test_the_pruner_measures_what_can_be_read_twice() -> None:
+    model, data, _ = made(cnn)
+    batches = [(x, torch.arange(len(x)) % 3) for x, _ in data]
+    twice = NSSPruner(model, data[0][0][:2], macs_budget=0.5, data=batches)
+    once = NSSPruner(model, data[0][0][:2], macs_budget=0.5, data=iter(batches))
+    for pruner in (twice, once):
+        assert pruner.slice.removed
+    raised = [
+        twice._eliminations[name].divergence > elimination.divergence
+        for name, elimination in once._eliminations.items()
+    ]
+    assert any(bool(more.any()) for more in raised)
