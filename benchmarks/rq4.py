@@ -16,6 +16,9 @@ learning rates, augmentation):
     packnet                PackNet: see packnet.py
     neusemslice            trains what is not critical to the earlier tasks, without their data
     neusemslice-replay-10  the same, with 10 % of it
+    neusemslice-settled    the same without, but each task takes an equal share of every layer's
+                           neurons, which train for half as many epochs again under their mask, as
+                           PackNet's weights do
 
 The columns are
 
@@ -34,10 +37,11 @@ The columns are
 
 The loss is the cross entropy of all outputs, as a network that answers without being given the
 task needs it; of those of the task for methods that keep tasks apart (`--loss` asks for one of
-them). PackNet trains on task A for half as many epochs again, after it is pruned.
+them). PackNet trains on task A for half as many epochs again, after it is pruned, and so does
+NeuSemSlice where it settles.
 
-NeuSemSlice chooses theta by the trainer's own rule, from data of each task alone. A HAT mask (Serra
-et al. 2018) is not among the methods: it must be trained into the model of task A from the start,
+NeuSemSlice slices by the trainer's own rules, from data of each task alone. A HAT mask (Serra et
+al. 2018) is not among the methods: it must be trained into the model of task A from the start,
 which would then be another one.
 """
 
@@ -299,11 +303,16 @@ class NonCriticalNeurons(Learner):
     """NeuSemSlice: trains what is not critical to earlier tasks."""
 
     def __init__(
-        self, model: nn.Module, first: Subtask, course: Course, replay: float = 0.0
+        self,
+        model: nn.Module,
+        first: Subtask,
+        course: Course,
+        replay: float = 0.0,
+        share: float | None = None,
     ) -> None:
         super().__init__(model, first, course, replay)
         self.trainer = IncrementalTrainer(
-            model, data=self._profiled(first), classes=first.classes, progress=False
+            model, data=self._profiled(first), classes=first.classes, share=share, progress=False
         )
 
     @property
@@ -329,6 +338,30 @@ class NonCriticalNeurons(Learner):
 
     def _profiled(self, task: Subtask) -> InOrder:
         return InOrder(task.data.train.per_category(self.course.profiled))
+
+
+class SettledNeurons(NonCriticalNeurons):
+    """NeuSemSlice whose slices are small, and trained until they do alone."""
+
+    def __init__(self, model: nn.Module, first: Subtask, course: Course, tasks: int) -> None:
+        super().__init__(model, first, course, share=1 / tasks)
+        self.count = tasks
+        self._settle(first)
+
+    def learn(self, task: Subtask) -> None:
+        # A task reads what those before it made, so the shares add up.
+        self.trainer.share = (len(self.tasks) + 1) / self.count
+        super().learn(task)
+        if len(self.tasks) < self.count:
+            self._settle(task)
+
+    def _settle(self, task: Subtask) -> None:
+        recipe = self.course.recipe
+        short = replace(recipe, epochs=recipe.epochs // 2)
+        inputs, _ = next(task.data.train.batches(8))
+        freezing = self.trainer.settling(inputs)
+        with self.trainer.tasks[-1].slice.masked(self.model):
+            study(freezing, task.data.train, None, self.objective(task), short, self.course.seed)
 
 
 class PackedWeights(Learner):
@@ -379,6 +412,10 @@ METHODS: dict[str, tuple[str, Callable[[nn.Module, Subtask, Course, int], Learne
     "neusemslice-replay-10": (
         "NeuSemSlice + Replay 10 %",
         lambda m, a, c, n: NonCriticalNeurons(m, a, c, 0.1),
+    ),
+    "neusemslice-settled": (
+        "NeuSemSlice, settled",
+        lambda m, a, c, n: SettledNeurons(m, a, c, n),
     ),
 }
 

@@ -198,6 +198,65 @@ def test_the_new_task_is_learned_and_the_whole_network_is_its_model() -> None:
         assert accuracy(model, pictures((0, 1))) > 0.9
 
 
+def slower(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Half of a network without its other half is easily thrown off."""
+    for group in optimizer.param_groups:
+        group["lr"] /= 10
+    return optimizer
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_settling_changes_what_the_last_task_needs_alone(name: str, optimizer: str) -> None:
+    torch.manual_seed(0)
+    make, size = MODELS[name]
+    first = pictures((0, 1), size, samples=16)
+    model = trained(make(), first, epochs=1)
+    inputs = torch.randn(9, 3, size, size)
+    trainer = IncrementalTrainer(model, data=first, share=0.5, progress=False)
+    for mask in trainer.tasks[0].slice.kept.values():
+        assert int(mask.sum()) == round(0.5 * len(mask))
+    arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
+    before = model.eval()(inputs)
+    trainer.settle(**arguments)
+    assert (model.eval()(inputs) - before).abs().max() > 0
+    known = [scores(trainer, 0, inputs)]
+    for classes in ((2, 3), (4, 5)):
+        trainer.share = None
+        trainer.theta = 0.9
+        trainer.fit(pictures(classes, size, samples=16), **arguments)
+        trainer.settle(**arguments)
+        for task, expected in enumerate(known):
+            assert torch.equal(scores(trainer, task, inputs), expected)
+        with trainer.task(-1, masked=True), torch.no_grad():
+            known.append(scores(trainer, len(known), inputs))
+
+
+def test_a_small_slice_settles_to_do_the_task_alone() -> None:
+    data = pictures((0, 1), samples=400, deviation=5.0)
+    model = trained(small_mlp(), data)
+    trainer = IncrementalTrainer(model, data=data, share=0.1, progress=False)
+    with trainer.task_a() as masked:
+        before = accuracy(masked, data)
+    trainer.settle(epochs=10, learning_rate=0.01)
+    with trainer.task_a() as masked:
+        assert accuracy(masked, data) > before + 0.05
+
+
+def test_settling_fails_without_a_trace() -> None:
+    model = trained_mlp()
+    data = pictures((0, 1))
+    trainer = IncrementalTrainer(model, trainer_of(model).tasks[0].slice, progress=False)
+    before = fingerprint(model)
+    with pytest.raises(ArgumentError, match="not known"):
+        trainer.settle()
+    with pytest.raises(ArgumentError, match="epochs"):
+        trainer.settle(data, epochs=0)
+    with pytest.raises(NumericalError):
+        trainer.settle(data, loss=lambda outputs, labels: outputs.sum(1) * math.nan)
+    assert_unchanged(model, before)
+
+
 def test_statistics_of_critical_channels_stay_and_the_others_follow_the_new_task() -> None:
     torch.manual_seed(0)
     data = pictures((0, 1), 8)

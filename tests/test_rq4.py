@@ -124,6 +124,9 @@ class TestTasks:
         assert not torch.equal(parts[0].pixels, parts[2].pixels)
 
 
+NEUSEMSLICE = ("neusemslice", "neusemslice-replay-10", "neusemslice-settled")
+
+
 def all_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -172,7 +175,7 @@ class TestLearners:
         after = all_parameters(trained_on_a)
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
-    @pytest.mark.parametrize("method", ["neusemslice", "neusemslice-replay-10", "packnet"])
+    @pytest.mark.parametrize("method", [*NEUSEMSLICE, "packnet"])
     def test_under_its_mask_a_keeps_its_bits_while_b_is_learned(self, method, tasks, model):
         learner = rq4.METHODS[method][1](model, tasks[0], COURSE, 2)
         inputs = tasks[0].data.test.inputs()

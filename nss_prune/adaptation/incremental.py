@@ -104,6 +104,9 @@ class IncrementalTrainer:
             the whole network, in nats a sample, with theta="auto"; or 5 % of these outputs' own
             entropy, where that is more. It sees what a mask costs where the model, which was
             trained on these samples, still gets all of them right.
+        share: With theta="auto", the share of each layer's neurons that a task takes, in (0, 1],
+            whatever that costs: those that are critical at the least θ. :meth:`settle` gets the
+            accuracy back.
         seed: Of the draws of held-out and replayed samples.
         progress: Show progress bars; by default when stderr is a terminal.
         **profile_arguments: As :func:`nss_prune.profile` takes them.
@@ -130,6 +133,7 @@ class IncrementalTrainer:
         theta: float | Literal["auto"] = "auto",
         tolerance: float = 0.2,
         divergence: float = 5e-4,
+        share: float | None = None,
         seed: int = 0,
         progress: bool | None = None,
         **profile_arguments: Any,
@@ -138,12 +142,18 @@ class IncrementalTrainer:
             raise ArgumentError(f"tolerance is {tolerance}; give 0 or more percentage points")
         if not divergence > 0:
             raise ArgumentError(f"divergence is {divergence}; give more than 0 nats a sample")
+        if share is not None and not (0 < share <= 1 and theta == "auto"):
+            raise ArgumentError(
+                f"share is {share} with theta={theta!r}; give a share of each layer's neurons in "
+                '(0, 1], with theta="auto"'
+            )
         self.model = model
         self.head = find_head(model, head)
         self.grow = grow
         self.theta = theta if theta == "auto" else check_theta(theta)
         self.tolerance = tolerance
         self.divergence = divergence
+        self.share = share
         self.seed = seed
         self.progress = progress
         self.profile_arguments = profile_arguments
@@ -216,6 +226,77 @@ class IncrementalTrainer:
             training = Training(freezing, updates, objective, saved)
             training.run(data, replayed, epochs, resume=resume, progress=self.progress)
             return self.add(task_b, name, loss if callable(loss) else None)
+
+    def settle(
+        self,
+        data: Data | None = None,
+        *,
+        epochs: int = 2,
+        loss: Loss | None = None,
+        optimizer: str | OptimizerFactory = "adamw",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = True,
+    ) -> None:
+        """Train the critical neurons of the last task, alone under its mask, on its own data.
+
+        They learn to do by themselves what the whole network did, so that a small slice will do,
+        which leaves more for later tasks. What earlier tasks need keeps its bits.
+
+        Args:
+            data: Batches of (inputs, labels) of the task; by default what it was found with.
+            epochs: Passes over them.
+            loss: Of (outputs, labels); cross entropy over the classes of the task by default.
+            optimizer, learning_rate, weight_decay, checkpoint, resume: As :meth:`fit` takes them.
+
+        Raises:
+            ArgumentError: The arguments, or no data of the task is known.
+            ModelMismatchError: The checkpoint is of another model or task.
+            NumericalError: The loss or the weights became NaN or infinite.
+            Exception: What the data raises. Whatever is raised, the model is as it was before.
+        """
+        if not isinstance(epochs, int) or epochs < 1:
+            raise ArgumentError(f"epochs is {epochs!r}; give 1 or more")
+        task = self.tasks[-1]
+        if data is None and len(self._data) < len(self.tasks):
+            raise ArgumentError(f"the data of {task.name!r} is not known here; give data=")
+        given = self._data[-1] if data is None else repeatable(data)
+        data = Moved(given, device_of(self.model), with_classes)
+        of_task = loss or TaskLoss(task.classes)
+        with undone_on_failure(self.model):
+            freezing = self.settling(next(iter(data))[0])
+            updates = make_optimizer(
+                freezing, optimizer, learning_rate=learning_rate, weight_decay=weight_decay
+            )
+            purpose = {"settled": len(self.tasks), "classes": list(task.classes)}
+            saved = Checkpoint(checkpoint, freezing, updates, purpose)
+            training = Training(freezing, updates, Objective(of_task, of_task), saved)
+            with task.slice.masked(self.model):
+                training.run(data, None, epochs, resume=resume, progress=self.progress)
+
+    def settling(self, inputs: Any) -> Freezing:
+        """What the last task needs and no earlier one does, for a training loop of your own.
+
+        ::
+
+            with trainer.tasks[-1].slice.masked(model):
+                with trainer.settling(inputs).attach(optimizer):
+                    ...
+
+        Args:
+            inputs: Of one call of the model, on its device.
+
+        Raises:
+            ArgumentError: It needs nothing of its own.
+            ModelMismatchError: A slice does not cut a path between layers.
+        """
+        earlier = self.tasks[:-1]
+        isolated = [self._isolated_part(task, inputs) for task in earlier]
+        frozen, channels = self._needed(earlier, isolated)
+        own = self._critical_entries(self.tasks[-1], self.tasks[-1].slice)
+        trainable = {name: entries & ~frozen[name] for name, entries in own.items()}
+        return Freezing(self.model, trainable, channels)
 
     def freezing(self, inputs: Any) -> Freezing:
         """What may train for the next task, for a training loop of your own.
@@ -418,9 +499,10 @@ class IncrementalTrainer:
             "progress": self.progress,
             **self.profile_arguments,
         }
-        if not isinstance(self.theta, str):
+        if not isinstance(self.theta, str) or self.share is not None:
             found = profile(self.model, _placed(data, device), **arguments)
-            return Task(name, found.slice(self.theta), classes, outputs)
+            theta = None if isinstance(self.theta, str) else self.theta
+            return Task(name, found.slice(theta, ratio=self.share), classes, outputs)
         held_out, profiled = parts(data, HELD_OUT, self.seed)
         found = profile(self.model, _placed(profiled, device), **arguments)
         best = Task(name, found.slice(1.0), classes, outputs)
@@ -490,19 +572,24 @@ class IncrementalTrainer:
         Args:
             slices: For each task, those of its layers that its mask isolates from the others.
         """
-        parameters = dict(self.model.named_parameters())
+        frozen, channels = self._needed(self.tasks, slices)
+        return Freezing(self.model, {name: ~mask for name, mask in frozen.items()}, channels)
+
+    def _needed(
+        self, tasks: Sequence[Task], slices: Sequence[Slice]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Entries of parameters, and channels of running statistics, that tasks need."""
         frozen = {
             name: torch.full(value.shape, not value.requires_grad, device=value.device)
-            for name, value in parameters.items()
+            for name, value in self.model.named_parameters()
         }
         channels: dict[str, Tensor] = {}
-        for task, critical in zip(self.tasks, slices, strict=True):
+        for task, critical in zip(tasks, slices, strict=True):
             for name, entries in self._critical_entries(task, critical).items():
                 frozen[name] |= entries
             for name, kept in critical_channels(critical, self.model).items():
                 channels[name] = channels.get(name, torch.zeros_like(kept)) | kept
-        trainable = {name: ~entries for name, entries in frozen.items()}
-        return Freezing(self.model, trainable, channels)
+        return frozen, channels
 
     def _critical_entries(self, task: Task, critical: Slice) -> dict[str, Tensor]:
         """The critical entries, of the head those in the task's own rows."""
