@@ -16,9 +16,9 @@ learning rates, augmentation):
     packnet                PackNet: see packnet.py
     neusemslice            trains what is not critical to the earlier tasks, without their data
     neusemslice-replay-10  the same, with 10 % of it
-    neusemslice-settled    the same without, but each task takes an equal share of every layer's
-                           neurons, which train for half as many epochs again under their mask, as
-                           PackNet's weights do
+    neusemslice-settled    the same without, but each task takes as many neurons of every layer as
+                           make an equal share of the parameters, which train for half as many
+                           epochs again under their mask, as PackNet's weights do
 
 The columns are
 
@@ -344,13 +344,13 @@ class SettledNeurons(NonCriticalNeurons):
     """NeuSemSlice whose slices are small, and trained until they do alone."""
 
     def __init__(self, model: nn.Module, first: Subtask, course: Course, tasks: int) -> None:
-        super().__init__(model, first, course, share=1 / tasks)
+        super().__init__(model, first, course, share=(1 / tasks) ** 0.5)
         self.count = tasks
         self._settle(first)
 
     def learn(self, task: Subtask) -> None:
         # A task reads what those before it made, so the shares add up.
-        self.trainer.share = (len(self.tasks) + 1) / self.count
+        self.trainer.share = ((len(self.tasks) + 1) / self.count) ** 0.5
         super().learn(task)
         if len(self.tasks) < self.count:
             self._settle(task)

@@ -9,6 +9,8 @@ selection   the slices of every theta from given activations, against Algorithm 
             both give the same sets, which is checked
 profile     a whole profile (avg + var + ens + taylor, ten categories) against the bare forward and
             backward passes over the same batches
+allocation  NSSPruner's constructor and slice for a budget with data, folding and all, against a
+            profile by the default metric of the same batches
 deeplift    the DeepLIFT contributions of all layers against captum's LayerDeepLift, layer by layer,
             and against the bare passes
 memory      peak memory of a profile of ResNet-50 at 32 px beyond the model, by samples and by
@@ -39,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import models
 import results
-from nss_prune import profile
+from nss_prune import NSSPruner, Slice, profile
 from nss_prune.activations import Reading, Watcher
 from nss_prune.contributions.deeplift import DeepLift, difference, target_scores, with_reference
 from nss_prune.contributions.rescale import RescaleRule
@@ -65,6 +67,8 @@ MEMORY_COLUMNS = (
 )
 OTHER_COLUMNS = {"memory": MEMORY_COLUMNS, "unstructured": COLUMNS_WITH_MEMORY,
                  "latency": LATENCY_COLUMNS}  # fmt: skip
+PARTS = ("selection", "profile", "allocation", "deeplift", "memory", "unstructured", "planning",
+         "latency")  # fmt: skip
 SELECTION = ((1000, 256), (1000, 512), (5000, 512))
 SELECTION_TARGETS = {(1000, 512): ">= 100", (5000, 512): ">= 500"}
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
@@ -185,6 +189,26 @@ def whole_profile(names: Iterable[str], repeats: int, batches: int = 8) -> Rows:
     return rows
 
 
+def allocation(names: Iterable[str], repeats: int, batches: int = 16) -> Rows:
+    """Part (h)."""
+    rows = []
+    for name in names:
+        model, inputs, labels, neurons = prepared(name)
+        data = [(inputs, labels)] * batches
+        times = in_turn(
+            functools.partial(allocated, model, inputs[:1], data),
+            functools.partial(profile_neurons, model, data, neurons, progress=False),
+            repeats,
+        )
+        rows.append(ratio_row(f"allocation, {name}", *times, "<= 5", faster=False))
+        show(rows[-1])
+    return rows
+
+
+def allocated(model: nn.Module, example: Tensor, data: list[tuple[Tensor, Tensor]]) -> Slice:
+    return NSSPruner(model, example, macs_budget=0.5, data=data, progress=False).slice
+
+
 def deeplift(names: Iterable[str], repeats: int) -> Rows:
     """Part (c)."""
     rows = []
@@ -288,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--parts", default="selection,profile,deeplift,memory,unstructured,planning,latency",
+    add("--parts", default=",".join(PARTS),
         help="comma list (default: %(default)s)")  # fmt: skip
     add("--models", default=",".join(MODELS), help="comma list (default: %(default)s)")
     add("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: 5)")
@@ -309,6 +333,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parts: dict[str, Callable[[], Rows]] = {
         "selection": lambda: selection(asked.repeats),
         "profile": lambda: whole_profile(names, asked.repeats),
+        "allocation": lambda: allocation(names, asked.repeats),
         "deeplift": lambda: deeplift(names, asked.repeats),
         "memory": memory,
         "unstructured": lambda: lamp_steps(asked.repeats),
