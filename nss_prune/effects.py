@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.categories import class_scores
-from nss_prune.collector import run, split_batch
+from nss_prune.collector import as_computed, run, split_batch
 from nss_prune.divergence import Elimination, drawn_loss
 from nss_prune.folding import ReaderFold
 from nss_prune.neurons import (
@@ -210,7 +210,7 @@ def _hook(changes: Sequence[tuple[int, _Change]], effects: Tensor) -> Any:
         def add(gradient: Tensor) -> None:
             with torch.no_grad():
                 for level, change in changes:
-                    moved = gradient * change(inputs)
+                    moved = as_computed(gradient) * as_computed(change(inputs))
                     effects[:, level] += moved.reshape(len(effects), -1).sum(1).double().cpu()
 
         # Not a leaf, which nothing may write to.

@@ -46,7 +46,7 @@ def calibration_of(model, shape, classes):
     pixels = torch.cat([inputs for inputs, _ in batches])
     labels = torch.cat([labels for _, labels in batches])
     split = Split(pixels, labels, torch.zeros(()), torch.ones(()))
-    tuning = accuracy.Tuning(split, Recipe(epochs=1, learning_rate=0.01))
+    tuning = accuracy.Tuning(split, Recipe(epochs=5, learning_rate=0.01, batch=16))
     return accuracy.Calibration(subject, accuracy.Ranker(subject), batches, 0, tuning)
 
 
@@ -279,7 +279,7 @@ class TestPruned:
         inputs, labels = (torch.cat(part) for part in zip(*found.batches, strict=True))
         with torch.no_grad():
             losses = [nn.functional.cross_entropy(m(inputs), labels) for m in (before, after)]
-        assert losses[1] < losses[0]
+        assert losses[1] < losses[0] - 0.01
 
     def test_folding_comes_closer_to_the_whole_model(self, of_cnn):
         critical, _ = of_cnn.slice(OURS, Level("MACs", 0.7))
