@@ -99,6 +99,7 @@ class TestModels:
         rates = {name: setting.rate for name, setting in settings.SETTINGS.items()}
         assert rates.pop("mlp-digits") == 0.10
         assert rates.pop(PRETRAINED) == 0.05
+        assert rates.pop("alexnet-quarter-cifar10") == rates["alexnet-cifar10"]
         assert rates == targets.RATES
 
     def test_unknown_setting(self):
