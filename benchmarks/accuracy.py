@@ -78,7 +78,7 @@ from nss_prune.discovery import discover
 from nss_prune.divergence import Elimination, allocate, eliminations
 from nss_prune.effects import measured
 from nss_prune.errors import ArgumentError, NSSPruneError
-from nss_prune.folding import ReaderFold, fold, folding, refit
+from nss_prune.folding import fold, refit
 from nss_prune.neurons import Member, NeuronGroup, NeuronMap, trace
 from nss_prune.profile import profile_neurons
 from nss_prune.readers import ReaderStatistics, ReaderSums
@@ -408,12 +408,7 @@ class Calibration:
     def _eliminations(self) -> dict[str, Elimination]:
         """With the divergence measured, as the pruner does it."""
         model, groups = self.subject.model, self.subject.groups
-        found, statistics = self._pass
-
-        def folds(critical: Slice) -> dict[str, ReaderFold]:
-            return folding(model, critical, statistics)
-
-        return measured(model, self.batches, groups, found, folds, seed=self._seed)
+        return measured(model, self.batches, groups, *self._pass, seed=self._seed)
 
     def _divergence(self, level: Level) -> tuple[Slice, float]:
         if level not in self._allocated:

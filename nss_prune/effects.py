@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,16 +31,17 @@ from torch import Tensor, nn
 from nss_prune.categories import class_scores
 from nss_prune.collector import as_computed, run, split_batch
 from nss_prune.divergence import Elimination, drawn_loss
-from nss_prune.folding import ReaderFold
+from nss_prune.folding import ReaderFold, folding
 from nss_prune.neurons import (
     NeuronGroup,
     evaluation,
+    held_channels,
     input_axis,
     parameter_axes,
     submodule,
     tensors_in,
 )
-from nss_prune.readers import counted_batches
+from nss_prune.readers import ReaderStatistics, counted_batches
 from nss_prune.slicing import Slice
 
 LEVELS = 8  # numbers of neurons of a layer that are measured, evenly spaced
@@ -48,16 +49,13 @@ LEAST_SAMPLES = 100  # an average of fewer squares is mostly noise
 MOST_SAMPLES = 2000  # more of them cost time and change little
 MOST_VALUES = 2**28  # weights of changed readers that are kept at once, 1 GiB
 
-Folds = Callable[[Slice], Mapping[str, ReaderFold]]
-"""Slice -> how its readers change, as :func:`nss_prune.folding.folding` finds."""
-
 
 def measured(
     model: nn.Module,
     data: Iterable[Any],
     groups: Sequence[NeuronGroup],
     found: Mapping[str, Elimination],
-    folds: Folds,
+    statistics: Mapping[str, ReaderStatistics] | None,
     *,
     seed: int = 0,
     progress: bool | None = None,
@@ -71,7 +69,7 @@ def measured(
     Args:
         data: Batches that can be iterated again.
         found: As :func:`nss_prune.divergence.eliminations` finds them.
-        folds: How readers change when neurons go.
+        statistics: What the readers read, to fold with; None where nothing is folded.
         seed: For what is drawn at random.
         progress: Show a progress bar; None for only on a terminal.
 
@@ -87,7 +85,7 @@ def measured(
     if not counts or not _suffices(data):
         return known
     for part in _parts(model, groups, counts):
-        changes = _Changes(model, groups, found, part, folds)
+        changes = _Changes(model, groups, found, part, statistics)
         squares = changes.effects(data, seed, progress).square().mean(0) / 2
         by_layer = squares.split([len(levels) for levels in part.values()])
         for (name, levels), divergence in zip(part.items(), by_layer, strict=True):
@@ -153,7 +151,7 @@ class _Changes:
         groups: Sequence[NeuronGroup],
         found: Mapping[str, Elimination],
         counts: Mapping[str, Tensor],
-        folds: Folds,
+        statistics: Mapping[str, ReaderStatistics] | None,
     ) -> None:
         self.model = model
         self.levels = 0
@@ -164,13 +162,14 @@ class _Changes:
             order = found[name].order.cpu()
             for number in numbers.tolist():
                 kept = every[name].index_fill(0, order[:number], False)
-                self._add(Slice({**every, name: kept}, groups), folds)
+                critical = Slice({**every, name: kept}, groups)
+                folds = {} if statistics is None else folding(model, critical, statistics)
+                self._add(critical, folds)
 
-    def _add(self, critical: Slice, folds: Folds) -> None:
-        changed = folds(critical)
+    def _add(self, critical: Slice, folds: Mapping[str, ReaderFold]) -> None:
         for (name, side), (member, channels) in critical.removed_channels().items():
             if side == "in" and member.axis is None:
-                change = _Change(submodule(self.model, name), changed.get(name), channels)
+                change = _Change(submodule(self.model, name), folds.get(name), channels)
                 self.by_reader.setdefault(name, []).append((self.levels, change))
         self.levels += 1
 
@@ -233,37 +232,43 @@ class _Change:
         self.module = module
         self.channels = channels
         self.constant = None if fold is None else fold.constant
-        self.difference: nn.Module | None = None
-        if _is_plain(module):
-            self.difference = self._difference(None if fold is None else fold.weight)
+        self.is_plain = _is_plain(module)
+        weight = None if fold is None else fold.weight
+        if self.is_plain:
+            self.twin = _twin(module, weight=self._difference(weight), bias=None)
+        else:
+            self.twin = module if weight is None else _twin(module, weight=weight)
 
-    def _difference(self, weight: Tensor | None) -> nn.Module:
-        """The module with what its weight changes by for its weight, and without a bias."""
+    def _difference(self, weight: Tensor | None) -> Tensor:
+        """What the weight changes by, the columns that go included."""
         old: Any = self.module.weight
         new = (old if weight is None else weight).detach().clone()
         _, axis = parameter_axes(self.module)["weight"]
         assert axis is not None
-        # A grouped convolution loses the same channels in each group, and holds one's.
-        held = self.channels[self.channels < new.shape[axis]].to(new.device)
-        new.index_fill_(axis, held, 0)
-        twin = copy.copy(self.module)
-        parameters: dict[str, Any] = {"weight": new.sub_(old.detach()), "bias": None}
-        twin._parameters = parameters
-        return twin
+        new.index_fill_(axis, held_channels(self.channels, new.shape[axis]).to(new.device), 0)
+        return new.sub_(old.detach())
 
     def __call__(self, inputs: Tensor) -> Tensor:
         moved: Tensor
-        if self.difference is not None:
-            moved = self.difference.forward(inputs)
+        if self.is_plain:
+            moved = self.twin.forward(inputs)
         else:
             axis, channels = input_axis(self.module), self.channels.to(inputs.device)
             without = inputs.index_fill(axis, channels, 0)
-            moved = self.module.forward(without) - self.module.forward(inputs)
+            moved = self.twin.forward(without) - self.module.forward(inputs)
         if self.constant is None:
             return moved
         shape = [1] * moved.dim()
         shape[input_axis(self.module)] = -1
         return moved + self.constant.to(moved).view(shape)
+
+
+def _twin(module: nn.Module, **parameters: Tensor | None) -> nn.Module:
+    """The module with other values for some of its parameters."""
+    twin = copy.copy(module)
+    others: dict[str, Any] = {**module._parameters, **parameters}
+    twin._parameters = others
+    return twin
 
 
 def _is_plain(module: nn.Module) -> bool:

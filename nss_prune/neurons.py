@@ -583,6 +583,14 @@ def input_axis(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
 
 
+def held_channels(channels: Tensor, width: int) -> Tensor:
+    """Those of a reader's channels that its weight holds, of ``width`` along that axis.
+
+    A grouped convolution loses the same channels in each group, and holds one's.
+    """
+    return channels[channels < width]
+
+
 def _is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
     return 1 < convolution.groups == convolution.in_channels == convolution.out_channels
 

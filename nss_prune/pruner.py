@@ -42,7 +42,7 @@ from nss_prune.errors import (
     NothingToPruneError,
     RemovalError,
 )
-from nss_prune.folding import Folded, ReaderFold, folding
+from nss_prune.folding import Folded
 from nss_prune.folding import fold as fold_into_readers
 from nss_prune.importance import NSSImportance
 from nss_prune.neurons import (
@@ -518,14 +518,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._statistics = sums.surveyed(self._example_inputs)
         if not isinstance(self.data, Iterator):
             self._eliminations = measured(
-                self.model, self.data, groups, self._eliminations, self._changes,
+                self.model, self.data, groups, self._eliminations, self._statistics,
                 progress=self.progress,
             )  # fmt: skip
-
-    def _changes(self, critical: Slice) -> dict[str, ReaderFold]:
-        """How readers would change beside the removal."""
-        statistics = self._statistics
-        return {} if statistics is None else folding(self.model, critical, statistics)
 
     def _limits(self) -> Limits:
         least = {

@@ -19,7 +19,13 @@ from torch.optim import Optimizer
 
 from nss_prune.adaptation.norms import running_statistics
 from nss_prune.errors import ArgumentError, ModelMismatchError
-from nss_prune.neurons import check_fits, flags_kept, parameter_axes, submodule
+from nss_prune.neurons import (
+    check_fits,
+    flags_kept,
+    held_channels,
+    parameter_axes,
+    submodule,
+)
 from nss_prune.slicing import Slice
 
 
@@ -51,9 +57,7 @@ def critical_entries(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
 def _clear(entries: Tensor, axis: int, channels: Tensor) -> None:
     width = entries.shape[axis]
     if width > 1:
-        # A grouped convolution loses the same channels in each group, and holds one's.
-        held = channels[channels < width].to(entries.device)
-        entries.index_fill_(axis, held, False)
+        entries.index_fill_(axis, held_channels(channels, width).to(entries.device), False)
 
 
 def critical_channels(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
