@@ -18,10 +18,9 @@ positions of a map, or in the samples at hand, need not cancel when other layers
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,7 @@ from nss_prune.folding import ReaderFold, folding
 from nss_prune.neurons import (
     NeuronGroup,
     evaluation,
-    held_channels,
     input_axis,
-    parameter_axes,
     submodule,
     tensors_in,
 )
@@ -47,7 +44,7 @@ from nss_prune.slicing import Slice
 LEVELS = 8  # numbers of neurons of a layer that are measured, evenly spaced
 LEAST_SAMPLES = 100  # an average of fewer squares is mostly noise
 MOST_SAMPLES = 2000  # more of them cost time and change little
-MOST_VALUES = 2**28  # weights of changed readers that are kept at once, 1 GiB
+MOST_VALUES = 2**27  # of folds that are kept at once, 1 GiB
 
 
 def measured(
@@ -62,9 +59,8 @@ def measured(
 ) -> dict[str, Elimination]:
     """Eliminations with at least the divergence measured, on at most :data:`MOST_SAMPLES` samples.
 
-    It takes :data:`LEVELS` times the forward pass of the readers beside a forward and a backward
-    pass, and another pass for every :data:`MOST_VALUES` weights that change. The model is left as
-    found.
+    It takes a forward and a backward pass, and another one for every :data:`MOST_VALUES` values
+    that the folds mix with. The model is left as found.
 
     Args:
         data: Batches that can be iterated again.
@@ -84,12 +80,11 @@ def measured(
     known = dict(found)
     if not counts or not _suffices(data):
         return known
-    for part in _parts(model, groups, counts):
-        changes = _Changes(model, groups, found, part, statistics)
+    for changes in _parts(model, groups, found, counts, statistics):
         squares = changes.effects(data, seed, progress).square().mean(0) / 2
-        by_layer = squares.split([len(levels) for levels in part.values()])
-        for (name, levels), divergence in zip(part.items(), by_layer, strict=True):
-            known[name] = _scaled(found[name], levels, divergence)
+        by_layer = squares.split([len(counts[name]) for name in changes.layers])
+        for name, divergence in zip(changes.layers, by_layer, strict=True):
+            known[name] = _scaled(found[name], counts[name], divergence)
     return known
 
 
@@ -122,56 +117,63 @@ def _counts(size: int) -> Tensor:
 
 
 def _parts(
-    model: nn.Module, groups: Sequence[NeuronGroup], counts: Mapping[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Layers in parts whose changed weights may be kept at once, a layer at least."""
-    part: dict[str, Tensor] = {}
-    values = 0
-    for group in groups:
-        if group.name not in counts:
-            continue
-        readers = {member.name for member in group.readers}
-        weights = (getattr(submodule(model, name), "weight", None) for name in readers)
-        own = len(counts[group.name]) * sum(w.numel() for w in weights if w is not None)
-        if part and values + own > MOST_VALUES:
+    model: nn.Module,
+    groups: Sequence[NeuronGroup],
+    found: Mapping[str, Elimination],
+    counts: Mapping[str, Tensor],
+    statistics: Mapping[str, ReaderStatistics] | None,
+) -> Iterator[_Changes]:
+    """The changes of all layers, in parts that may be kept at once, a layer at least."""
+    part = _Changes(model)
+    for name, numbers in counts.items():
+        part.add(name, _slices(groups, name, found[name].order.cpu(), numbers), statistics)
+        if part.values >= MOST_VALUES:
             yield part
-            part, values = {}, 0
-        part[group.name] = counts[group.name]
-        values += own
-    if part:
+            part = _Changes(model)
+    if part.layers:
         yield part
 
 
-class _Changes:
-    """How readers change when neurons of single layers go, and what that does to the scores."""
+def _slices(
+    groups: Sequence[NeuronGroup], name: str, order: Tensor, counts: Tensor
+) -> Iterator[Slice]:
+    """Slices that lack the first so many neurons of a layer, and no others."""
+    every = {group.name: torch.ones(group.size, dtype=torch.bool) for group in groups}
+    for count in counts.tolist():
+        kept = every[name].index_fill(0, order[:count], False)
+        yield Slice({**every, name: kept}, tuple(groups))
 
-    def __init__(
+
+class _Changes:
+    """How readers change when neurons of single layers go, and what that does to the scores.
+
+    Attributes:
+        layers: In the order added.
+        values: That the folds mix with.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: list[str] = []
+        self.levels = self.values = 0
+        self.by_reader: dict[str, list[tuple[int, _Change]]] = {}
+
+    def add(
         self,
-        model: nn.Module,
-        groups: Sequence[NeuronGroup],
-        found: Mapping[str, Elimination],
-        counts: Mapping[str, Tensor],
+        layer: str,
+        slices: Iterable[Slice],
         statistics: Mapping[str, ReaderStatistics] | None,
     ) -> None:
-        self.model = model
-        self.levels = 0
-        self.by_reader: dict[str, list[tuple[int, _Change]]] = {}
-        groups = tuple(groups)
-        every = {group.name: torch.ones(group.size, dtype=torch.bool) for group in groups}
-        for name, numbers in counts.items():
-            order = found[name].order.cpu()
-            for number in numbers.tolist():
-                kept = every[name].index_fill(0, order[:number], False)
-                critical = Slice({**every, name: kept}, groups)
-                folds = {} if statistics is None else folding(model, critical, statistics)
-                self._add(critical, folds)
-
-    def _add(self, critical: Slice, folds: Mapping[str, ReaderFold]) -> None:
-        for (name, side), (member, channels) in critical.removed_channels().items():
-            if side == "in" and member.axis is None:
-                change = _Change(submodule(self.model, name), folds.get(name), channels)
-                self.by_reader.setdefault(name, []).append((self.levels, change))
-        self.levels += 1
+        """Add a layer, a level for each slice."""
+        self.layers.append(layer)
+        for critical in slices:
+            folds = {} if statistics is None else folding(self.model, critical, statistics)
+            for (name, side), (member, channels) in critical.removed_channels().items():
+                if side == "in" and member.axis is None:
+                    change = _change(folds.get(name, ReaderFold()), channels, member.width)
+                    self.by_reader.setdefault(name, []).append((self.levels, change))
+                    self.values += sum(block.mixing.numel() for block in change.blocks)
+            self.levels += 1
 
     def effects(self, data: Iterable[Any], seed: int, progress: bool | None) -> Tensor:
         """e of every level for each sample, float64 ``[samples, levels]``."""
@@ -194,86 +196,127 @@ class _Changes:
     def _watched(self, effects: Tensor) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for name, changes in self.by_reader.items():
-                hook = _hook(changes, effects)
-                stack.callback(submodule(self.model, name).register_forward_hook(hook).remove)
+                module = submodule(self.model, name)
+                axis = input_axis(module)
+                read = _input_hook(changes, axis, effects)
+                stack.callback(module.register_forward_pre_hook(read).remove)
+                constants = {level: c.constant for level, c in changes if c.constant is not None}
+                if constants:
+                    written = _output_hook(constants, axis, effects)
+                    stack.callback(module.register_forward_hook(written).remove)
             yield
 
 
-def _hook(changes: Sequence[tuple[int, _Change]], effects: Tensor) -> Any:
-    """A forward hook of a reader that adds up what its changes do, in the backward pass."""
+@dataclass(frozen=True)
+class _Block:
+    """What a reader reads otherwise in one of its channel groups.
 
-    def read(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        # A copy: what follows may write to it.
-        inputs = arguments[0].detach().clone()
+    Units are channels, or the neurons of a flattened map, of all channel groups together.
+
+    Attributes:
+        gone: Units that are not read any more.
+        staying: Units that are read more in their place.
+        mixing: How much of them, ``[gone, staying]``.
+    """
+
+    gone: Tensor
+    staying: Tensor
+    mixing: Tensor
+
+    def moved(self, inputs: Tensor) -> Tensor:
+        """What the units that go are replaced by less what they were, ``[gone, values]``.
+
+        Args:
+            inputs: ``[units, values]``.
+        """
+        device = inputs.device
+        said = self.mixing.to(inputs) @ inputs[self.staying.to(device)]
+        return said.sub_(inputs[self.gone.to(device)])
+
+
+@dataclass(frozen=True)
+class _Change:
+    """How a reader changes when channels of its input go.
+
+    Attributes:
+        units: How many it reads.
+        blocks: Of its channel groups that change.
+        constant: What is added to its output, ``[outputs]``, or None.
+    """
+
+    units: int
+    blocks: tuple[_Block, ...]
+    constant: Tensor | None
+
+    def effect(self, inputs: Tensor, gradient: Tensor) -> Tensor:
+        """Σ gradient · change over the channels; all are ``[channels, places]`` or ``[places]``."""
+        places = inputs.shape[1]
+        by_unit, slope = inputs.view(self.units, -1), gradient.view(self.units, -1)
+        total = inputs.new_zeros(by_unit.shape[1])
+        for block in self.blocks:
+            total += (slope[block.gone.to(slope.device)] * block.moved(by_unit)).sum(0)
+        return total.view(-1, places).sum(0)
+
+
+def _change(fold: ReaderFold, channels: Tensor, width: int) -> _Change:
+    """How a reader of ``width`` channels changes when ``channels`` go."""
+    if fold.mixing is None:
+        block = _Block(channels, channels[:0], torch.zeros(len(channels), 0))
+        return _Change(width, (block,), fold.constant)
+    groups, units, _ = fold.mixing.shape
+    gone = torch.zeros(groups * units, dtype=torch.bool)
+    gone[channels * groups * units // width] = True
+    blocks = []
+    for group, out in enumerate(gone.view(groups, units)):
+        lost, staying = out.nonzero().flatten(), (~out).nonzero().flatten()
+        mixing = fold.mixing[group].cpu()[lost][:, staying]
+        blocks.append(_Block(lost + group * units, staying + group * units, mixing))
+    return _Change(groups * units, tuple(blocks), fold.constant)
+
+
+def _input_hook(changes: Sequence[tuple[int, _Change]], axis: int, effects: Tensor) -> Any:
+    """A forward pre-hook of a reader: what its changes do is added up in the backward pass."""
+
+    def read(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        # A copy: what follows may write to the original, and the gradient is this reader's alone.
+        tap = arguments[0].clone()
+        inputs = _by_channel(tap.detach(), axis)
+        if not tap.requires_grad:
+            tap.requires_grad_()
 
         def add(gradient: Tensor) -> None:
-            with torch.no_grad():
-                for level, change in changes:
-                    moved = as_computed(gradient) * as_computed(change(inputs))
-                    effects[:, level] += moved.reshape(len(effects), -1).sum(1).double().cpu()
+            slope = _by_channel(gradient, axis)
+            for level, change in changes:
+                _add(effects, level, change.effect(inputs, slope))
 
-        # Not a leaf, which nothing may write to.
-        tap = output if output.requires_grad else output.detach().requires_grad_().clone()
         tap.register_hook(add)
-        return tap
+        return (tap, *arguments[1:])
 
     return read
 
 
-class _Change:
-    """What the output of a reader moves by when channels of its input go.
+def _output_hook(constants: Mapping[int, Tensor], axis: int, effects: Tensor) -> Any:
+    """A forward hook of a reader: the same for the constants added to its output.
 
     Args:
-        fold: How it changes beside; None where it does not.
-        channels: Those that go.
+        constants: Level -> constant, ``[outputs]``.
     """
 
-    def __init__(self, module: nn.Module, fold: ReaderFold | None, channels: Tensor) -> None:
-        self.module = module
-        self.channels = channels
-        self.constant = None if fold is None else fold.constant
-        self.is_plain = _is_plain(module)
-        weight = None if fold is None else fold.weight
-        if self.is_plain:
-            self.twin = _twin(module, weight=self._difference(weight), bias=None)
-        else:
-            self.twin = module if weight is None else _twin(module, weight=weight)
+    def written(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            slope = _by_channel(gradient, axis)
+            for level, constant in constants.items():
+                _add(effects, level, constant.to(slope) @ slope)
 
-    def _difference(self, weight: Tensor | None) -> Tensor:
-        """What the weight changes by, the columns that go included."""
-        old: Any = self.module.weight
-        new = (old if weight is None else weight).detach().clone()
-        _, axis = parameter_axes(self.module)["weight"]
-        assert axis is not None
-        new.index_fill_(axis, held_channels(self.channels, new.shape[axis]).to(new.device), 0)
-        return new.sub_(old.detach())
+        output.register_hook(add)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        moved: Tensor
-        if self.is_plain:
-            moved = self.twin.forward(inputs)
-        else:
-            axis, channels = input_axis(self.module), self.channels.to(inputs.device)
-            without = inputs.index_fill(axis, channels, 0)
-            moved = self.twin.forward(without) - self.module.forward(inputs)
-        if self.constant is None:
-            return moved
-        shape = [1] * moved.dim()
-        shape[input_axis(self.module)] = -1
-        return moved + self.constant.to(moved).view(shape)
+    return written
 
 
-def _twin(module: nn.Module, **parameters: Tensor | None) -> nn.Module:
-    """The module with other values for some of its parameters."""
-    twin = copy.copy(module)
-    others: dict[str, Any] = {**module._parameters, **parameters}
-    twin._parameters = others
-    return twin
+def _by_channel(values: Tensor, axis: int) -> Tensor:
+    """``[channels, places]``, the places of a sample one after the other."""
+    return as_computed(values).movedim(axis, 0).flatten(1).contiguous()
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the output is linear in the weight that the module holds."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return "weight" in module._parameters and any(
-        isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
-    )
+def _add(effects: Tensor, level: int, by_place: Tensor) -> None:
+    effects[:, level] += by_place.view(len(effects), -1).sum(1).double().cpu()

@@ -54,6 +54,9 @@ class ReaderFold:
 
     Attributes:
         weight: The new weight of the still unpruned reader; None where it stays.
+        mixing: What it reads additionally, of what it reads: B of every channel group, float64
+            ``[channel groups, units, units]``, zero but in the rows that go and the columns that
+            stay; None where the weight stays. Units as in :class:`Problem`.
         constant: What is added to its output, float64 ``[outputs]``; None where nothing is.
         norm: The BatchNorm that takes the constant where the reader has no bias, or None.
         errors: E‖Δy‖² / E‖y‖² of its output y on the statistics, without folding and with it.
@@ -62,6 +65,7 @@ class ReaderFold:
     """
 
     weight: Tensor | None = None
+    mixing: Tensor | None = None
     constant: Tensor | None = None
     norm: str | None = None
     errors: tuple[float, float] | None = None
@@ -373,13 +377,14 @@ def _solved(name: str, module: nn.Module, problem: Problem) -> ReaderFold:
     worse = mixed_missed + with_mixing.uneven > missed + alone.uneven
     constant = alone if worse else with_mixing
     after = (missed if worse else mixed_missed) + constant.uneven
-    new = None
+    new = matrices = None
     if not worse and any(mixing.matrix.any() for mixing in mixings):
         matrices = torch.stack([mixing.matrix for mixing in mixings])
         mixed = weight + torch.einsum("gouk,guv->govk", weight, matrices)
         new = _as_weight(mixed, module).to(module.weight)  # type: ignore[arg-type]
     return ReaderFold(
         weight=new,
+        mixing=matrices,
         constant=constant.average if constant.average.square().sum() > noise else None,
         norm=problem.source.norm,
         errors=(before, after / power),
