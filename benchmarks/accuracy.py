@@ -516,14 +516,9 @@ class Record:
         Raises:
             ArgumentError: It was measured in another way.
         """
-        if not self.path.exists():
+        content = results.earlier(self.path, self.options)
+        if content is None:
             return
-        content = results.read(self.path)
-        if content.get("options") != self.options:
-            raise ArgumentError(
-                f"{self.path} was measured with {content.get('options')}, and this run is with "
-                f"{self.options}; pass --fresh to write it anew, or another --output."
-            )
         self.add([Measured(**cell) for cell in content["cells"]])
 
     def add(self, cells: Sequence[Measured]) -> None:

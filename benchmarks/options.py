@@ -44,6 +44,12 @@ def add_metrics(parser: argparse.ArgumentParser) -> None:
         help="comma list of contribution metrics (default: %(default)s)")  # fmt: skip
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """The option --resume, for scripts that write their results model by model."""
+    parser.add_argument("--resume", action="store_true",
+        help="keep what the result file has, and measure what it lacks")  # fmt: skip
+
+
 def named(names: str, known: Collection[str], kind: str) -> list[str]:
     """What a comma-separated list names ("all": everything known)."""
     wanted = list(known) if names == "all" else names.split(",")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from nss_prune.errors import FileFormatError
+from nss_prune.errors import ArgumentError, FileFormatError
 from storage import written_aside
 
 FORMAT = 1
@@ -83,6 +83,24 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is no result file ({error!r}). Run the script that makes it again."
         ) from error
     return dict(content)
+
+
+def earlier(path: Path, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run with the same options has written, to go on from; None for no file.
+
+    Raises:
+        ArgumentError: It was measured in another way.
+    """
+    if not path.exists():
+        return None
+    content = read(path)
+    wanted = json.loads(json.dumps(options))
+    if content.get("options") != wanted:
+        raise ArgumentError(
+            f"{path} was measured with {content.get('options')}, and this run is with {wanted}; "
+            "measure in the same way, start anew, or give another --output."
+        )
+    return content
 
 
 def provenance(seeds: Sequence[int], device: torch.device | str) -> dict[str, Any]:

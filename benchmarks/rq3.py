@@ -44,7 +44,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 
@@ -69,7 +69,7 @@ from nss_prune.adaptation import (
 from nss_prune.adaptation.attacks import Attack
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NSSPruneError
-from options import checked_seeds, common, named, usable_device
+from options import add_resume, checked_seeds, common, named, usable_device
 from results import Cell, Column, spread
 from settings import Setting, chosen
 from training import Recipe, accuracy, fast, make_optimiser, suitable_threads, trained
@@ -371,10 +371,20 @@ def run_setting(
     seeds: Sequence[int],
     *,
     cache: Path,
-) -> list[Outcome]:
-    """All outcomes of a setting, seed by seed; prints a line on each seed."""
-    outcomes = []
+    known: Sequence[Outcome] = (),
+) -> Iterator[list[Outcome]]:
+    """What is known of a setting, and what is not, seed by seed; prints a line on each seed.
+
+    A seed's methods are timed one after the other, so they are measured together.
+
+    Yields all outcomes so far.
+    """
+    outcomes = list(known)
+    wanted = {(attack, method) for attack in attacks for method in (BEFORE, *methods)}
     for seed in seeds:
+        if wanted <= {(o.attack, o.method) for o in outcomes if o.seed == seed}:
+            continue
+        outcomes = [o for o in outcomes if o.seed != seed or (o.attack, o.method) not in wanted]
         device = data.train.labels.device
         found = trained(setting.name, setting.build, data, setting.recipe, seed, cache, device)
         subject = Subject(setting.name, seed, found.model, data, course, setting.profiled)
@@ -382,7 +392,7 @@ def run_setting(
             outcomes += run_model(subject, attacks, methods)
         origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
         print(f"{setting.name}, seed {seed}: trained {origin}{subject.told(methods)}", flush=True)
-    return outcomes
+        yield outcomes
 
 
 def only(
@@ -525,39 +535,57 @@ def plot(setting: str, outcomes: Sequence[Outcome], path: Path) -> None:
     save_figure(figure, path)
 
 
-def report(
-    setting: Setting,
-    data: Data,
-    outcomes: Sequence[Outcome],
-    course: Course,
-    seeds: Sequence[int],
-    *,
-    evaluated: int | None,
-    output: Path,
-) -> None:
-    """Print the tables of a setting; write its result file and its plot."""
-    rows, claims = table_rows(outcomes), summary(outcomes)
-    new, again = len(gathered(data.check)), len(gathered(data.test))
-    title = f"RQ3, {setting.name}, {course.adversaries} adversaries"
-    path = output / f"{prefix(course.adversaries)}-{setting.name}.json"
-    options = {
-        "recipe": asdict(setting.recipe), "readapt": asdict(course), "scheduler": "cosine",
-        "new_samples": new, "attacked_samples": again, "profiled": setting.profiled,
-        "strength": asdict(strength_for(data)), "thetas": THETAS,
-        "evaluated": evaluated, "data": data.origin,
-    }  # fmt: skip
-    results.write(
-        path, title, COLUMNS, rows, seeds=seeds, device=data.train.labels.device,
-        options=options, summary=claims, outcomes=[asdict(outcome) for outcome in outcomes],
-    )  # fmt: skip
-    plot(setting.name, outcomes, path.with_suffix(".png"))
-    print(
-        f"\n{title}; data: {data.origin}; {new} new samples, {again} attacked afterwards; "
-        f"mean ± deviation of {len(seeds)} seed(s)\n"
-    )
-    print(results.text_table(COLUMNS, rows))
-    print(f"\n{results.text_table(SUMMARY_COLUMNS, claims)}")
-    print(f"\n{path} and {path.with_suffix('.png').name} written\n")
+@dataclass(frozen=True)
+class Record:
+    """The result file of a setting.
+
+    Attributes:
+        options: How it is measured.
+    """
+
+    setting: Setting
+    data: Data
+    adversaries: Adversaries
+    output: Path
+    options: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.output / f"{prefix(self.adversaries)}-{self.setting.name}.json"
+
+    @property
+    def title(self) -> str:
+        return f"RQ3, {self.setting.name}, {self.adversaries} adversaries"
+
+    def known(self) -> list[Outcome]:
+        """What the file has.
+
+        Raises:
+            ArgumentError: It was measured in another way.
+        """
+        content = results.earlier(self.path, self.options)
+        return [] if content is None else [Outcome(**known) for known in content["outcomes"]]
+
+    def save(self, outcomes: Sequence[Outcome]) -> None:
+        """Write the file and its plot."""
+        results.write(
+            self.path, self.title, COLUMNS, table_rows(outcomes), options=self.options,
+            seeds=sorted({outcome.seed for outcome in outcomes}),
+            device=self.data.train.labels.device, summary=summary(outcomes),
+            outcomes=[asdict(outcome) for outcome in outcomes],
+        )  # fmt: skip
+        plot(self.setting.name, outcomes, self.path.with_suffix(".png"))
+
+    def show(self, outcomes: Sequence[Outcome]) -> None:
+        seeds = {outcome.seed for outcome in outcomes}
+        print(
+            f"\n{self.title}; data: {self.data.origin}; {self.options['new_samples']} new samples, "
+            f"{self.options['attacked_samples']} attacked afterwards; "
+            f"mean ± deviation of {len(seeds)} seed(s)\n"
+        )
+        print(results.text_table(COLUMNS, table_rows(outcomes)))
+        print(f"\n{results.text_table(SUMMARY_COLUMNS, summary(outcomes))}")
+        print(f"\n{self.path} and {self.path.with_suffix('.png').name} written\n")
 
 
 def prefix(adversaries: Adversaries) -> str:
@@ -604,6 +632,7 @@ def parser() -> argparse.ArgumentParser:
         help="most that a slice may hold of the parameters (default: %(default)s)")  # fmt: skip
     add("--threshold", type=float, default=SIMILAR,
         help="similarity from which DeepArc finds a layer redundant (%(default)s)")  # fmt: skip
+    add_resume(parser)
     return parser
 
 
@@ -633,12 +662,20 @@ def main(words: Sequence[str] | None = None) -> None:
         course = Course(recipe, asked.adversaries, asked.tpr / 100, asked.threshold)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
-        outcomes = run_setting(
-            setting, data, course, attacks, methods, seeds, cache=asked.cache
-        )  # fmt: skip
-        report(
-            setting, data, outcomes, course, seeds, evaluated=asked.evaluated, output=asked.output
-        )
+        options = {
+            "recipe": asdict(setting.recipe), "readapt": asdict(course), "scheduler": "cosine",
+            "new_samples": len(gathered(data.check)), "attacked_samples": len(gathered(data.test)),
+            "profiled": setting.profiled, "strength": asdict(strength_for(data)),
+            "thetas": THETAS, "evaluated": asked.evaluated, "data": data.origin,
+        }  # fmt: skip
+        record = Record(setting, data, asked.adversaries, asked.output, options)
+        outcomes = known = record.known() if asked.resume else []
+        for so_far in run_setting(
+            setting, data, course, attacks, methods, seeds, cache=asked.cache, known=known
+        ):
+            record.save(so_far)
+            outcomes = so_far
+        record.show(outcomes)
     report_all(asked.adversaries, device=device, output=asked.output)
 
 

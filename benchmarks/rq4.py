@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import matplotlib
 
@@ -75,7 +75,7 @@ from nss_prune.adaptation import Freezing
 from nss_prune.adaptation.incremental import IncrementalTrainer, Objective, TaskLoss, mixed
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
-from options import checked_seeds, common, named, usable_device
+from options import add_resume, checked_seeds, common, named, usable_device
 from packnet import PackNet
 from results import Cell, Column, spread
 from settings import Setting, chosen
@@ -529,21 +529,29 @@ def run_setting(
     loss: Competition,
     *,
     cache: Path,
-) -> list[Outcome]:
-    """All methods on a setting, seed by seed; prints a line on each seed."""
-    outcomes = []
+    known: Sequence[Outcome] = (),
+) -> Iterator[list[Outcome]]:
+    """What is known of a setting, and what is not, seed by seed; prints a line on each seed.
+
+    Yields all outcomes so far.
+    """
+    outcomes = list(known)
     tasks = split_tasks(data, count)
     for seed in seeds:
+        measured = {outcome.method for outcome in outcomes if outcome.seed == seed}
+        missing = [method for method in methods if method not in measured]
+        if not missing:
+            continue
         first = tasks[0].data
         device = first.train.labels.device
         name = f"{setting.name}-1of{count}"
         found = trained(name, setting.build, first, setting.recipe, seed, cache, device)
         course = Course(setting.recipe, seed, loss, max(setting.profiled, PROFILED))
-        made = [run_method(method, found.model, tasks, course) for method in methods]
+        made = [run_method(method, found.model, tasks, course) for method in missing]
         outcomes += [outcome for outcome in made if outcome is not None]
         origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
         print(f"{setting.name}, seed {seed}: task A trained {origin}", flush=True)
-    return outcomes
+        yield outcomes
 
 
 def columns(count: int) -> list[Column]:
@@ -616,33 +624,56 @@ def plot(title: str, outcomes: Sequence[Outcome], path: Path) -> None:
     save_figure(figure, path)
 
 
-def report(
-    setting: Setting,
-    data: Data,
-    outcomes: Sequence[Outcome],
-    count: int,
-    seeds: Sequence[int],
-    loss: Competition,
-    *,
-    evaluated: int | None,
-    output: Path,
-) -> None:
-    """Print the table of a setting; write its result file and its plot."""
-    rows, heads = table_rows(setting.name, outcomes), columns(count)
-    title = f"RQ4, {setting.name}, {count} tasks of {CLASSES // count} classes"
-    name = f"rq4-{setting.name}" if count == 2 else f"rq4-{setting.name}-{count}-tasks"
-    path = output / f"{name}.json"
-    results.write(
-        path, title, heads, rows, seeds=seeds, device=data.train.labels.device,
-        options={"tasks": count, "loss": loss, "recipe": asdict(setting.recipe),
-                 "profiled": max(setting.profiled, PROFILED), "evaluated": evaluated,
-                 "data": data.origin},
-        outcomes=[asdict(outcome) for outcome in outcomes],
-    )  # fmt: skip
-    plot(title, outcomes, path.with_suffix(".png"))
-    print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
-    print(results.text_table(heads, rows))
-    print(f"\n{path} and {path.with_suffix('.png').name} written\n")
+@dataclass(frozen=True)
+class Record:
+    """The result file of a setting.
+
+    Attributes:
+        options: How it is measured.
+    """
+
+    setting: Setting
+    data: Data
+    count: int
+    output: Path
+    options: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        tasks = "" if self.count == 2 else f"-{self.count}-tasks"
+        return self.output / f"rq4-{self.setting.name}{tasks}.json"
+
+    @property
+    def title(self) -> str:
+        return f"RQ4, {self.setting.name}, {self.count} tasks of {CLASSES // self.count} classes"
+
+    def known(self) -> list[Outcome]:
+        """What the file has.
+
+        Raises:
+            ArgumentError: It was measured in another way.
+        """
+        content = results.earlier(self.path, self.options)
+        return [] if content is None else [Outcome(**known) for known in content["outcomes"]]
+
+    def save(self, outcomes: Sequence[Outcome]) -> None:
+        """Write the file and its plot."""
+        results.write(
+            self.path, self.title, columns(self.count), table_rows(self.setting.name, outcomes),
+            seeds=sorted({outcome.seed for outcome in outcomes}),
+            device=self.data.train.labels.device, options=self.options,
+            outcomes=[asdict(outcome) for outcome in outcomes],
+        )  # fmt: skip
+        plot(self.title, outcomes, self.path.with_suffix(".png"))
+
+    def show(self, outcomes: Sequence[Outcome]) -> None:
+        seeds = {outcome.seed for outcome in outcomes}
+        rows = table_rows(self.setting.name, outcomes)
+        print(
+            f"\n{self.title}; data: {self.data.origin}; mean ± deviation of {len(seeds)} seed(s)\n"
+        )
+        print(results.text_table(columns(self.count), rows))
+        print(f"\n{self.path} and {self.path.with_suffix('.png').name} written\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -653,6 +684,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tasks", type=int, choices=(2, 5), default=2, help="tasks (default: %(default)s)")
     add("--loss", choices=get_args(Competition), default="method",
         help="outputs that compete in training, see above (default: %(default)s)")  # fmt: skip
+    add_resume(parser)
     return parser
 
 
@@ -665,15 +697,23 @@ def main(words: Sequence[str] | None = None) -> None:
         setting = setting.with_epochs(asked.epochs)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
-        outcomes = run_setting(
-            setting, data, asked.tasks, seeds, methods, asked.loss, cache=asked.cache
-        )
+        options = {
+            "tasks": asked.tasks, "loss": asked.loss, "recipe": asdict(setting.recipe),
+            "profiled": max(setting.profiled, PROFILED), "evaluated": asked.evaluated,
+            "data": data.origin,
+        }  # fmt: skip
+        record = Record(setting, data, asked.tasks, asked.output, options)
+        outcomes = known = record.known() if asked.resume else []
+        for so_far in run_setting(
+            setting, data, asked.tasks, seeds, methods, asked.loss, cache=asked.cache,
+            known=known,
+        ):  # fmt: skip
+            if so_far:
+                record.save(so_far)
+            outcomes = so_far
         if not outcomes:
             raise NothingToPruneError(f"no method of {asked.methods} has anything to train here")
-        report(
-            setting, data, outcomes, asked.tasks, seeds, asked.loss,
-            evaluated=asked.evaluated, output=asked.output,
-        )  # fmt: skip
+        record.show(outcomes)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,10 @@ def test_script_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "results" / "rq3-mlp-digits.png").exists()
     assert "FGSM: NeuSemSlice + DeepArc" in capsys.readouterr().out
 
+    rq3.main([*quick, "--attacks", "fgsm", *folders, "--resume"])
+    again = results.read(tmp_path / "results" / "rq3-mlp-digits.json")
+    assert again["outcomes"] == content["outcomes"]  # their seconds too
+
 
 def test_settings_run_one_by_one_are_summed_up(tmp_path: Path) -> None:
     rq3.report_all("fixed", device="cpu", output=tmp_path)

@@ -326,6 +326,20 @@ class TestScript:
             self.run(tmp_path, *words)
         assert not list(tmp_path.iterdir())
 
+    def test_it_goes_on_from_what_the_file_has(self, tmp_path):
+        short = ("--epochs", "1", "--evaluated", "20")
+        path = tmp_path / "rq4-mlp-digits.json"
+        self.run(tmp_path, *short, "--methods", "retrain")
+        (before,) = results.read(path)["outcomes"]
+        self.run(tmp_path, *short, "--methods", "retrain,packnet", "--resume")
+        kept, new = results.read(path)["outcomes"]
+        assert kept == before  # its seconds too
+        assert new["method"] == "packnet"
+
+        with pytest.raises(ArgumentError, match="was measured with"):
+            self.run(tmp_path, "--epochs", "2", "--methods", "packnet", "--resume")
+        assert results.read(path)["outcomes"] == [kept, new]
+
     def test_nothing_to_report(self, tmp_path, monkeypatch):
         monkeypatch.setattr(rq4, "SIMILAR", 1.0)
         with pytest.raises(NothingToPruneError, match="no method"):
