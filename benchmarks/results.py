@@ -98,7 +98,8 @@ def earlier(path: Path, options: Mapping[str, Any]) -> dict[str, Any] | None:
     if content.get("options") != wanted:
         raise ArgumentError(
             f"{path} was measured with {content.get('options')}, and this run is with {wanted}; "
-            "measure in the same way, start anew, or give another --output."
+            "measure in the same way, start anew (--fresh, or without --resume) or give another "
+            "--output."
         )
     return content
 
