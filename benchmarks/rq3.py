@@ -42,7 +42,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -307,7 +307,7 @@ def trainer(
     """One that trains a part of the model as the course says."""
     return ReadaptTrainer(
         model, None, attack, train=train, adversaries=course.adversaries,
-        optimizer=make_optimiser(model, course.recipe), scheduler="cosine",
+        optimizer=partial(make_optimiser, recipe=course.recipe), scheduler="cosine",
         epochs=course.recipe.epochs, amp=precision(model),
     )  # fmt: skip
 

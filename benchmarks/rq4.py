@@ -181,7 +181,7 @@ def study(
     if replayed is not None:
         size = max(1, round(recipe.batch * len(replayed) / len(own)))
         again = Batches(replayed, size, recipe.augment, random)
-    optimiser = make_optimiser(model, recipe)
+    optimiser = make_optimiser(model.parameters(), recipe)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, steps)
     model.train()
     with (

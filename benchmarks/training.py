@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int, title: str 
     steps = recipe.epochs * -(-len(split) // recipe.batch)
     if steps == 0:
         return
-    optimiser = make_optimiser(model, recipe)
+    optimiser = make_optimiser(model.parameters(), recipe)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, steps)
     # Random numbers come from the CPU, so that a seed means the same data order on any device.
     random = torch.Generator().manual_seed(seed)
@@ -106,8 +106,9 @@ def suitable_layout(model: nn.Module) -> Iterator[None]:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """Of those of the parameters that ask for gradients."""
+    parameters = [p for p in parameters if p.requires_grad]
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimiser == "adam":
         return torch.optim.Adam(parameters, rate, weight_decay=decay)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -291,22 +292,25 @@ def test_clipping_sees_what_trains_only() -> None:
 
 
 @pytest.mark.parametrize("attack", ["pgd", None])
-def test_the_trainer_cuts_blocks_for_an_optimiser_by_name_only(attack) -> None:
-    found = []
-    for optimizer in ("sgd", lambda values: SGD(values, 0.01, momentum=0.9, nesterov=True)):
+def test_the_trainer_cuts_blocks_for_an_optimiser_of_its_own_only(attack) -> None:
+    results, values = [], []
+    for given in ("name", "function", "optimiser"):
         model, critical = learned()
+        make = partial(SGD, lr=0.01, momentum=0.9, nesterov=True)
+        optimizer = {"name": "sgd", "function": make, "optimiser": make(model.parameters())}[given]
         torch.manual_seed(3)
         trainer = ReadaptTrainer(
             model, critical, attack, 0.1, optimizer=optimizer, epochs=3, clip_norm=1.0
         )
         own = set(model.parameters())
         seen = [value for group in trainer.optimizer.param_groups for value in group["params"]]
-        assert own.issuperset(seen) == (optimizer != "sgd")
-        found.append((trainer.fit(stripes(), stripes(seed=4)), bits(model)))
-    (first, values), (second, others) = found
-    assert first.losses == pytest.approx(second.losses, rel=1e-4)
-    for key, value in values.items():
-        torch.testing.assert_close(value, others[key], rtol=1e-3, atol=1e-4)
+        assert own.issuperset(seen) == (given == "optimiser")
+        results.append(trainer.fit(stripes(), stripes(seed=4)))
+        values.append(bits(model))
+    for result, value in zip(results[:-1], values[:-1], strict=True):
+        assert result.losses == pytest.approx(results[-1].losses, rel=1e-4)
+        for key, other in values[-1].items():
+            torch.testing.assert_close(value[key], other, rtol=1e-3, atol=1e-4)
 
 
 def test_what_a_validation_changes_goes_on_training() -> None:
@@ -329,7 +333,7 @@ def test_a_checkpoint_of_training_under_masks_is_refused(tmp_path: Path) -> None
     model, critical = learned()
     file = tmp_path / "training"
     before = bits(model)
-    masked = {"optimizer": lambda values: SGD(values, 0.01), "checkpoint": file}
+    masked = {"optimizer": SGD(model.parameters(), 0.01), "checkpoint": file}
     ReadaptTrainer(model, critical, epochs=1, **masked).fit(stripes())
     model.load_state_dict(before)
     trainer = ReadaptTrainer(model, critical, epochs=2, checkpoint=file, resume=True)

@@ -95,8 +95,9 @@ class ReadaptTrainer:
 
     Attributes:
         freezing: What trains.
-        optimizer: The optimiser in use. One that was given by name has parameters of its own in
-            place of those of which only a block of rows and columns trains.
+        optimizer: The optimiser in use. One that was made here, by name or by a function, has
+            parameters of its own in place of those of which only a block of rows and columns
+            trains.
 
     Raises:
         ArgumentError: An argument is outside what it may be.
@@ -149,7 +150,9 @@ class ReadaptTrainer:
             weight_decay=weight_decay,
             momentum=momentum,
         )
-        blocks = cut_blocks(self.freezing, self.optimizer) if isinstance(optimizer, str) else {}
+        # Not in an optimiser made elsewhere, whose parameters may be known there.
+        own = not isinstance(optimizer, Optimizer)
+        blocks = cut_blocks(self.freezing, self.optimizer) if own else {}
         self._training = CompactTraining(self.freezing, self.optimizer, blocks)
         self.scheduler = _scheduler(scheduler, self.optimizer, epochs)
         self.epochs = epochs
