@@ -2,10 +2,10 @@
 
 mlp(784, 512, 256, 10) 535,818; alexnet_cifar10 19,076,170; vgg16_bn 14,728,266. The paper does
 not pin the other two: resnet101_cifar is torchvision's with the usual stem for 32 x 32 pictures
-(42,512,970), vgg19_bn has the head of vgg16_bn (20,040,522). Three more are not the paper's:
-alexnet_cifar10 at a quarter of its widths, for machines without a GPU (1,201,690), and for the
-accuracy board resnet20_cifar (He et al. 2016, section 4.2, with 1 x 1 convolutions as shortcuts,
-272,474) and vit_cifar (2,693,578).
+(42,512,970), vgg19_bn has the head of vgg16_bn (20,040,522). Others are not the paper's:
+alexnet_cifar10 (1,201,690) and vgg16_bn (924,186) at a quarter of their widths, for machines
+without a GPU, and for the accuracy board resnet20_cifar (He et al. 2016, section 4.2, with 1 x 1
+convolutions as shortcuts, 272,474) and vit_cifar (2,693,578, and narrower and shallower 459,562).
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ def alexnet_cifar10(classes: int = 10, narrower: int = 1) -> nn.Sequential:
 
     narrower: by how much all widths are divided.
     """
-    plan = [width if isinstance(width, str) else width // narrower for width in ALEXNET]
     wide = 4096 // narrower
     head = [nn.Dropout(), nn.Linear(wide, wide), nn.ReLU(), nn.Dropout(), nn.Linear(wide, classes)]
-    return nn.Sequential(*convolutions(plan), nn.Flatten(), *head)
+    return nn.Sequential(*convolutions(narrowed(ALEXNET, narrower)), nn.Flatten(), *head)
 
 
-def vgg16_bn(classes: int = 10) -> nn.Sequential:
-    """13 convolutions with batch norm and one fully connected layer (3 x 32 x 32 in)."""
-    return nn.Sequential(*convolutions(VGG16), nn.Flatten(), nn.Linear(512, classes))
+def vgg16_bn(classes: int = 10, narrower: int = 1) -> nn.Sequential:
+    """13 convolutions with batch norm and one fully connected layer (3 x 32 x 32 in).
+
+    narrower: by how much all widths are divided.
+    """
+    layers = convolutions(narrowed(VGG16, narrower))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 // narrower, classes))
 
 
 def vgg19_bn(classes: int = 10) -> nn.Sequential:
@@ -90,11 +93,12 @@ def residual_block(channels: int, width: int) -> BasicBlock:
     return BasicBlock(channels, width, stride=2, downsample=shortcut)
 
 
-def vit_cifar(classes: int = 10) -> nn.Module:
-    """timm's vision transformer: 64 patches of 4 x 4, 192 wide, 6 blocks of 3 heads."""
+def vit_cifar(classes: int = 10, width: int = 192, depth: int = 6, heads: int = 3) -> nn.Module:
+    """timm's vision transformer: 64 patches of 4 x 4 in blocks of attention (3 x 32 x 32 in)."""
     return timm.models.VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=classes
-    )
+        img_size=32, patch_size=4, embed_dim=width, depth=depth, num_heads=heads,
+        num_classes=classes,
+    )  # fmt: skip
 
 
 def pretrained_efficientnet_lite0(classes: int = 1000) -> nn.Module:
@@ -116,6 +120,11 @@ def pretrained_efficientnet_lite0(classes: int = 1000) -> nn.Module:
     names = model.state_dict().keys()
     model.load_state_dict(dict(zip(names, weights.values(), strict=True)))
     return model
+
+
+def narrowed(plan: Sequence[int | str], divisor: int) -> list[int | str]:
+    """The plan with all its widths divided."""
+    return [width if isinstance(width, str) else width // divisor for width in plan]
 
 
 def convolutions(plan: Sequence[int | str]) -> Iterator[nn.Module]:

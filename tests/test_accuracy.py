@@ -74,7 +74,13 @@ def counts(critical: Slice) -> dict[str, int]:
 
 class TestModels:
     @pytest.mark.parametrize(
-        ("name", "expected"), [("resnet20-cifar10", 272_474), ("vit-cifar10", 2_693_578)]
+        ("name", "expected"),
+        [
+            ("resnet20-cifar10", 272_474),
+            ("vgg16-quarter-cifar10", 924_186),
+            ("vit-cifar10", 2_693_578),
+            ("vit-small-cifar10", 459_562),
+        ],
     )
     def test_those_beyond_the_paper(self, name, expected):
         setting = {setting.name: setting for setting in settings.BEYOND}[name]
