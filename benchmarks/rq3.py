@@ -88,8 +88,9 @@ EPOCHS = 30
 TPR = 60.0  # percent
 THETAS = (
     *(0.5, 0.6, 0.7, 0.8, 0.85),
-    *(round(0.90 + 0.01 * i, 2) for i in range(10)),
-    *(0.995, 0.999, 0.9999),
+    *(round(0.90 + 0.01 * i, 2) for i in range(9)),
+    *(round(0.99 + 0.0005 * i, 4) for i in range(20)),
+    0.9999,
 )
 SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
 
