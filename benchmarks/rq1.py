@@ -15,6 +15,10 @@ measured on the test data (paper, section 5.2, Figure 5).
 Strategies are compared at equal compression: `mean` is the mean accuracy over the compression
 rates that all three reach (the area under the curve, divided by its width), and `lead` the
 semantic strategy's mean minus the better of the other two.
+
+DeepArc, which removes whole layers, is one point for each model, a star in the plot: the model
+without the layers that `--threshold` finds redundant, where there are any. Its CR is the share of
+the parameters that are gone.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ import targets
 from data import Data, Split, load
 from figures import save_figure
 from nss_prune import Profile, Slice, profile
+from nss_prune.deeparc import DeepArc
 from nss_prune.errors import NSSPruneError
 from options import add_metrics, checked_seeds, common, usable_device
 from results import Cell, Column, spread
@@ -47,6 +52,8 @@ from training import accuracy, trained
 STRATEGIES = ("semantic", "category", "global")
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
 LIGHT = (0.995, 0.999, 0.9999, 1.0)  # where the paper's thetas have not begun, others have
+LAYERS = "deeparc"  # in the place of a metric and a strategy
+SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
 RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
 COLUMNS = (
@@ -65,6 +72,13 @@ THETA_COLUMNS = (
     Column("accuracy", "accuracy %"),
     Column("loss", "loss, points"),
 )
+LAYER_COLUMNS = (
+    Column("method", "Layers removed"),
+    Column("models", "models", 0),
+    Column("CR", "CR %"),
+    Column("accuracy", "accuracy %"),
+    Column("loss", "loss, points"),
+)
 PAPER_COLUMNS = (
     Column("metric", "Metric"),
     Column("CR", "CR %"),
@@ -77,7 +91,7 @@ PAPER_COLUMNS = (
 class Point:
     """One slice of one model.
 
-    knob: theta of a semantic slice, ratio of the others.
+    knob: theta of a semantic slice, ratio of the others, DeepArc's threshold.
     compression_rate, accuracy, dense: shares, 0 to 1; dense is the whole model's accuracy.
     """
 
@@ -97,19 +111,46 @@ def run_setting(
     metrics: Sequence[str],
     *,
     cache: Path,
+    threshold: float = SIMILAR,
 ) -> list[Point]:
     """All slices of a setting, seed by seed; prints a line on each seed."""
     points: list[Point] = []
     for seed in seeds:
         device = data.train.labels.device
         found = trained(setting.name, setting.build, data, setting.recipe, seed, cache, device)
-        known = profile(found.model, profiled_batches(setting, data), metrics=tuple(metrics))
+        batches = profiled_batches(setting, data)
+        known = profile(found.model, batches, metrics=tuple(metrics))
         dense = accuracy(found.model, data.test)
         for metric in metrics:
             points += slices(known, found.model, data.test, metric, seed, dense)
         origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
         print(f"{setting.name}, seed {seed}: trained {origin}, {100 * dense:.2f} %", flush=True)
+        points += without_layers(found.model, batches, data.test, threshold, seed, dense)
     return points
+
+
+def without_layers(
+    model: nn.Module,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    test: Split,
+    threshold: float,
+    seed: int,
+    dense: float,
+) -> list[Point]:
+    """DeepArc's point; none, and a line, where it finds no layer redundant."""
+    found = DeepArc(model, batches, threshold, progress=False)
+    if not found.redundant:
+        similar = max(found.similarity.values())
+        print(f"DeepArc: no layer is redundant: similarities reach {similar:.3f}", flush=True)
+        return []
+    smaller = found.restructure()
+    rate = 1 - parameters(smaller) / parameters(model)
+    print(f"DeepArc: without {', '.join(found.redundant)}", flush=True)
+    return [Point(seed, LAYERS, LAYERS, threshold, rate, accuracy(smaller, test), dense)]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def profiled_batches(setting: Setting, data: Data) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -217,6 +258,22 @@ def theta_rows(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str
     return rows
 
 
+def layer_rows(points: Sequence[Point]) -> list[dict[str, Cell]]:
+    """DeepArc's row, over the models that it finds redundant layers in; none without any."""
+    same = [point for point in points if point.strategy == LAYERS]
+    if not same:
+        return []
+    return [
+        {
+            "method": f"DeepArc at {same[0].knob:g}",
+            "models": len(same),
+            "CR": spread([100 * p.compression_rate for p in same]),
+            "accuracy": spread([100 * p.accuracy for p in same]),
+            "loss": spread([100 * (p.dense - p.accuracy) for p in same]),
+        }
+    ]
+
+
 def paper_rows(setting: str, points: Sequence[Point]) -> list[dict[str, Cell]]:
     """The paper's losses at its compression rates beside ours."""
     return [
@@ -245,6 +302,10 @@ def plot(setting: str, points: Sequence[Point], metrics: Sequence[str], path: Pa
                 panel.plot(
                     100 * rates, 100 * accuracies, ".-", color=f"C{number}", alpha=0.6, label=label
                 )
+        stars = [(p.compression_rate, p.accuracy) for p in points if p.strategy == LAYERS]
+        if stars:
+            rates, accuracies = np.array(stars).T
+            panel.plot(100 * rates, 100 * accuracies, "k*", markersize=10, label="DeepArc")
         panel.set(title=metric, xlabel="compression rate, %")
         panel.grid(alpha=0.3)
     panels[0][0].set(ylabel="test accuracy, %")
@@ -264,19 +325,21 @@ def report(
 ) -> None:
     """Print the tables of a setting; write its result file and its plot."""
     rows, thetas = table_rows(points, metrics), theta_rows(points, metrics)
-    paper = paper_rows(setting.name, points)
+    layers, paper = layer_rows(points), paper_rows(setting.name, points)
     title = f"RQ1, {setting.name}"
     path = output / f"rq1-{setting.name}.json"
     results.write(
         path, title, COLUMNS, rows, seeds=seeds, device=data.train.labels.device,
         options={"profiled": setting.profiled, "evaluated": evaluated,
                  "recipe": asdict(setting.recipe), "data": data.origin},
-        thetas=thetas, paper=paper, points=[asdict(point) for point in points],
+        thetas=thetas, layers=layers, paper=paper, points=[asdict(point) for point in points],
     )  # fmt: skip
     plot(setting.name, points, metrics, path.with_suffix(".png"))
     print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
     print(results.text_table(COLUMNS, rows))
     print(f"\n{results.text_table(THETA_COLUMNS, thetas)}")
+    if layers:
+        print(f"\n{results.text_table(LAYER_COLUMNS, layers)}")
     if paper:
         print(f"\n{results.text_table(PAPER_COLUMNS, paper)}")
     print(f"\n{path} and {path.with_suffix('.png').name} written\n")
@@ -288,6 +351,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--learning-rate", type=float, metavar="RATE",
         help="learning rate of training (default: the setting's)")  # fmt: skip
+    add("--threshold", type=float, default=SIMILAR,
+        help="similarity from which DeepArc finds a layer redundant (%(default)s)")  # fmt: skip
     return parser
 
 
@@ -300,7 +365,9 @@ def main(words: Sequence[str] | None = None) -> None:
         setting = setting.with_epochs(asked.epochs).with_learning_rate(asked.learning_rate)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
-        points = run_setting(setting, data, seeds, metrics, cache=asked.cache)
+        points = run_setting(
+            setting, data, seeds, metrics, cache=asked.cache, threshold=asked.threshold
+        )
         report(setting, data, points, metrics, seeds, asked.evaluated, asked.output)
 
 

@@ -91,6 +91,20 @@ def test_ratio_row() -> None:
         speed.main(["--parts", "everything"])
 
 
+def test_deeparcs_star_is_the_model_without_its_redundant_layers(tmp_path: Path, capsys) -> None:
+    words = ["--epochs", "3", "--seeds", "1", "--metrics", "taylor", "--threshold", "0.2"]
+    rq1.main([*words, "--output", str(tmp_path), "--cache", str(tmp_path)])
+    content = results.read(tmp_path / "rq1-mlp-digits.json")
+    (row,) = content["layers"]
+    (star,) = [Point(**point) for point in content["points"] if point["strategy"] == rq1.LAYERS]
+    # The second hidden layer gives way to a linear map of the same size.
+    assert "DeepArc: without 3\n" in capsys.readouterr().out
+    assert star.compression_rate == 0
+    assert row["CR"]["mean"] == pytest.approx(100 * star.compression_rate)
+    assert row["loss"]["mean"] == pytest.approx(100 * (star.dense - star.accuracy))
+    assert [row["strategy"] for row in content["rows"]] == list(rq1.STRATEGIES)
+
+
 @pytest.mark.parametrize("script", [rq1, pilot])
 def test_scripts_end_to_end(script, tmp_path: Path, capsys) -> None:
     words = ["--epochs", "3", "--seeds", "1", "--output", str(tmp_path), "--cache", str(tmp_path)]
