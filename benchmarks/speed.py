@@ -18,7 +18,8 @@ memory      peak memory of a profile of ResNet-50 at 32 px beyond the model, by 
 unstructured one global LAMP step against LAMP's definition written plainly and against
             torch.nn.utils.prune.global_unstructured: time and peak memory
 planning    NSSPruner's constructor and step, given a profile, against torch-pruning's pruner
-latency     a forward pass of the model against that of the model at half of its MACs
+latency     a forward pass of the model against that of the model at half of its MACs, and at half
+            of its seconds as foreseen
 
 Times are of single runs in turn (A B A B ...); a ratio is given as median (minimum .. maximum).
 """

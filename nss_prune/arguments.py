@@ -14,7 +14,7 @@ from nss_prune.errors import ArgumentError
 from nss_prune.neurons import resolve_layers
 from nss_prune.slicing import STRATEGIES
 
-BUDGETS = ("parameters", "MACs")
+BUDGETS = {"params_budget": "parameters", "macs_budget": "MACs", "latency_budget": "latency"}
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
 
@@ -48,20 +48,18 @@ def check_ratio(ratio: float | None) -> float | None:
 
 
 def check_budgets(
-    params_budget: float | None, macs_budget: float | None, ratio: float | None, importance: Any
+    given: Mapping[str, float | None], ratio: float | None, importance: Any
 ) -> dict[str, float]:
-    given = dict(zip(BUDGETS, (params_budget, macs_budget), strict=True))
-    budgets = {kind: share for kind, share in given.items() if share is not None}
+    """What is a share of what, of the arguments by their names."""
+    budgets = {BUDGETS[name]: share for name, share in given.items() if share is not None}
     for kind, share in budgets.items():
         if not 0 < share <= 1:
             raise ArgumentError(
                 f"the budget is {share!r} of the {kind}; it is the share to keep, in (0, 1]"
             )
     if len(budgets) + (ratio is not None) > 1:
-        raise ArgumentError(
-            f"pruning_ratio is {ratio}, params_budget {params_budget} and macs_budget "
-            f"{macs_budget}; give one of them, or none and theta"
-        )
+        named = ", ".join(f"{name}={share}" for name, share in given.items())
+        raise ArgumentError(f"pruning_ratio={ratio}, {named}; give one of them, or none and theta")
     if budgets and importance is not None:
         raise ArgumentError(
             "a budget is solved over the entry thresholds of semantic slicing; give pruning_ratio "
@@ -77,8 +75,8 @@ def check_strategy(strategy: str, ratio: float | None, importance: Any, foresees
         raise ArgumentError(f"strategy is {strategy!r}; use one of {known}")
     if strategy == "divergence" and not foresees:
         raise ArgumentError(
-            "strategy='divergence' allocates a budget from data: give macs_budget= or "
-            "params_budget=, and data="
+            "strategy='divergence' allocates a budget from data: give macs_budget=, "
+            "params_budget= or latency_budget=, and data="
         )
     if strategy in ("category", "global") and (ratio is None or importance is not None):
         raise ArgumentError(

@@ -25,7 +25,15 @@ from nss_prune.arguments import (
     check_strategy,
     own_arguments,
 )
-from nss_prune.budget import TOLERANCE, Limits, limited, mac_share, parameter_share, solve
+from nss_prune.budget import (
+    TOLERANCE,
+    Limits,
+    ShareOf,
+    limited,
+    mac_share,
+    parameter_share,
+    solve,
+)
 from nss_prune.calls import recording
 from nss_prune.categories import Categories, check_categories
 from nss_prune.collector import Loss
@@ -45,6 +53,7 @@ from nss_prune.errors import (
 from nss_prune.folding import Folded
 from nss_prune.folding import fold as fold_into_readers
 from nss_prune.importance import NSSImportance
+from nss_prune.latency import Latency
 from nss_prune.neurons import (
     NeuronGroup,
     NeuronMap,
@@ -108,8 +117,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     With nothing but ``theta``, a step removes every neuron outside the semantic slice at θ. With
     ``pruning_ratio``, that share of each layer's neurons goes instead, in the order of the
     semantic importance (of all layers together with ``global_pruning=True``). With
-    ``importance``, torch-pruning's own criterion ranks the neurons. With ``params_budget`` or
-    ``macs_budget``, θ is as high as keeps the model within that share of its cost.
+    ``importance``, torch-pruning's own criterion ranks the neurons. With ``params_budget``,
+    ``macs_budget`` or ``latency_budget``, the model is kept within that share of its cost.
 
     Where torch-pruning cannot follow the model as a whole, its parts are pruned one by one. Groups
     of neurons whose removal does not work are found on trial and left alone; the report names
@@ -130,6 +139,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         macs_budget: Share of the multiply-accumulates of one call to keep, in (0, 1].
         params_budget: Share of the parameters to keep, in (0, 1]. The report says so where a
             budget cannot be met within 1 %.
+        latency_budget: Share of the seconds of one call with the example inputs to keep, in
+            (0, 1], as foreseen from timing the model at four widths (see
+            :mod:`nss_prune.latency`): best on a machine with nothing else to do, with
+            ``round_to`` and the batch size that count. Timings differ from run to run, and so
+            does what is kept.
         metric: Contribution metric, by name or as an object.
         strategy: "semantic", the paper's rule: one θ for all layers. With ``pruning_ratio`` also
             "category" or "global": the best of each category and their union, or the best over all
@@ -183,6 +197,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         pruning_ratio: float | None = None,
         macs_budget: float | None = None,
         params_budget: float | None = None,
+        latency_budget: float | None = None,
         metric: str | Contribution = "taylor",
         strategy: Strategy | Literal["divergence"] | None = None,
         categories: Categories = "labels",
@@ -200,7 +215,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.metric = metric_named(metric)
         check_categories(categories)
         ratio = check_ratio(pruning_ratio)
-        self._budgets = check_budgets(params_budget, macs_budget, ratio, importance)
+        budgets = {
+            "params_budget": params_budget,
+            "macs_budget": macs_budget,
+            "latency_budget": latency_budget,
+        }
+        self._budgets = check_budgets(budgets, ratio, importance)
         foresees = bool(self._budgets) and data is not None and processes() == 1
         if strategy is None:
             plain = profile is not None or loss is not None
@@ -480,17 +500,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _slice_by_budget(self, done: float) -> Slice:
         ((kind, budget),) = self._budgets.items()
-        share = (
-            parameter_share(self.neurons.groups, self.model, self._whole)
-            if kind == "parameters"
-            else mac_share(
-                self.neurons.groups,
-                self.model,
-                self._whole,
-                self._example_inputs,
-                self._forward,
-            )
-        )
+        share = self._share_of(kind)
         wanted = 1 - (1 - budget) * done
         groups, limits = self.neurons.groups, self._limits()
         if self._eliminations is None:
@@ -499,6 +509,21 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             critical, reached = allocate(groups, self._eliminations, wanted, share, limits)
         self._shortfall = _shortfall(kind, wanted, reached)
         return critical
+
+    def _share_of(self, kind: str) -> ShareOf:
+        """What a slice keeps of that cost of the model before its first step."""
+        groups = self.neurons.groups
+        if kind == "parameters":
+            return parameter_share(groups, self.model, int(self._whole))
+        if kind == "MACs":
+            return mac_share(
+                groups, self.model, int(self._whole), self._example_inputs, self._forward
+            )
+        latency = Latency(
+            groups, self.model, self._example_inputs, self._remove_from, self._forward
+        )
+        self._whole = self._whole or latency.whole
+        return lambda critical: latency.seconds(critical) / self._whole
 
     def _foresee(self) -> None:
         """Eliminate the neurons of every group, and see what the readers read, in one pass.
@@ -703,19 +728,23 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         norms = self._norm_statistics()
         with undone_on_error(self.model):
             self._folded = self._fold(critical)
-            remove(
-                self.model,
-                critical,
-                self._example_inputs,
-                customized_pruners=self._graph_arguments.get("customized_pruners"),
-                forward=self._forward,
-                adapters=self.adapters,
-            )
+            self._remove_from(self.model, critical)
             if norms:
                 assert self.data is not None
                 kept = kept_statistics(norms, critical)
                 recalibrate(self.model, self.data, whole=kept, progress=self.progress)
         return critical
+
+    def _remove_from(self, model: nn.Module, critical: Slice) -> None:
+        """Remove all outside a slice from the model or a copy of it."""
+        remove(
+            model,
+            critical,
+            self._example_inputs,
+            customized_pruners=self._graph_arguments.get("customized_pruners"),
+            forward=self._forward,
+            adapters=self.adapters,
+        )
 
     def _norm_statistics(self) -> dict[str, NormStatistics]:
         """What the BatchNorms read before the removal, where that is to be compared."""
@@ -757,11 +786,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             tied = [neurons + len(critical.kept[name]) * tie for tie in range(ties[name])]
             yield self.DG.get_pruning_group(module, function, torch.cat(tied).tolist())
 
-    def _cost_with_budget(self) -> int:
-        """What the budget is a share of; 0 where there is none."""
+    def _cost_with_budget(self) -> float:
+        """What the budget is a share of; 0 where there is none, or it is still to be timed."""
         if "MACs" in self._budgets:
             return macs_by_module(self.model, self._example_inputs, self._forward)[""]
-        return sum(p.numel() for p in self.model.parameters()) if self._budgets else 0
+        counts = "parameters" in self._budgets
+        return sum(p.numel() for p in self.model.parameters()) if counts else 0
 
     def _notes(self) -> tuple[str, ...]:
         profiled = () if self._profile is None else self._profile.notes

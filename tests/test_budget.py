@@ -165,7 +165,9 @@ def test_every_reader_keeps_something_to_read() -> None:
     [
         ({"params_budget": 0.0}, "share to keep"),
         ({"macs_budget": 1.5}, "share to keep"),
+        ({"latency_budget": -0.5}, "share to keep"),
         ({"params_budget": 0.5, "macs_budget": 0.5}, "one of them"),
+        ({"latency_budget": 0.5, "macs_budget": 0.5}, "one of them"),
         ({"params_budget": 0.5, "pruning_ratio": 0.5}, "one of them"),
         ({"params_budget": 0.5, "importance": lambda group: None}, "importance"),
         ({"timeout": 0}, "seconds"),
