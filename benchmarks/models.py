@@ -5,7 +5,7 @@ not pin the other two: resnet101_cifar is torchvision's with the usual stem for 
 (42,512,970), vgg19_bn has the head of vgg16_bn (20,040,522). Others are not the paper's:
 alexnet_cifar10 (1,201,690) and vgg16_bn (924,186) at a quarter of their widths, for machines
 without a GPU, and for the accuracy board resnet20_cifar (He et al. 2016, section 4.2, with 1 x 1
-convolutions as shortcuts, 272,474) and vit_cifar (2,693,578, and narrower and shallower 459,562).
+convolutions as shortcuts, 272,474) and vit_cifar (2,693,578, and narrower and shallower 208,074).
 """
 
 from __future__ import annotations

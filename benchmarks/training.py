@@ -70,10 +70,18 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int, title: str 
 
 
 def fast(model: nn.Module) -> torch.autocast:
-    """bfloat16 where it is faster: on a GPU, and for convolutions on a CPU that computes in it."""
+    """bfloat16 where it is faster: on a GPU, and for convolutions on a CPU that computes in it.
+
+    A transformer, whose one convolution makes patches, takes longer in it: 0.37 s a step of
+    vit-small-cifar10 on one core, and 0.22 s without.
+    """
     device = next(model.parameters()).device.type
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    convolutions, linears = (
+        sum(isinstance(module, kind) for module in model.modules())
+        for kind in (nn.Conv2d, nn.Linear)
+    )
+    convolves = convolutions > linears
     on_cpu = bool(capabilities.get("avx512_bf16")) and convolves
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or on_cpu)
 
