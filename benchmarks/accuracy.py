@@ -516,10 +516,7 @@ class Record:
         Raises:
             ArgumentError: It was measured in another way.
         """
-        content = results.earlier(self.path, self.options)
-        if content is None:
-            return
-        self.add([Measured(**cell) for cell in content["cells"]])
+        self.add(results.earlier(self.path, self.options, "cells", Measured))
 
     def add(self, cells: Sequence[Measured]) -> None:
         self.cells += cells

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("nss_prune", "torch", "torchvision", "torch-pruning", "captum", "timm")
 
 Cell = str | float | dict[str, Any] | None
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ def read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def earlier(path: Path, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a run with the same options has written, to go on from; None for no file.
+def earlier(path: Path, options: Mapping[str, Any], key: str, kind: type[Entry]) -> list[Entry]:
+    """What a run with the same options has written under a key, to go on from.
 
     Raises:
         ArgumentError: It was measured in another way.
     """
     if not path.exists():
-        return None
+        return []
     content = read(path)
     wanted = json.loads(json.dumps(options))
     if content.get("options") != wanted:
@@ -101,7 +102,7 @@ def earlier(path: Path, options: Mapping[str, Any]) -> dict[str, Any] | None:
             "measure in the same way, start anew (--fresh, or without --resume) or give another "
             "--output."
         )
-    return content
+    return [kind(**fields) for fields in content[key]]
 
 
 def provenance(seeds: Sequence[int], device: torch.device | str) -> dict[str, Any]:

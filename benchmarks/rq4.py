@@ -647,15 +647,6 @@ class Record:
     def title(self) -> str:
         return f"RQ4, {self.setting.name}, {self.count} tasks of {CLASSES // self.count} classes"
 
-    def known(self) -> list[Outcome]:
-        """What the file has.
-
-        Raises:
-            ArgumentError: It was measured in another way.
-        """
-        content = results.earlier(self.path, self.options)
-        return [] if content is None else [Outcome(**known) for known in content["outcomes"]]
-
     def save(self, outcomes: Sequence[Outcome]) -> None:
         """Write the file and its plot."""
         results.write(
@@ -703,7 +694,8 @@ def main(words: Sequence[str] | None = None) -> None:
             "data": data.origin,
         }  # fmt: skip
         record = Record(setting, data, asked.tasks, asked.output, options)
-        outcomes = known = record.known() if asked.resume else []
+        known = results.earlier(record.path, options, "outcomes", Outcome) if asked.resume else []
+        outcomes = known
         for so_far in run_setting(
             setting, data, asked.tasks, seeds, methods, asked.loss, cache=asked.cache,
             known=known,
