@@ -13,11 +13,16 @@ neighbouring positions of a map do; and Δ is what the fold really is. The e of 
 neurons come from one pass, forward and backward; between these, what is more than foreseen is
 interpolated. Where less is measured than foreseen, D is as foreseen: what cancels over the
 positions of a map, or in the samples at hand, need not cancel when other layers change too.
+
+A norm over the neurons of a layer, as on the trunk of a transformer, normalises what stays by other
+statistics when some go, which no change of its readers says. There D is the divergence of the
+outputs themselves, with the layer masked and folded, in a forward pass for each number of neurons.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +35,7 @@ from torch import Tensor, nn
 from nss_prune.categories import class_scores
 from nss_prune.collector import as_computed, run, split_batch
 from nss_prune.divergence import Elimination, drawn_loss
-from nss_prune.folding import ReaderFold, folding
+from nss_prune.folding import ReaderFold, apply, folding
 from nss_prune.neurons import (
     NeuronGroup,
     evaluation,
@@ -60,7 +65,8 @@ def measured(
     """Eliminations with at least the divergence measured, on at most :data:`MOST_SAMPLES` samples.
 
     It takes a forward and a backward pass, and another one for every :data:`MOST_VALUES` values
-    that the folds mix with. The model is left as found.
+    that the folds mix with; and :data:`LEVELS` forward passes for each layer with a norm over its
+    neurons. The model is left as found.
 
     Args:
         data: Batches that can be iterated again.
@@ -80,6 +86,10 @@ def measured(
     known = dict(found)
     if not counts or not _suffices(data):
         return known
+    for name in _normed(model, groups) & counts.keys():
+        slices = _slices(groups, name, found[name].order.cpu(), counts[name])
+        divergence = _divergences(model, data, slices, statistics)
+        known[name] = _scaled(found[name], counts.pop(name), divergence)
     for changes in _parts(model, groups, found, counts, statistics):
         squares = changes.effects(data, seed, progress).square().mean(0) / 2
         by_layer = squares.split([len(counts[name]) for name in changes.layers])
@@ -108,6 +118,50 @@ def _suffices(data: Iterable[Any]) -> bool:
     batches = (tensors_in(split_batch(batch)[0]) for batch in data)
     samples = itertools.accumulate(len(tensors[0]) if tensors else 0 for tensors in batches)
     return any(seen >= LEAST_SAMPLES for seen in samples)
+
+
+def _normed(model: nn.Module, groups: Sequence[NeuronGroup]) -> set[str]:
+    """Layers with a norm over their neurons."""
+    norms = (nn.LayerNorm, nn.GroupNorm)
+    return {
+        group.name
+        for group in groups
+        if any(isinstance(submodule(model, member.name), norms) for member in group.members)
+    }
+
+
+def _divergences(
+    model: nn.Module,
+    data: Iterable[Any],
+    slices: Iterable[Slice],
+    statistics: Mapping[str, ReaderStatistics] | None,
+) -> Tensor:
+    """D of the outputs with each slice masked and folded, float64 ``[slices]``."""
+    whole, samples = _answers(model, data)
+    found = []
+    for critical in slices:
+        folded = copy.deepcopy(model)
+        if statistics is not None:
+            apply(folded, folding(model, critical, statistics))
+        with critical.masked(folded):
+            answers, _ = _answers(folded, data)
+        found.append((whole.exp() * (whole - answers)).sum().double().cpu() / samples)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, data: Iterable[Any]) -> tuple[Tensor, int]:
+    """Logarithms of probabilities, ``[places, classes]``, and the number of samples."""
+    answers: list[Tensor] = []
+    seen = 0
+    with evaluation(model):
+        for number, inputs, samples in counted_batches(model, data, False, ""):
+            scores = class_scores(run(model, inputs, number))
+            answers.append(as_computed(scores).movedim(1, -1).flatten(0, -2).log_softmax(1))
+            seen += samples
+            if seen >= MOST_SAMPLES or sum(a.numel() for a in answers) >= MOST_VALUES:
+                break
+    return torch.cat(answers), seen
 
 
 def _counts(size: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from nss_prune.effects import measured
 from nss_prune.folding import fold
 from nss_prune.neurons import NeuronGroup
 from nss_prune.readers import reader_statistics
+from nss_prune.removal import remove
 from nss_prune.slicing import Slice
 
 SAMPLES = 120
@@ -120,6 +123,56 @@ def derivative(make, model, critical, inputs, statistics, folds: bool, step: flo
             mixed.load_state_dict(values)
             ends.append(mixed(inputs))
     return (ends[0] - ends[1]) / (2 * step)
+
+
+class Normed(nn.Module):
+    """A trunk that a norm over its neurons is on, some of which are far larger than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 10)
+        self.norm = nn.LayerNorm(10)
+        self.up = nn.Linear(10, 14)
+        self.down = nn.Linear(14, 10)
+        self.last = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 4)
+        self.stem.weight.data[3] *= 20
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = self.stem(x)
+        trunk = trunk + self.down(self.up(self.norm(trunk)).relu())
+        return self.head(self.last(trunk))
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_a_norm_over_the_neurons_is_measured_by_the_smaller_models(folds: bool) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(SAMPLES, 12).double()
+    model = Normed().double().eval()
+    data = [(inputs[:70], None), (inputs[70:], None)]
+    groups = discover(model, inputs[:2]).groups
+    (trunk,) = [group for group in groups if group.size == 10]
+    statistics = reader_statistics(model, data, groups)
+    order = torch.tensor([3, 0, 1, 2, 4, 5, 6, 7, 8, 9])
+    nothing = {trunk.name: Elimination(order, torch.zeros(10).double())}
+    before = fingerprint(model)
+
+    found = measured(model, data, groups, nothing, statistics if folds else None)[trunk.name]
+    assert_unchanged(model, before)
+    whole = model(inputs).log_softmax(1)
+    least = 0.0
+    for count in effects._counts(10).tolist():
+        kept = {g.name: torch.ones(g.size, dtype=torch.bool) for g in groups}
+        kept[trunk.name][order[:count]] = False
+        critical = Slice(kept, groups)
+        smaller = copy.deepcopy(model)
+        if folds:
+            fold(smaller, critical, statistics)
+        remove(smaller, critical, inputs[:2])
+        answers = smaller(inputs).log_softmax(1)
+        divergence = float((whole.exp() * (whole - answers)).sum(1).mean().detach())
+        least = max(least, divergence)
+        assert float(found.divergence[count - 1]) == pytest.approx(least, rel=1e-6)
 
 
 def test_the_gradient_drawn_has_the_fisher_information_for_covariance() -> None:
