@@ -60,6 +60,11 @@ def check_budgets(
     if len(budgets) + (ratio is not None) > 1:
         named = ", ".join(f"{name}={share}" for name, share in given.items())
         raise ArgumentError(f"pruning_ratio={ratio}, {named}; give one of them, or none and theta")
+    if "latency" in budgets and processes() > 1:
+        raise ArgumentError(
+            "every process would time the model otherwise and keep other neurons; prune with "
+            "latency_budget in one process, or give macs_budget or params_budget"
+        )
     if budgets and importance is not None:
         raise ArgumentError(
             "a budget is solved over the entry thresholds of semantic slicing; give pruning_ratio "

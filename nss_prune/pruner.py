@@ -142,8 +142,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         latency_budget: Share of the seconds of one call with the example inputs to keep, in
             (0, 1], as foreseen from timing the model at four widths (see
             :mod:`nss_prune.latency`): best on a machine with nothing else to do, with
-            ``round_to`` and the batch size that count. Timings differ from run to run, and so
-            does what is kept.
+            ``round_to`` and the batch size that count, in one process. Timings differ from run to
+            run, and so does what is kept.
         metric: Contribution metric, by name or as an object.
         strategy: "semantic", the paper's rule: one θ for all layers. With ``pruning_ratio`` also
             "category" or "global": the best of each category and their union, or the best over all

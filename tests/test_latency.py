@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint
-from nss_prune import NSSPruner, latency
+from nss_prune import NSSPruner, arguments, latency
 from nss_prune.discovery import discover
+from nss_prune.errors import ArgumentError
 from nss_prune.latency import WIDTHS, Latency, evenly, seconds_by_layer
 from nss_prune.removal import remove
 from nss_prune.report import macs_by_module
@@ -101,6 +102,12 @@ def test_several_steps_share_the_seconds_of_the_first_model(model, monkeypatch) 
         pruner.step()
         shares.append(counted(model, IMAGES, lambda m, x: m(x))[""] / whole)
     assert shares == pytest.approx([0.8, 0.6], abs=0.04)
+
+
+def test_processes_that_would_differ_are_refused(model, monkeypatch) -> None:
+    monkeypatch.setattr(arguments, "processes", lambda: 2)
+    with pytest.raises(ArgumentError, match="one process"):
+        NSSPruner(model, IMAGES, latency_budget=0.6)
 
 
 def test_every_leaf_is_timed_by_the_clock_and_the_model_is_left_as_found(monkeypatch) -> None:
