@@ -86,10 +86,16 @@ def measured(
     known = dict(found)
     if not counts or not _suffices(data):
         return known
-    for name in _normed(model, groups) & counts.keys():
-        slices = _slices(groups, name, found[name].order.cpu(), counts[name])
-        divergence = _divergences(model, data, slices, statistics)
-        known[name] = _scaled(found[name], counts.pop(name), divergence)
+    normed = {name: counts.pop(name) for name in _normed(model, groups) if name in counts}
+    if normed:
+        slices = itertools.chain.from_iterable(
+            _slices(groups, name, found[name].order.cpu(), levels)
+            for name, levels in normed.items()
+        )
+        divergences = _divergences(model, data, slices, statistics, progress)
+        by_layer = divergences.split([len(levels) for levels in normed.values()])
+        for (name, levels), divergence in zip(normed.items(), by_layer, strict=True):
+            known[name] = _scaled(found[name], levels, divergence)
     for changes in _parts(model, groups, found, counts, statistics):
         squares = changes.effects(data, seed, progress).square().mean(0) / 2
         by_layer = squares.split([len(counts[name]) for name in changes.layers])
@@ -120,14 +126,14 @@ def _suffices(data: Iterable[Any]) -> bool:
     return any(seen >= LEAST_SAMPLES for seen in samples)
 
 
-def _normed(model: nn.Module, groups: Sequence[NeuronGroup]) -> set[str]:
+def _normed(model: nn.Module, groups: Sequence[NeuronGroup]) -> list[str]:
     """Layers with a norm over their neurons."""
     norms = (nn.LayerNorm, nn.GroupNorm)
-    return {
+    return [
         group.name
         for group in groups
         if any(isinstance(submodule(model, member.name), norms) for member in group.members)
-    }
+    ]
 
 
 def _divergences(
@@ -135,27 +141,28 @@ def _divergences(
     data: Iterable[Any],
     slices: Iterable[Slice],
     statistics: Mapping[str, ReaderStatistics] | None,
+    progress: bool | None,
 ) -> Tensor:
     """D of the outputs with each slice masked and folded, float64 ``[slices]``."""
-    whole, samples = _answers(model, data)
+    whole, samples = _answers(model, data, progress)
     found = []
     for critical in slices:
         folded = copy.deepcopy(model)
         if statistics is not None:
             apply(folded, folding(model, critical, statistics))
         with critical.masked(folded):
-            answers, _ = _answers(folded, data)
+            answers, _ = _answers(folded, data, progress)
         found.append((whole.exp() * (whole - answers)).sum().double().cpu() / samples)
     return torch.stack(found)
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, data: Iterable[Any]) -> tuple[Tensor, int]:
+def _answers(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tuple[Tensor, int]:
     """Logarithms of probabilities, ``[places, classes]``, and the number of samples."""
     answers: list[Tensor] = []
     seen = 0
     with evaluation(model):
-        for number, inputs, samples in counted_batches(model, data, False, ""):
+        for number, inputs, samples in counted_batches(model, data, progress, "divergence"):
             scores = class_scores(run(model, inputs, number))
             answers.append(as_computed(scores).movedim(1, -1).flatten(0, -2).log_softmax(1))
             seen += samples
