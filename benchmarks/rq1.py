@@ -46,14 +46,13 @@ from nss_prune.deeparc import DeepArc
 from nss_prune.errors import NSSPruneError
 from options import add_metrics, checked_seeds, common, usable_device
 from results import Cell, Column, spread
-from settings import Setting, chosen
+from settings import SIMILAR, Setting, chosen
 from training import accuracy, trained
 
 STRATEGIES = ("semantic", "category", "global")
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
 LIGHT = (0.995, 0.999, 0.9999, 1.0)  # where the paper's thetas have not begun, others have
 LAYERS = "deeparc"  # in the place of a metric and a strategy
-SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
 RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
 COLUMNS = (
@@ -65,19 +64,16 @@ COLUMNS = (
     Column("loss_50", "loss at CR 50 %"),
     Column("loss_70", "loss at CR 70 %"),
 )
-THETA_COLUMNS = (
-    Column("metric", "Metric"),
-    Column("theta", "theta", 4),
+POINT_COLUMNS = (
     Column("CR", "CR %"),
     Column("accuracy", "accuracy %"),
     Column("loss", "loss, points"),
 )
+THETA_COLUMNS = (Column("metric", "Metric"), Column("theta", "theta", 4), *POINT_COLUMNS)
 LAYER_COLUMNS = (
     Column("method", "Layers removed"),
     Column("models", "models", 0),
-    Column("CR", "CR %"),
-    Column("accuracy", "accuracy %"),
-    Column("loss", "loss, points"),
+    *POINT_COLUMNS,
 )
 PAPER_COLUMNS = (
     Column("metric", "Metric"),
@@ -246,16 +242,17 @@ def theta_rows(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str
                 for p in points
                 if p.metric == metric and p.strategy == "semantic" and p.knob == theta
             ]
-            rows.append(
-                {
-                    "metric": metric,
-                    "theta": theta,
-                    "CR": spread([100 * p.compression_rate for p in same]),
-                    "accuracy": spread([100 * p.accuracy for p in same]),
-                    "loss": spread([100 * (p.dense - p.accuracy) for p in same]),
-                }
-            )
+            rows.append({"metric": metric, "theta": theta, **point_cells(same)})
     return rows
+
+
+def point_cells(points: Sequence[Point]) -> dict[str, Cell]:
+    """What points of one kind remove and cost, over seeds."""
+    return {
+        "CR": spread([100 * p.compression_rate for p in points]),
+        "accuracy": spread([100 * p.accuracy for p in points]),
+        "loss": spread([100 * (p.dense - p.accuracy) for p in points]),
+    }
 
 
 def layer_rows(points: Sequence[Point]) -> list[dict[str, Cell]]:
@@ -263,15 +260,8 @@ def layer_rows(points: Sequence[Point]) -> list[dict[str, Cell]]:
     same = [point for point in points if point.strategy == LAYERS]
     if not same:
         return []
-    return [
-        {
-            "method": f"DeepArc at {same[0].knob:g}",
-            "models": len(same),
-            "CR": spread([100 * p.compression_rate for p in same]),
-            "accuracy": spread([100 * p.accuracy for p in same]),
-            "loss": spread([100 * (p.dense - p.accuracy) for p in same]),
-        }
-    ]
+    method = f"DeepArc at {same[0].knob:g}"
+    return [{"method": method, "models": len(same), **point_cells(same)}]
 
 
 def paper_rows(setting: str, points: Sequence[Point]) -> list[dict[str, Cell]]:

@@ -71,7 +71,7 @@ from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NSSPruneError
 from options import add_resume, checked_seeds, common, named, usable_device
 from results import Cell, Column, spread
-from settings import Setting, chosen
+from settings import SIMILAR, Setting, chosen
 from training import Recipe, accuracy, fast, make_optimiser, suitable_threads, trained
 
 ATTACKS = {"fgsm": "FGSM", "pgd": "PGD"}
@@ -92,7 +92,6 @@ THETAS = (
     *(round(0.99 + 0.0005 * i, 4) for i in range(20)),
     0.9999,
 )
-SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
 
 COLUMNS = (
     Column("method", "Method"),

@@ -78,12 +78,11 @@ from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
 from options import add_resume, checked_seeds, common, named, usable_device
 from packnet import PackNet
 from results import Cell, Column, spread
-from settings import Setting, chosen
+from settings import SIMILAR, Setting, chosen
 from training import Recipe, fast, make_optimiser, suitable_layout, suitable_threads, take, trained
 
 CLASSES = 10
 PROFILED = 1000  # samples of each class, where a setting's slices are computed from fewer
-SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
 
 Competition = Literal["method", "task", "all"]
 

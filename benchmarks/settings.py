@@ -67,6 +67,7 @@ SHORT_CNN = replace(WIDE_CNN, epochs=8)
 SMALL_SET_CNN = replace(WIDE_CNN, epochs=150)
 PRETRAINED = Recipe(epochs=0, learning_rate=0.01, optimiser="sgd")
 
+SIMILAR = 0.99  # from which DeepArc counts a layer as redundant, as in the paper
 ALL = 10**6  # more samples of a category than there are
 
 REGISTERED = (
