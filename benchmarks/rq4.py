@@ -14,6 +14,8 @@ learning rates, augmentation):
     replay-5, -10, -100    the same with that share (%) of the earlier tasks' data among it
     deeparc                trains the layers that DeepArc finds redundant, alone
     packnet                PackNet: see packnet.py
+    hat                    HAT: see hat.py. Its gates must be trained with task A, so that it learns
+                           this once more from the model that the others start with
     neusemslice            trains what is not critical to the earlier tasks, without their data
     neusemslice-replay-10  the same, with 10 % of it
     neusemslice-settled    the same without, but each task takes as many neurons of every layer as
@@ -24,15 +26,15 @@ The columns are
 
     task A, B  test accuracy once the last task is learned. Which task a sample belongs to is given:
                for every method the outputs of its task compete. Earlier tasks use their masks where
-               a method has them (NeuSemSlice, PackNet); the last task, and all tasks of the other
-               methods, use the whole network
+               a method has them (NeuSemSlice, PackNet, HAT); the last task (not of HAT, where it
+               has its own mask), and all tasks of the other methods, use the whole network
     average    of the tasks
     forgetting points that a task lost since it was learned, mean over all but the last; of task A
                against the whole network, so that what its mask costs is included
     not given  average where the task of a sample is not given: all outputs of the whole network
                compete, as the paper must have measured retraining and replay (its task A falls to
-               0). PackNet, and NeuSemSlice without replay, keep their tasks apart: of these the
-               mask answers whose outputs have the least entropy
+               0). PackNet, HAT, and NeuSemSlice without replay, keep their tasks apart: of these
+               the mask answers whose outputs have the least entropy
     bytes      to be kept for task A beside the model: a mask, samples to replay
 
 The loss is the cross entropy of all outputs, as a network that answers without being given the
@@ -40,9 +42,7 @@ task needs it; of those of the task for methods that keep tasks apart (`--loss` 
 them). PackNet trains on task A for half as many epochs again, after it is pruned, and so does
 NeuSemSlice where it settles.
 
-NeuSemSlice slices by the trainer's own rules, from data of each task alone. A HAT mask (Serra et
-al. 2018) is not among the methods: it must be trained into the model of task A from the start,
-which would then be another one.
+NeuSemSlice slices by the trainer's own rules, from data of each task alone.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ import results
 import targets_adaptation as targets
 from data import Data, Split, load
 from figures import save_figure
+from hat import HardAttention
+from nss_prune import Slice, profile
 from nss_prune.adaptation import Freezing
-from nss_prune.adaptation.incremental import IncrementalTrainer, Objective, TaskLoss, mixed
+from nss_prune.adaptation.incremental import IncrementalTrainer, Objective, Task, TaskLoss, mixed
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
 from options import add_resume, checked_seeds, common, named, usable_device
@@ -82,6 +84,7 @@ from settings import SIMILAR, Setting, chosen
 from training import Recipe, fast, make_optimiser, suitable_layout, suitable_threads, take, trained
 
 CLASSES = 10
+TRACED = 20  # samples of each class, where only the neurons of a model are asked for
 PROFILED = 1000  # samples of each class, where a setting's slices are computed from fewer
 
 Competition = Literal["method", "task", "all"]
@@ -169,8 +172,12 @@ def study(
     objective: Objective,
     recipe: Recipe,
     seed: int,
+    attention: HardAttention | None = None,
 ) -> None:
-    """Train what a freezing lets train; each epoch passes over all of `own` and `replayed`."""
+    """Train what a freezing lets train; each epoch passes over all of `own` and `replayed`.
+
+    attention: whose gates train as well, and are asked for their penalty.
+    """
     model, steps = freezing.model, recipe.epochs * -(-len(own) // recipe.batch)
     if steps == 0:
         return
@@ -181,6 +188,9 @@ def study(
         size = max(1, round(recipe.batch * len(replayed) / len(own)))
         again = Batches(replayed, size, recipe.augment, random)
     optimiser = make_optimiser(model.parameters(), recipe)
+    if attention is not None:
+        gates = list(attention.embeddings.values())
+        optimiser.add_param_group({"params": gates, "weight_decay": 0.0})
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, steps)
     model.train()
     with (
@@ -196,10 +206,14 @@ def study(
                 with fast(model):
                     outputs = model(inputs)
                 loss = objective(outputs.float(), labels, count)
+                if attention is not None:
+                    loss = loss + attention.penalty()
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 schedule.step()
+                if attention is not None:
+                    attention.advance()
                 bar.update()
     model.eval()
 
@@ -399,6 +413,42 @@ class PackedWeights(Learner):
             study(kept, task.data.train, None, self.objective(task), short, self.course.seed)
 
 
+class AttendedNeurons(NonCriticalNeurons):
+    """HAT: every task trains gates of the neurons, and takes those that are open in the end."""
+
+    def __init__(self, model: nn.Module, first: Subtask, course: Course) -> None:
+        Learner.__init__(self, model, first, course)
+        batches = first.data.train.per_category(TRACED)
+        self.groups = profile(model, InOrder(batches), progress=False).slice(1.0).groups
+        critical = self._attend(first, Learner.freezing(self, first), {})
+        self.trainer = IncrementalTrainer(model, critical, classes=first.classes, progress=False)
+
+    def learn(self, task: Subtask) -> None:
+        critical = self._attend(task, self.freezing(task), self._taken())
+        learned = Task(f"task {len(self.tasks) + 1}", critical, task.classes, CLASSES)
+        self.trainer.tasks = (*self.trainer.tasks, learned)
+        self.tasks.append(task)
+
+    def inference(self, position: int) -> AbstractContextManager[nn.Module]:
+        return self.trainer.task(position, masked=True)
+
+    def _attend(self, task: Subtask, freezing: Freezing, taken: dict[str, Tensor]) -> Slice:
+        """The neurons that are open once the task is learned."""
+        steps = -(-len(task.data.train) // self.course.recipe.batch)
+        attention = HardAttention(self.groups, taken, steps, self.course.seed)
+        with attention.attached(self.model):
+            study(
+                freezing, task.data.train, None, self.objective(task), self.course.recipe,
+                self.course.seed, attention,
+            )  # fmt: skip
+        return attention.slice()
+
+    def _taken(self) -> dict[str, Tensor]:
+        """Layer -> True for neurons of the tasks so far."""
+        slices = [task.slice.kept for task in self.trainer.tasks]
+        return {name: torch.stack([kept[name] for kept in slices]).any(0) for name in slices[0]}
+
+
 METHODS: dict[str, tuple[str, Callable[[nn.Module, Subtask, Course, int], Learner]]] = {
     "original": ("Original", lambda m, a, c, n: Original(m, a, c)),
     "retrain": ("Retrain", lambda m, a, c, n: Learner(m, a, c)),
@@ -407,6 +457,7 @@ METHODS: dict[str, tuple[str, Callable[[nn.Module, Subtask, Course, int], Learne
     "replay-100": ("Replay 100 %", lambda m, a, c, n: Learner(m, a, c, 1.0)),
     "deeparc": ("DeepArc", lambda m, a, c, n: RedundantLayers(m, a, c)),
     "packnet": ("PackNet", lambda m, a, c, n: PackedWeights(m, a, c, n)),
+    "hat": ("HAT", lambda m, a, c, n: AttendedNeurons(m, a, c)),
     "neusemslice": ("NeuSemSlice", lambda m, a, c, n: NonCriticalNeurons(m, a, c)),
     "neusemslice-replay-10": (
         "NeuSemSlice + Replay 10 %",

@@ -1,4 +1,4 @@
-"""rq4 and PackNet: the arithmetic of the table by hand, what each method may change, one run."""
+"""rq4, PackNet, HAT: the arithmetic of the table by hand, what a method may change, one run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import models
 import results
 import rq4
 import targets_adaptation as targets
+from hat import HardAttention
+from nss_prune import profile
 from nss_prune.errors import ArgumentError, NothingToPruneError
 from packnet import PackNet
 from rq4 import Course, Outcome
@@ -175,7 +177,7 @@ class TestLearners:
         after = all_parameters(trained_on_a)
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
-    @pytest.mark.parametrize("method", [*NEUSEMSLICE, "packnet"])
+    @pytest.mark.parametrize("method", [*NEUSEMSLICE, "packnet", "hat"])
     def test_under_its_mask_a_keeps_its_bits_while_b_is_learned(self, method, tasks, model):
         learner = rq4.METHODS[method][1](model, tasks[0], COURSE, 2)
         inputs = tasks[0].data.test.inputs()
@@ -286,6 +288,71 @@ class TestPackNet:
         assert PackNet(models.mlp(64, 128, 64, 10)).mask_bytes == (64 * 128 + 128 * 64) // 8
 
 
+def attention_over(model: nn.Module, steps: int = 5) -> HardAttention:
+    loader = [(torch.randn(20, 1, 8, 8), torch.arange(20) % 10)]
+    groups = profile(model, loader, progress=False).slice(1.0).groups
+    return HardAttention(groups, {}, steps, seed=0)
+
+
+class TestHAT:
+    def test_the_scale_rises_in_every_epoch(self):
+        attention = attention_over(normed(), steps=3)
+        scales = []
+        for _ in range(6):
+            scales.append(attention.scale)
+            attention.advance()
+        assert scales[:3] == pytest.approx([1 / 400, (400 + 1 / 400) / 2, 400])
+        assert scales[3:] == scales[:3]
+
+    def test_at_every_scale_gates_train_as_a_sigmoid_of_slope_one_does(self):
+        attention = attention_over(normed())
+        (embedding,) = attention.embeddings.values()
+        embedding.data = torch.tensor([-0.02, 0.005, 0.01, 0.02])
+        by_gate = torch.tensor([1.0, -2.0, 3.0, 0.5])
+        slope = torch.sigmoid(embedding.detach()) * torch.sigmoid(-embedding.detach())
+        for _ in range(4):  # up to scale 300, where 1 - 0.9975 has lost four digits of float32
+            embedding.grad = None
+            (attention.gates("0") * by_gate).sum().backward()
+            torch.testing.assert_close(embedding.grad, 400 * slope * by_gate, rtol=1e-4, atol=0)
+            attention.advance()
+
+    def test_steep_gates_are_the_mask_of_the_slice(self):
+        model = normed().eval()
+        attention = attention_over(model, steps=2)
+        (embedding,) = attention.embeddings.values()
+        embedding.data = torch.tensor([1.0, -1.0, 2.0, -3.0])
+        attention.advance()
+        inputs = torch.randn(5, 1, 8, 8)
+        with attention.attached(model):
+            gated = model(inputs)
+        with attention.slice().masked(model):
+            assert torch.equal(gated, model(inputs))
+        assert attention.slice().kept["0"].tolist() == [True, False, True, False]
+
+    def test_only_gates_that_no_task_took_are_charged(self):
+        first = attention_over(normed())
+        taken = {"0": torch.tensor([True, False, False, True])}
+        attention = HardAttention(first.groups, taken, 5, seed=0)
+        attention.penalty().backward()
+        (embedding,) = attention.embeddings.values()
+        assert embedding.grad.nonzero().flatten().tolist() == [1, 2]
+        opened = torch.sigmoid(embedding.detach() / 400)[1:3].mean()
+        assert attention.penalty().item() == pytest.approx(0.75 * opened.item())
+
+    def test_a_layer_never_closes_wholly(self):
+        attention = attention_over(normed())
+        (embedding,) = attention.embeddings.values()
+        embedding.data = torch.tensor([-2.0, -1.0, -3.0, -4.0])
+        assert attention.slice().kept["0"].tolist() == [False, True, False, False]
+
+    def test_its_penalty_closes_gates(self, tasks, model):
+        learner = rq4.METHODS["hat"][1](model, tasks[0], COURSE, 2)
+        (task,) = learner.trainer.tasks
+        shares = [kept.double().mean().item() for kept in task.slice.kept.values()]
+        assert max(shares) < 1
+        assert rq4.accuracy_given(learner, 0, tasks[0]) > 0.9
+
+
 class TestScript:
     def run(self, folder: Path, *words: str) -> None:
         rq4.main(["--output", str(folder), "--cache", str(folder), "--seeds", "1", *words])
@@ -315,7 +382,7 @@ class TestScript:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--methods", "hat"], "no method 'hat'; there are: original"),
+            (["--methods", "ewc"], "no method 'ewc'; there are: original"),
             (["--seeds", "0"], "number of models"),
             (["--settings", "mlp"], "no setting"),
             (["--device", "abacus"], "cannot be used here"),
