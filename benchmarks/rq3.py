@@ -22,7 +22,8 @@ low RAA suggests. With `--adversaries fresh` it is made at each step, for the mo
     RA     retrained accuracy: on x', made for the model as it was
     RAA    re-attack accuracy: on 1,000 test pictures that are attacked anew, after the training
     clean  accuracy on the test data as it is
-    time   of training, relative to full training; `prepared` are the seconds spent before it on
+    time   of training, relative to full training (with `--repeats N`, where all methods train N
+           times in turn, the median of the N ratios); `prepared` are the seconds spent before it on
            the slice, on DeepArc's layers, or on both
 
 Attacks have the strengths that are usual for the data: epsilon 0.3 for MNIST, Fashion-MNIST and
@@ -342,12 +343,18 @@ def warm_up(subject: Subject, name: str) -> None:
         trainer(subject.model, attack_of(name, subject.data), "all", course).fit(batches)
 
 
-def run_model(subject: Subject, attacks: Sequence[str], methods: Sequence[str]) -> list[Outcome]:
-    """All attacks and methods on one model."""
+def run_model(
+    subject: Subject, attacks: Sequence[str], methods: Sequence[str], repeats: int
+) -> list[Outcome]:
+    """All attacks and methods on one model; the methods in turn, as often as asked."""
     outcomes = []
     for name in attacks:
         warm_up(subject, name)
-        outcomes += timed([run_method(subject, name, method) for method in (BEFORE, *methods)])
+        before = run_method(subject, name, BEFORE)
+        rounds = [
+            timed([run_method(subject, name, method) for method in methods]) for _ in range(repeats)
+        ]
+        outcomes += [before, *map(median_time, zip(*rounds, strict=True))]
     return outcomes
 
 
@@ -356,10 +363,15 @@ def timed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     full = [outcome.seconds for outcome in outcomes if outcome.method == "full"]
     if not full:
         return list(outcomes)
-    return [
-        outcome if outcome.method == BEFORE else replace(outcome, time=outcome.seconds / full[0])
-        for outcome in outcomes
-    ]
+    return [replace(outcome, time=outcome.seconds / full[0]) for outcome in outcomes]
+
+
+def median_time(repeated: Sequence[Outcome]) -> Outcome:
+    """One outcome for the repetitions of a training, which differ in the time that they took."""
+    times = [outcome.time for outcome in repeated if outcome.time is not None]
+    seconds = statistics.median(outcome.seconds for outcome in repeated)
+    time = statistics.median(times) if times else None
+    return replace(repeated[0], seconds=seconds, time=time)
 
 
 def run_setting(
@@ -371,6 +383,7 @@ def run_setting(
     seeds: Sequence[int],
     *,
     cache: Path,
+    repeats: int = 1,
     known: Sequence[Outcome] = (),
 ) -> Iterator[list[Outcome]]:
     """What is known of a setting, and what is not, seed by seed; prints a line on each seed.
@@ -389,7 +402,7 @@ def run_setting(
         found = trained(setting.name, setting.build, data, setting.recipe, seed, cache, device)
         subject = Subject(setting.name, seed, found.model, data, course, setting.profiled)
         with suitable_threads(found.model):
-            outcomes += run_model(subject, attacks, methods)
+            outcomes += run_model(subject, attacks, methods, repeats)
         origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
         print(f"{setting.name}, seed {seed}: trained {origin}{subject.told(methods)}", flush=True)
         yield outcomes
@@ -623,6 +636,8 @@ def parser() -> argparse.ArgumentParser:
         help="most that a slice may hold of the parameters (default: %(default)s)")  # fmt: skip
     add("--threshold", type=float, default=SIMILAR,
         help="similarity from which DeepArc finds a layer redundant (%(default)s)")  # fmt: skip
+    add("--repeats", type=int, default=1, metavar="N",
+        help="trainings of each method in turn, for the median of times (%(default)s)")  # fmt: skip
     add_resume(parser)
     return parser
 
@@ -647,6 +662,8 @@ def main(words: Sequence[str] | None = None) -> None:
     attacks = chosen_of(ATTACKS, asked.attacks, "attack")
     if not 0 < asked.tpr <= 100:
         raise ArgumentError(f"--tpr is {asked.tpr}; it is a share in percent, in (0, 100].")
+    if asked.repeats < 1:
+        raise ArgumentError(f"--repeats is {asked.repeats}; it is 1 or more.")
     for setting in chosen(asked.settings):
         setting = setting.with_epochs(asked.epochs)
         recipe = readapt_recipe(setting, asked.readapt_epochs, asked.readapt_learning_rate)
@@ -663,8 +680,9 @@ def main(words: Sequence[str] | None = None) -> None:
         known = results.earlier(record.path, options, "outcomes", Outcome) if asked.resume else []
         outcomes = known
         for so_far in run_setting(
-            setting, data, course, attacks, methods, seeds, cache=asked.cache, known=known
-        ):
+            setting, data, course, attacks, methods, seeds, cache=asked.cache,
+            repeats=asked.repeats, known=known,
+        ):  # fmt: skip
             record.save(so_far)
             outcomes = so_far
         record.show(outcomes)

@@ -142,6 +142,32 @@ def test_time_is_relative_to_full_training() -> None:
     assert rq3.timed([SLICED]) == [SLICED]
 
 
+def test_of_repeated_trainings_the_median_of_the_ratios_counts() -> None:
+    seconds = [(4.0, 3.0), (8.0, 8.8), (2.0, 1.6)]
+    rounds = [
+        rq3.timed([replace(FULL, seconds=full), replace(SLICED, seconds=sliced)])
+        for full, sliced in seconds
+    ]
+    full, sliced = map(rq3.median_time, zip(*rounds, strict=True))
+    assert (full.seconds, full.time) == (4.0, 1.0)
+    assert (sliced.seconds, sliced.time) == (3.0, 0.8)
+    assert replace(sliced, seconds=SLICED.seconds, time=SLICED.time) == SLICED
+
+
+def test_methods_train_in_turn(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def run_method(subject: Subject, name: str, method: str) -> Outcome:
+        trained.append(method)
+        return replace(FULL, method=method)
+
+    monkeypatch.setattr(rq3, "run_method", run_method)
+    found = rq3.run_model(subject, ["fgsm"], ["full", "neusemslice"], repeats=2)
+    assert trained == [rq3.BEFORE, *["full", "neusemslice"] * 2]
+    assert [outcome.method for outcome in found] == [rq3.BEFORE, "full", "neusemslice"]
+    assert found[0].time is None
+
+
 def test_rows_hold_the_papers_cells_beside_ours() -> None:
     rows = rq3.table_rows(rq3.timed([FULL, SLICED]))
     assert [row["method"] for row in rows] == ["FGSM: full training", "FGSM: NeuSemSlice"]
@@ -185,6 +211,7 @@ def test_precision_is_that_of_the_other_trainings() -> None:
         (["--methods", "half"], "no method 'half'; there are: full, deeparc"),
         (["--attacks", "fgsm,cw"], "no attack 'cw'; there are: fgsm, pgd"),
         (["--tpr", "0"], "--tpr is 0.0"),
+        (["--repeats", "0"], "--repeats is 0"),
         (["--settings", "none"], "no setting 'none'"),
     ],
 )
