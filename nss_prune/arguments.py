@@ -90,14 +90,23 @@ def check_strategy(strategy: str, ratio: float | None, importance: Any, foresees
         )
 
 
-def check_repeatable(data: Iterable[Any] | None) -> None:
+def check_repeatable(option: str, data: Iterable[Any] | None) -> None:
+    """Raise where the data cannot be read several times, by one process, as an option needs it."""
     if data is None or isinstance(data, Iterator):
         raise ArgumentError(
-            f"recalibrate=True with {'no data' if data is None else type(data).__name__}: the data "
-            "is read before and after the removal; give data= as a list of batches or a DataLoader"
+            f"{option} with {'no data' if data is None else type(data).__name__}: the data is read "
+            "several times; give data= as a list of batches or a DataLoader"
         )
     if processes() > 1:
         raise ArgumentError(
-            f"recalibrate=True with {processes()} processes, each of which would find statistics "
-            "of its own; prune in one process, or call nss_prune.recalibration.recalibrate later"
+            f"{option} with {processes()} processes, each of which would find values of its own; "
+            "prune in one process"
         )
+
+
+def check_fold(fold: bool | str, data: Iterable[Any] | None) -> None:
+    """Raise where it is none of those that there are, or "refit" without data for it."""
+    if fold not in (True, False, "refit"):
+        raise ArgumentError(f"fold is {fold!r}; use True, False or 'refit'")
+    if fold == "refit":
+        check_repeatable("fold='refit'", data)

@@ -262,7 +262,8 @@ class Problem:
         known: Covariance of what is left.
         whole: Covariance of what the reader of the whole model reads.
         missing_mean: ``[units, repeats]``, and so are ``known_mean`` and ``whole_mean``.
-        targets: True where something may be missed, ``[units]``.
+        targets: True where something may be missed, ``[units]``, for each of the ridges that say
+            it one after the other; what one leaves is for the next.
         kept: True where something is left, ``[units]``.
         source: The statistics that all this is from.
     """
@@ -274,7 +275,7 @@ class Problem:
     missing_mean: Tensor
     known_mean: Tensor
     whole_mean: Tensor
-    targets: Tensor
+    targets: tuple[Tensor, ...]
     kept: Tensor
     source: ReaderStatistics
 
@@ -294,7 +295,7 @@ class Problem:
                     self.missing_mean[units],
                     self.known_mean[units],
                     self.whole_mean[units],
-                    self.targets[units],
+                    tuple(target[units] for target in self.targets),
                     self.kept[units],
                     self.source,
                 )
@@ -320,7 +321,7 @@ def _missing_channels(statistics: ReaderStatistics, removed: Tensor) -> Problem:
         missing_mean=mean * gone[:, None],
         known_mean=mean,
         whole_mean=mean,
-        targets=gone,
+        targets=(gone,),
         kept=~gone,
         source=statistics,
     )
@@ -345,7 +346,7 @@ def _changed_channels(both: ReaderStatistics, removed: Tensor) -> Problem:
         missing_mean=whole - part,
         known_mean=part,
         whole_mean=whole,
-        targets=torch.ones_like(gone),
+        targets=(gone, torch.ones_like(gone)),
         kept=~gone,
         source=both,
     )
@@ -360,7 +361,7 @@ def _solved(name: str, module: nn.Module, problem: Problem) -> ReaderFold:
     pairs = list(zip(parts, grams, strict=True))
     power = sum(_weighted(part.whole, gram) for part, gram in pairs)
     power += _constant(module, shape, problem.whole_mean).power
-    missed = sum(_weighted(part.missing, gram, part.targets) for part, gram in pairs)
+    missed = sum(_weighted(part.missing, gram, part.targets[-1]) for part, gram in pairs)
     alone = _constant(module, shape, problem.missing_mean)
     noise = EPSILON * power * len(problem.kept)
     if missed + alone.power <= noise:
@@ -409,25 +410,40 @@ class Mixing:
 
 def _mixing(problem: Problem, gram: Tensor, noise: float) -> Mixing:
     matrix = torch.zeros_like(gram)
-    missed = _weighted(problem.missing, gram, problem.targets)
-    if missed <= noise:
-        return Mixing(matrix, missed)
-    target, kept = problem.targets.nonzero().flatten(), problem.kept.nonzero().flatten()
+    kept = problem.kept.nonzero().flatten()
     known = problem.known[kept][:, kept]
     squares = known.diagonal() + problem.known_mean[kept].square().mean(1)
-    found = ridge(
-        missing=problem.missing[target][:, target],
-        cross=problem.cross[target][:, kept],
-        known=known,
-        gram=gram[target][:, target],
-        floor=EPSILON * len(kept) * float(squares.max()) if len(kept) else 0.0,
-        observations=problem.source.observations,
-    )
-    if found is None:
+    floor = EPSILON * len(kept) * float(squares.max()) if len(kept) else 0.0
+    left = missed = _weighted(problem.missing, gram, problem.targets[-1])
+    for targets in problem.targets:
+        missing, cross = _still_missed(problem, matrix)
+        left = _weighted(missing, gram, problem.targets[-1])
+        if _weighted(missing, gram, targets) <= noise:
+            continue
+        target = targets.nonzero().flatten()
+        found = ridge(
+            missing=missing[target][:, target],
+            cross=cross[target][:, kept],
+            known=known,
+            gram=gram[target][:, target],
+            floor=floor,
+            observations=problem.source.observations,
+        )
+        if found is not None:
+            solution, left = found
+            matrix[target[:, None], kept] += solution
+    if missed > noise and not matrix.any():
         return Mixing(matrix, missed, _why_only_means(problem.source, len(kept)))
-    solution, left = found
-    matrix[target[:, None], kept] = solution
     return Mixing(matrix, left)
+
+
+def _still_missed(problem: Problem, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance of z − B x̃ for a B, and its covariance with x̃."""
+    if not matrix.any():
+        return problem.missing, problem.cross
+    said = matrix @ problem.cross.T
+    known = matrix @ problem.known
+    return problem.missing - said - said.T + known @ matrix.T, problem.cross - known
 
 
 def _why_only_means(source: ReaderStatistics, kept: int) -> str:

@@ -20,6 +20,7 @@ from nss_prune.adapters import ADAPTERS, Adapter, Claim, claims
 from nss_prune.adapters.trial import adapted_on_trial
 from nss_prune.arguments import (
     check_budgets,
+    check_fold,
     check_ratio,
     check_repeatable,
     check_strategy,
@@ -50,7 +51,7 @@ from nss_prune.errors import (
     NothingToPruneError,
     RemovalError,
 )
-from nss_prune.folding import Folded
+from nss_prune.folding import Folded, refit
 from nss_prune.folding import fold as fold_into_readers
 from nss_prune.importance import NSSImportance
 from nss_prune.latency import Latency
@@ -156,7 +157,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         loss: See :func:`nss_prune.profile`.
         fold: Fold the removed neurons into their readers (see :mod:`nss_prune.folding`), from what
             the readers read of ``data``, or of the data of a ``profile`` that kept it. False is
-            the paper's plain removal. Example inputs alone are not folded from.
+            the paper's plain removal. Example inputs alone are not folded from. "refit" goes on in
+            the order of the network: each reader also makes up for what those before it changed,
+            at the price of a pass over ``data`` for every reader. The data must be a list or a
+            DataLoader, of one process.
         recalibrate: Move the running statistics of BatchNorms by as much as what they read of
             ``data`` moved (see :mod:`nss_prune.recalibration`): two more forward passes, and much
             accuracy after deep cuts. The data must be a list or a DataLoader, of one process.
@@ -203,7 +207,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         categories: Categories = "labels",
         features: Features = "pixel",
         loss: Loss | None = None,
-        fold: bool = True,
+        fold: bool | Literal["refit"] = True,
         recalibrate: bool = False,
         profile: Profile | None = None,
         timeout: float = TIMEOUT,
@@ -226,8 +230,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             plain = profile is not None or loss is not None
             strategy = "divergence" if foresees and not plain else "semantic"
         check_strategy(strategy, ratio, importance, foresees)
+        check_fold(fold, data)
         if recalibrate:
-            check_repeatable(data)
+            check_repeatable("recalibrate=True", data)
         if not timeout > 0:
             raise ArgumentError(f"timeout is {timeout!r}; give a number of seconds above 0")
         self.timeout = timeout
@@ -450,7 +455,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             categories=categories,
             landscape=self.landscape,
             loss=self.loss,
-            keep_readers=self.fold and self.data is not None and processes() == 1,
+            keep_readers=bool(self.fold) and self.data is not None and processes() == 1,
             progress=self.progress,
             minimum_samples=minimum_samples,
         )
@@ -755,6 +760,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _fold(self, critical: Slice) -> Folded | None:
         """Fold the neurons outside the slice into their readers, where that is wanted."""
+        if self.fold == "refit":
+            assert self.data is not None
+            return refit(self.model, critical, self.data, progress=self.progress)
         statistics = self._reader_statistics() if self.fold else None
         if statistics is not None:
             return fold_into_readers(self.model, critical, statistics)

@@ -22,7 +22,7 @@ from networks import (
     mlp,
     settled,
 )
-from nss_prune import Slice, remove
+from nss_prune import NSSPruner, Slice, remove
 from nss_prune.discovery import discover
 from nss_prune.errors import (
     ArgumentError,
@@ -622,6 +622,57 @@ def test_refit_makes_up_for_earlier_layers() -> None:
         remove(changed, critical, data[0][0][:2])
         errors.append(float((outputs(changed, data) - whole).square().mean()))
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_the_first_reader_is_refitted_as_it_is_folded() -> None:
+    torch.manual_seed(0)
+    model = mlp(12, (24, 24), 3)
+    data = batches(600, (12,), 3, size=100)
+    groups = discover(model, data[0][0][:2]).groups
+    critical = random_slice(groups)
+    folded, refitted = copy.deepcopy(model), copy.deepcopy(model)
+    fold(folded, critical, reader_statistics(model, data, groups))
+    refit(refitted, critical, data)
+    first, second = sorted(name for name, _ in model.named_parameters() if "weight" in name)[1:]
+    torch.testing.assert_close(*(m.get_parameter(first) for m in (folded, refitted)))
+    different = [m.get_parameter(second) for m in (folded, refitted)]
+    assert not torch.allclose(*different)
+
+
+def test_refit_never_raises_the_error_of_a_reader() -> None:
+    torch.manual_seed(0)
+    model = mlp(12, (24, 24, 24), 3)
+    data = batches(60, (12,), 3, size=30)  # few: a ridge finds little, and must say so
+    critical = random_slice(discover(model, data[0][0][:2]).groups)
+    folded = refit(model, critical, data)
+    assert len(folded.errors) == 3
+    assert all(after <= before for before, after in folded.errors.values())
+
+
+def test_the_pruner_refits_what_it_keeps() -> None:
+    torch.manual_seed(0)
+    model = mlp(12, (24, 24), 3)
+    expected = copy.deepcopy(model)
+    data = batches(600, (12,), 3, size=100)
+    pruner = NSSPruner(model, data[0][0][:2], data=data, params_budget=0.6, fold="refit")
+    pruner.step()
+    refit(expected, pruner.slice, data)
+    remove(expected, pruner.slice, data[0][0][:2])
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("fold", "data", "message"),
+    [
+        ("refits", [], "fold is 'refits'; use True, False or 'refit'"),
+        ("refit", None, "fold='refit' with no data"),
+        ("refit", iter([]), "fold='refit' with list_iterator"),
+    ],
+)
+def test_the_pruner_says_what_it_can_fold_from(fold, data, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        NSSPruner(mlp(), torch.zeros(2, 12).double(), data=data, fold=fold)
 
 
 def test_bad_data_leaves_the_model_as_it_was() -> None:
