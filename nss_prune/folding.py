@@ -173,8 +173,11 @@ def refit(
 
     All channels x of a reader's input in the whole model are approximated from the kept ones x̃
     as they are in the sliced model whose earlier readers are fitted already:
-    x ≈ μ + B (x̃ − μ̃), where λ shrinks B towards leaving the weights as they are. So a reader
-    makes up for the errors of those before it too, and for norms that see fewer neurons.
+    x ≈ μ + B (x̃ − μ̃), where λ shrinks B towards leaving the weights as they are; first those that
+    are removed, then what is still missed of all, with a λ of its own: there is less to be found.
+    So a reader makes up for the errors of those before it too, and for norms that see fewer
+    neurons. It pays after deep cuts, where samples abound: few of them say less of x̃ than
+    :func:`fold` knows of x.
 
     It costs a pass over the data for every reader, in which both models run up to that reader
     (about readers × passes forward), and a copy of the model.
