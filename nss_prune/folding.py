@@ -266,7 +266,7 @@ class Problem:
         whole: Covariance of what the reader of the whole model reads.
         missing_mean: ``[units, repeats]``, and so are ``known_mean`` and ``whole_mean``.
         targets: True where something may be missed, ``[units]``, for each of the ridges that say
-            it one after the other; what one leaves is for the next.
+            it one after the other; what one leaves is for the next. The last are all of them.
         kept: True where something is left, ``[units]``.
         source: The statistics that all this is from.
     """
@@ -417,11 +417,11 @@ def _mixing(problem: Problem, gram: Tensor, noise: float) -> Mixing:
     known = problem.known[kept][:, kept]
     squares = known.diagonal() + problem.known_mean[kept].square().mean(1)
     floor = EPSILON * len(kept) * float(squares.max()) if len(kept) else 0.0
-    left = missed = _weighted(problem.missing, gram, problem.targets[-1])
+    left = 0.0
     for targets in problem.targets:
         missing, cross = _still_missed(problem, matrix)
-        left = _weighted(missing, gram, problem.targets[-1])
-        if _weighted(missing, gram, targets) <= noise:
+        left = _weighted(missing, gram, targets)
+        if left <= noise:
             continue
         target = targets.nonzero().flatten()
         found = ridge(
@@ -435,8 +435,8 @@ def _mixing(problem: Problem, gram: Tensor, noise: float) -> Mixing:
         if found is not None:
             solution, left = found
             matrix[target[:, None], kept] += solution
-    if missed > noise and not matrix.any():
-        return Mixing(matrix, missed, _why_only_means(problem.source, len(kept)))
+    if left > noise and not matrix.any():
+        return Mixing(matrix, left, _why_only_means(problem.source, len(kept)))
     return Mixing(matrix, left)
 
 
