@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,64 @@ def test_a_block_gets_its_part_of_the_gradient(
     torch.testing.assert_close(found[0], wanted[1][rows][:, columns])
     if bias:
         torch.testing.assert_close(found[1], wanted[2][rows])
+
+
+CONVOLUTIONS = {
+    "1d": lambda **options: nn.Conv1d(20, 35, 15, stride=2, padding=3, **options),
+    "2d": lambda **options: nn.Conv2d(35, 20, (3, 5), padding=(0, 2), dilation=(2, 1), **options),
+    "3d": lambda **options: nn.Conv3d(35, 18, (1, 3, 3), stride=(1, 2, 1), **options),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("full", [None, 0, 1])
+def test_a_convolution_computes_the_gradient_of_its_block_alone(
+    kind: str, bias: bool, full: int | None
+) -> None:
+    torch.manual_seed(0)
+    layer = CONVOLUTIONS[kind](bias=bias).double()
+    rows, columns = (torch.arange(size) % 3 == 1 for size in layer.weight.shape[:2])
+    if full is not None:
+        (rows, columns)[full].fill_(True)
+    shape = [3, layer.in_channels] + [1] * (layer.weight.dim() - 2)
+    block = (rows[:, None] & columns).reshape(len(rows), len(columns), *shape[2:])
+    trains = {"weight": block.expand_as(layer.weight)} | ({"bias": rows} if bias else {})
+    size = [3, layer.in_channels, *(2 * side + 3 for side in layer.kernel_size)]
+    inputs = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    outputs = layer(inputs)
+    toward = torch.randn_like(outputs)
+    wanted = torch.autograd.grad((outputs * toward).sum(), [inputs, *layer.parameters()])
+    training = compact(Freezing(layer, trains), SGD(layer.parameters(), 0.1))
+    with training.attach(), training.block_gradients():
+        arrived = []
+        found_outputs = layer(inputs)
+        layer.weight.register_hook(arrived.append)
+        (found_outputs * toward).sum().backward()
+        found = [value.grad for value in training.parameters()]
+    assert not arrived
+    assert torch.equal(found_outputs, outputs)
+    torch.testing.assert_close(inputs.grad, wanted[0])
+    torch.testing.assert_close(found[0], wanted[1][rows][:, columns])
+    if bias:
+        torch.testing.assert_close(found[1], wanted[2][rows])
+
+
+@pytest.mark.parametrize(
+    "options", [{"groups": 5}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}]
+)
+def test_other_convolutions_compute_the_gradient_of_the_whole(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(100, 40, 5, **options).double()
+    rows = torch.arange(40) % 3 == 1
+    trains = {"weight": rows[:, None, None, None].expand_as(layer.weight)}
+    inputs = torch.randn(2, 100, 7, 7, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(layer(inputs).square().sum(), [layer.weight])
+    training = compact(Freezing(layer, trains), SGD(layer.parameters(), 0.1))
+    with training.attach(), training.block_gradients():
+        layer(inputs).square().sum().backward()
+        found = training.blocks["weight"].entries.grad
+    torch.testing.assert_close(found, wanted[rows])
 
 
 def test_a_linear_layer_computes_no_gradient_of_its_whole_weight() -> None:

@@ -146,17 +146,19 @@ class _MixedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, mean, variance, frozen = ctx.saved_tensors
         scale = (variance + ctx.eps).rsqrt()
-        of_inputs, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, inputs, weight, mean, variance, mean, scale, True, ctx.eps, [True] * 3
-        )
-        # That is γσ⁻¹(g − Σg/n − x̂ Σgx̂/n), with x̂ = (x − μ)σ⁻¹, for statistics of the batch.
-        # Where they are constants, the last two terms do not belong.
-        per_value = frozen * scale / (inputs.numel() // len(mean))
-        if weight is not None:
-            per_value = per_value * weight
-        slope = per_value * scale * of_weight
-        offset = per_value * of_bias - slope * mean
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, inputs, weight, mean, variance, mean, scale, False, ctx.eps,
+            [False, True, True],
+        )  # fmt: skip
+        # γσ⁻¹(g − Σg/n − x̂ Σgx̂/n), with x̂ = (x − μ)σ⁻¹, for statistics of the batch. Where they
+        # are constants, the last two terms do not belong.
+        factor = scale if weight is None else scale * weight
+        per_value = ~frozen * factor / -(inputs.numel() // len(mean))
+        of_statistics = torch.native_batch_norm(
+            inputs, per_value * of_weight * scale, per_value * of_bias, mean,
+            torch.ones_like(mean), False, 0.0, 0.0,
+        )[0]  # fmt: skip
         shape = [1, -1] + [1] * (inputs.dim() - 2)
-        of_inputs.add_(offset.view(shape)).addcmul_(inputs, slope.view(shape).to(inputs.dtype))
+        of_inputs = of_statistics.addcmul_(gradient, factor.view(shape).to(gradient.dtype))
         wanted = zip(ctx.needs_input_grad, (of_inputs, of_weight, of_bias), strict=False)
         return (*(value if needed else None for needed, value in wanted), None, None, None, None)
