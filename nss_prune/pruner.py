@@ -584,7 +584,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             for group in self._prune():
                 name = self.DG._module2name[group[0].dep.target.module]
                 if name in ranked:
-                    kept[name][torch.as_tensor(group[0].idxs) % len(kept[name])] = False
+                    channels = torch.as_tensor(group[0].idxs, dtype=torch.long)
+                    kept[name][channels % len(kept[name])] = False
             for name in self._vanished({name: kept[name] for name in ranked}):
                 kept[name] = self._scores(name) >= self._scores(name).max()
             if self.prune_num_heads:

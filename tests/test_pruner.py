@@ -7,6 +7,7 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 import torch_pruning as tp
 import torchvision
@@ -125,6 +126,23 @@ def test_importance_ranks_as_torch_pruning_does(data) -> None:
     NSSPruner(ours, INPUTS, **arguments).step()
     tp.pruner.BasePruner(theirs, (INPUTS,), ignored_layers=[theirs[5]], **arguments).step()
     assert torch.equal(ours(INPUTS), theirs(INPUTS))
+
+
+def test_global_pruning_may_spare_a_layer() -> None:
+    """torch-pruning then yields the layer's group without a neuron."""
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=4
+    ).eval()
+    inputs = torch.rand(8, 3, 16, 16)
+    pruner = NSSPruner(model, inputs, pruning_ratio=0.1, global_pruning=True)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(10)
+        model.blocks[0].mlp.fc2.weight.mul_(10)
+    pruner.step()
+    assert any(row.before == row.after for row in pruner.report.rows if not row.reason)
+    assert any(row.after < row.before for row in pruner.report.rows)
+    assert model(inputs).shape == (8, 4)
 
 
 @pytest.mark.parametrize("global_pruning", [False, True])
