@@ -237,6 +237,23 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the context, a GPU does not round the factors of float32 products to TF32.
+
+    Where torch's newer interface (``fp32_precision``) was used, what it says holds.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):
+            products = torch.get_float32_matmul_precision()
+            stack.callback(torch.set_float32_matmul_precision, products)
+            torch.set_float32_matmul_precision("highest")
+            convolutions = torch.backends.cudnn.allow_tf32
+            stack.callback(setattr, torch.backends.cudnn, "allow_tf32", convolutions)
+            torch.backends.cudnn.allow_tf32 = False
+        yield
+
+
+@contextlib.contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
     """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after."""
     hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]

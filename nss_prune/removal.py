@@ -24,6 +24,7 @@ from nss_prune.neurons import (
     check_fits,
     evaluation,
     flags_kept,
+    full_precision,
     map_tensors,
     submodule,
     tensors_in,
@@ -93,6 +94,7 @@ def _pruning_function(module: nn.Module, customized: Pruners) -> Any:
     return tp.pruner.function.PrunerBox[kind]
 
 
+@full_precision()
 def remove(
     model: nn.Module,
     critical: Slice,
@@ -105,9 +107,10 @@ def remove(
     """Remove everything outside the slice, in place, and check the result.
 
     The smaller model must give what the masked one gave on the example inputs, or on a piece of
-    them where the model takes smaller pictures. If the model has layers that only training uses,
-    it must also run in training mode. Training modes, requires_grad flags and hooks stay as they
-    were; tensors that shrink are new ones, so build optimisers afterwards.
+    them where the model takes smaller pictures; both are computed without TF32. If the model has
+    layers that only training uses, it must also run in training mode. Training modes,
+    requires_grad flags and hooks stay as they were; tensors that shrink are new ones, so build
+    optimisers afterwards.
 
     Args:
         example_inputs: Inputs of a call of the model.

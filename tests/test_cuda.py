@@ -177,17 +177,18 @@ def test_what_is_frozen_keeps_its_bits(name: str, optimizer: str, amp: torch.dty
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_resumed_training_ends_like_one_that_was_not_stopped(name: str, tmp_path: Path) -> None:
+    # In float64, as a GPU adds in no fixed order and the sign of a gradient makes much of it.
     critical = half_of(ready(name))
     ends = []
     for stops in ((4,), (2, 4)):
-        model = ready(name)
+        model = ready(name, torch.float64)
         path = tmp_path / f"{len(stops)}.pt"
         for epochs in stops:
             torch.manual_seed(1)
             ReadaptTrainer(
                 model, critical, "fgsm", 0.03, epochs=epochs, checkpoint=path, resume=True,
                 progress=False,
-            ).fit(pictures())  # fmt: skip
+            ).fit(pictures(dtype=torch.float64))  # fmt: skip
         ends.append(model.state_dict())
     for key, value in ends[0].items():
         torch.testing.assert_close(ends[1][key], value, rtol=1e-3, atol=1e-4)

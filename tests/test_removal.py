@@ -294,3 +294,27 @@ def test_what_reads_no_samples_is_left_alone(samples: int) -> None:
     assert pruner.neurons.left_alone["table.0"] == "table.2 reads no samples"
     assert model.table[0].out_features == 9
     assert model.hidden.out_features < 16
+
+
+def test_the_check_is_in_full_precision_and_settings_come_back() -> None:
+    seen = []
+
+    class Watching(nn.Sequential):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().forward(inputs)
+
+    model = Watching(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    inputs = torch.randn(5, 4)
+    critical = profile(model, [(inputs, torch.arange(5) % 2)], progress=False).slice(ratio=0.5)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    try:
+        seen.clear()
+        remove(model, critical, inputs)
+        after = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    assert len(seen) >= 2
+    assert set(seen) == {("highest", False)}
+    assert after == ("high", before[1])

@@ -24,6 +24,7 @@ from nss_prune.neurons import (
     NeuronGroup,
     NeuronMap,
     evaluation,
+    full_precision,
     input_axis,
     map_tensors,
     parameter_axes,
@@ -102,6 +103,7 @@ def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | Non
     return reason
 
 
+@full_precision()
 def _removal_failure(
     module: nn.Module, critical: Slice, adapter: Adapter, call: Call
 ) -> str | None:
