@@ -430,3 +430,34 @@ def test_replicas_average_the_gradients_of_blocks(tmp_path: Path) -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name])
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "zero"),
+    [({}, False), ({"clip_norm": 1.0}, True), ({"amp": torch.float16}, True),
+     ({"optimizer": "lamb"}, True)],
+)  # fmt: skip
+def test_gradients_of_frozen_entries_are_zero_where_something_reads_them(
+    arguments: dict[str, Any], zero: bool
+) -> None:
+    model, critical, _, _ = sliced("cnn")
+    options = {"optimizer": "momentum", "attack": None, "progress": False} | arguments
+    trainer = ReadaptTrainer(model, critical, **options)
+    assert trainer._training.zero_gradients == zero
+
+
+def test_masks_whose_gradients_are_not_zero_end_at_the_same_values() -> None:
+    ends = []
+    for zero in (True, False):
+        model, critical, inputs, labels = sliced("cnn")
+        optimizer = OPTIMIZERS["adamw"](model)
+        before = bits(model)
+        freezing = train_critical(critical, model)
+        train(CompactTraining(freezing, optimizer, {}, zero_gradients=zero), inputs, labels, 5)
+        trains = entries_with_names(
+            model, critical_entries(critical, model), critical_channels(critical, model)
+        )
+        assert_only_these_moved(model, before, trains)
+        ends.append(bits(model))
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name])

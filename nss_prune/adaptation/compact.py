@@ -26,6 +26,8 @@ from nss_prune.adaptation.freezing import Freezing
 BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adadelta, RMSprop)
 """Optimisers that treat each entry by itself: a block gets the values it would get in the whole."""
 
+LARGE = 2**20
+
 
 class Block:
     """Some rows × some columns of a parameter, as a parameter of their own.
@@ -137,7 +139,13 @@ def cut_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
 
 
 def _block(parameter: nn.Parameter, entries: Tensor) -> Block | None:
-    """The block that the entries form; None if they form none, or are the whole parameter."""
+    """The block that the entries form, where one pays.
+
+    None if they form none, or are the whole parameter.
+    """
+    # On a GPU a block takes more launches than masks do, which only large matrices make up for.
+    if parameter.device.type != "cpu" and (parameter.dim() != 2 or parameter.numel() < LARGE):
+        return None
     sides = [
         entries.movedim(axis, 0).reshape(size, -1).any(1) for axis, size in enumerate(entries.shape)
     ]
@@ -168,14 +176,21 @@ class CompactTraining:
         freezing: What trains.
         optimizer: Of the blocks and of the parameters that have none.
         blocks: Parameter -> its block.
+        zero_gradients: As :meth:`Freezing.attach` takes it, for an optimiser that treats each entry
+            by itself; for another one, gradients of frozen entries are always zero.
     """
 
     def __init__(
-        self, freezing: Freezing, optimizer: Optimizer, blocks: Mapping[str, Block]
+        self,
+        freezing: Freezing,
+        optimizer: Optimizer,
+        blocks: Mapping[str, Block],
+        zero_gradients: bool = True,
     ) -> None:
         self.freezing = freezing
         self.optimizer = optimizer
         self.blocks = dict(blocks)
+        self.zero_gradients = zero_gradients or type(optimizer) not in BY_ENTRY
         self._layers = list(_layers(freezing.model, self.blocks.values()))
 
     @property
@@ -192,7 +207,10 @@ class CompactTraining:
     def attach(self) -> Iterator[None]:
         """As :meth:`Freezing.attach`, for the optimiser and all its blocks."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.freezing.attach(self.optimizer, apart=self.blocks))
+            freezing = self.freezing.attach(
+                self.optimizer, apart=self.blocks, zero_gradients=self.zero_gradients
+            )
+            stack.enter_context(freezing)
             for block in self.blocks.values():
                 stack.enter_context(block.attach())
             hook = self.optimizer.register_step_post_hook(lambda *_: self._write())

@@ -9,14 +9,14 @@ paper's TPR, is therefore 1 − ``Slice.compression_rate``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from nss_prune.adaptation.bits import Kept, Restorable, together
 from nss_prune.adaptation.norms import running_statistics
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.neurons import (
@@ -177,7 +177,7 @@ class Freezing:
         self.frozen_statistics = {
             name: mask for name, mask in (frozen_statistics or {}).items() if mask.any()
         }
-        self._kept: list[_Kept] | None = None
+        self._kept: list[Restorable] | None = None
         if not self.trainable:
             raise ArgumentError(
                 "no entry of any parameter would train; take another slice: train the critical "
@@ -192,7 +192,11 @@ class Freezing:
 
     @contextlib.contextmanager
     def attach(
-        self, optimizer: Optimizer | None = None, *, apart: Collection[str] = ()
+        self,
+        optimizer: Optimizer | None = None,
+        *,
+        apart: Collection[str] = (),
+        zero_gradients: bool = True,
     ) -> Iterator[Freezing]:
         """Within the context, what is frozen keeps the bits that it has on entry.
 
@@ -204,6 +208,9 @@ class Freezing:
             optimizer: Frozen entries get their bits back after each of its steps (weight decay
                 and momentum move what has no gradient too). Without it, call :meth:`restore`.
             apart: Parameters whose entries are frozen by other means; they are left alone.
+            zero_gradients: False leaves the gradients of frozen entries as they are, which is
+                faster and changes nothing where an optimiser treats each entry by itself and
+                nothing else, such as clipping or a loss scaler, reads them.
 
         Raises:
             ArgumentError: The optimiser has no hooks, or this freezing is attached already.
@@ -216,7 +223,7 @@ class Freezing:
         if self._kept is not None:
             raise ArgumentError("this freezing is attached already; leave that context first")
         with contextlib.ExitStack() as stack, flags_kept(self.model):
-            self._kept = self._freeze(stack, apart)
+            self._kept = together(self._freeze(stack, apart, zero_gradients))
             stack.callback(self._release)
             if optimizer is not None:
                 hook = optimizer.register_step_post_hook(lambda *_: self.restore())
@@ -231,13 +238,16 @@ class Freezing:
         """
         if self._kept is None:
             raise ArgumentError("restore() needs what attach() keeps; call it inside the context")
-        _restore(self._kept)
+        for kept in self._kept:
+            kept.restore()
 
     def _release(self) -> None:
         self.restore()
         self._kept = None
 
-    def _freeze(self, stack: contextlib.ExitStack, apart: Collection[str]) -> list[_Kept]:
+    def _freeze(
+        self, stack: contextlib.ExitStack, apart: Collection[str], zero_gradients: bool
+    ) -> list[Kept]:
         kept = []
         for name, parameter in self.model.named_parameters():
             if name in apart:
@@ -250,8 +260,8 @@ class Freezing:
             frozen = ~self.trainable[name].to(parameter.device)
             if not frozen.any():
                 continue
-            kept.append(_Kept(parameter, frozen))
-            if parameter.requires_grad:
+            kept.append(Kept(parameter, frozen))
+            if parameter.requires_grad and zero_gradients:
                 hook = parameter.register_post_accumulate_grad_hook(kept[-1].zero_gradient)
                 stack.callback(hook.remove)
         for name, frozen in self.frozen_statistics.items():
@@ -260,9 +270,8 @@ class Freezing:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             frozen = frozen.to(norm.running_mean.device)
-            statistics = [_Kept(norm.running_mean, frozen), _Kept(norm.running_var, frozen)]
-            kept += statistics
-            stack.enter_context(running_statistics(norm, frozen, partial(_restore, statistics)))
+            kept += [Kept(norm.running_mean, frozen), Kept(norm.running_var, frozen)]
+            stack.enter_context(running_statistics(norm, frozen))
         return kept
 
 
@@ -277,44 +286,3 @@ def _check_mask(name: str, mask: Tensor, found: Tensor | None) -> None:
             f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; give torch.bool "
             f"{tuple(found.shape)}"
         )
-
-
-class _Kept:
-    """A tensor of which the ``frozen`` entries keep the bits they have now.
-
-    The work is done on the bits themselves, which is several times as fast as a selection by bool,
-    and clears NaN and infinite gradients too.
-    """
-
-    def __init__(self, tensor: Tensor, frozen: Tensor) -> None:
-        self.tensor = tensor
-        bits = _bits(tensor)
-        self.free = torch.where(frozen, 0, -1).to(bits.dtype)
-        self.bits = bits & ~self.free
-
-    def restore(self) -> None:
-        """Put the frozen entries back."""
-        _bits(self.tensor).bitwise_and_(self.free).bitwise_or_(self.bits)
-
-    def zero_gradient(self, parameter: Tensor) -> None:
-        """A hook that runs when the gradient of the tensor is there."""
-        gradient = parameter.grad
-        # A sparse gradient stays; its frozen entries are put back after the step all the same.
-        if gradient is not None and gradient.layout == torch.strided:
-            _bits(gradient).bitwise_and_(self.free)
-
-
-def _restore(tensors: Iterable[_Kept]) -> None:
-    for kept in tensors:
-        kept.restore()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers that share its memory.
-
-    Through .data: no graph has used the entries of running statistics that change here.
-    """
-    return tensor.data.view(_INTEGERS[tensor.element_size()])
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +18,18 @@ from nss_prune.errors import ArgumentError, DataError
 
 
 @contextlib.contextmanager
-def running_statistics(
-    norm: _NormBase, frozen: Tensor, restore: Callable[[], None]
-) -> Iterator[None]:
+def running_statistics(norm: _NormBase, frozen: Tensor) -> Iterator[None]:
     """Within the context, ``norm`` in training mode uses its running statistics where ``frozen``.
 
-    The other channels are normalised with the batch's statistics and update their own, as ever. A
-    layer that adds an activation to its norm works alike. SyncBatchNorm would have to average over
-    processes in the middle of this, and is refused where there are several.
+    These keep their bits. The other channels are normalised with the batch's statistics and update
+    their own, as ever. A layer that adds an activation to its norm works alike. SyncBatchNorm
+    would have to average over processes in the middle of this, and is refused where there are
+    several.
 
     Args:
-        frozen: ``[channels]``, bool.
-        restore: Puts back the frozen running statistics after an update of all.
+        frozen: ``[channels]``, bool, on the device of the statistics.
     """
-    hooks = _Hooks(frozen, restore)
+    hooks = _Hooks(norm, frozen)
     before = norm.register_forward_pre_hook(hooks.before)
     after = norm.register_forward_hook(hooks.after, always_call=True)
     try:
@@ -40,10 +39,20 @@ def running_statistics(
         after.remove()
 
 
+@dataclass(frozen=True)
+class _Statistics:
+    """The channels that are ``frozen``, ``[channels]``, and the running statistics of all."""
+
+    frozen: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
 class _Hooks:
-    def __init__(self, frozen: Tensor, restore: Callable[[], None]) -> None:
-        self.frozen = frozen
-        self.restore = restore
+    def __init__(self, norm: _NormBase, frozen: Tensor) -> None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        self.kept = _Statistics(frozen, norm.running_mean.clone(), norm.running_var.clone())
         self.wholly = bool(frozen.all())
         self.in_evaluation = False
         self.mode: _MixedStatistics | None = None
@@ -55,7 +64,7 @@ class _Hooks:
             self.in_evaluation = True
             norm.training = False
         elif isinstance(norm, _BatchNorm):
-            self.mode = _MixedStatistics(self.frozen, self.restore)
+            self.mode = _MixedStatistics(self.kept)
             self.mode.__enter__()
 
     def after(self, norm: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
@@ -76,12 +85,11 @@ class _Hooks:
 
 
 class _MixedStatistics(TorchFunctionMode):
-    """Replaces ``torch.nn.functional.batch_norm`` by one whose ``frozen`` channels do not train."""
+    """Replaces ``torch.nn.functional.batch_norm`` by one of which some channels do not train."""
 
-    def __init__(self, frozen: Tensor, restore: Callable[[], None]) -> None:
+    def __init__(self, kept: _Statistics) -> None:
         super().__init__()
-        self.frozen = frozen
-        self.restore = restore
+        self.kept = kept
         self.used = False
 
     def __torch_function__(
@@ -108,15 +116,14 @@ class _MixedStatistics(TorchFunctionMode):
                 f"a batch norm reads {tuple(inputs.shape)}, one value per channel; training needs "
                 "at least two: use batches of two samples or more"
             )
-        old = running_mean.clone(), running_var.clone()
+        frozen, known = self.kept.frozen, (self.kept.mean, self.kept.variance)
         found = torch.batch_norm_update_stats(inputs.detach(), running_mean, running_var, momentum)
-        self.restore()
+        for running, kept in zip((running_mean, running_var), known, strict=True):
+            torch.where(frozen, kept, running, out=running)
         mean, variance = (
-            torch.where(self.frozen, kept, new) for kept, new in zip(old, found, strict=True)
+            torch.where(frozen, kept, new) for kept, new in zip(known, found, strict=True)
         )
-        output: Tensor = _MixedBatchNorm.apply(
-            inputs, weight, bias, mean, variance, eps, self.frozen
-        )
+        output: Tensor = _MixedBatchNorm.apply(inputs, weight, bias, mean, variance, eps, frozen)
         return output
 
 
@@ -153,10 +160,10 @@ class _MixedBatchNorm(torch.autograd.Function):
         # γσ⁻¹(g − Σg/n − x̂ Σgx̂/n), with x̂ = (x − μ)σ⁻¹, for statistics of the batch. Where they
         # are constants, the last two terms do not belong.
         factor = scale if weight is None else scale * weight
-        per_value = ~frozen * factor / -(inputs.numel() // len(mean))
+        per_value = torch.where(frozen, 0.0, factor) / -(inputs.numel() // len(mean))
         of_statistics = torch.native_batch_norm(
-            inputs, per_value * of_weight * scale, per_value * of_bias, mean,
-            torch.ones_like(mean), False, 0.0, 0.0,
+            inputs, per_value * of_weight, per_value * of_bias, mean, variance,
+            False, 0.0, ctx.eps,
         )[0]  # fmt: skip
         shape = [1, -1] + [1] * (inputs.dim() - 2)
         of_inputs = of_statistics.addcmul_(gradient, factor.view(shape).to(gradient.dtype))

@@ -153,7 +153,8 @@ class ReadaptTrainer:
         # Not in an optimiser made elsewhere, whose parameters may be known there.
         own = not isinstance(optimizer, Optimizer)
         blocks = cut_blocks(self.freezing, self.optimizer) if own else {}
-        self._training = CompactTraining(self.freezing, self.optimizer, blocks)
+        read = clip_norm is not None or amp == torch.float16
+        self._training = CompactTraining(self.freezing, self.optimizer, blocks, zero_gradients=read)
         self.scheduler = _scheduler(scheduler, self.optimizer, epochs)
         self.epochs = epochs
         self.loss: Loss = cross_entropy if loss is None else loss
