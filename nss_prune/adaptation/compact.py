@@ -26,7 +26,7 @@ from nss_prune.adaptation.freezing import Freezing
 BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adadelta, RMSprop)
 """Optimisers that treat each entry by itself: a block gets the values it would get in the whole."""
 
-LARGE = 2**20
+LARGE = 2**20  # entries of a matrix
 
 
 class Block:
@@ -295,15 +295,16 @@ def _layers(model: nn.Module, blocks: Iterable[Block]) -> Iterator[_Linear | _Co
     """The layers that compute the gradient of their block in place of their weight's."""
     of_weight: dict[Tensor, Block] = {block.whole: block for block in blocks}
     for module in model.modules():
-        weight = getattr(module, "weight", None)
         # Others do more than the product, or do it otherwise.
-        if weight not in of_weight or "forward" in vars(module):
+        if "forward" in vars(module):
             continue
-        block = of_weight[weight]
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            yield _Linear(module, block)
-        if isinstance(module, _ConvNd) and type(module) in _CONVOLUTIONS and _pays(module, block):
-            yield _Convolution(module, block)
+            if module.weight in of_weight:
+                yield _Linear(module, of_weight[module.weight])
+        elif isinstance(module, _ConvNd) and type(module) in _CONVOLUTIONS:
+            block = of_weight.get(module.weight)
+            if block is not None and _pays(module, block):
+                yield _Convolution(module, block)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
