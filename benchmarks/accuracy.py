@@ -153,6 +153,7 @@ class Board:
     calibrated: pictures that a seed draws.   batch: pictures at a time.
     hidden: prune the hidden channels of inverted bottlenecks alone, to a share of their MACs.
     tuned_epochs: of training after pruning, where that is asked for and there is data for it.
+    mirrored: calibrate with the mirror images of the pictures, too.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Board:
     batch: int = 500
     hidden: bool = False
     tuned_epochs: int = 1
+    mirrored: bool = False
 
     @property
     def tuned(self) -> Recipe:
@@ -591,6 +593,8 @@ def drawn(board: Board, data: Data, seed: int, redraw: bool) -> tuple[Split, Spl
         )
     order = order.to(pool.labels.device)
     split = pool.subset(order[checked : checked + board.calibrated])
+    if board.mirrored:
+        split = joined(split, replace(split, pixels=split.pixels.flip(3)))
     return split, pool.subset(order[:checked]) if redraw else data.test
 
 
@@ -813,6 +817,8 @@ def parser() -> argparse.ArgumentParser:
         help="epochs of training for the kinds that are tuned (default: %(default)s)")  # fmt: skip
     add("--redraw", action="store_true",
         help="draw the test pictures anew with each seed, for pretrained models")  # fmt: skip
+    add("--mirrored", action="store_true",
+        help="calibrate with mirror images, too, which is a board of its own")  # fmt: skip
     add("--fresh", action="store_true", help="start anew, whatever the result file has")
     return parser
 
@@ -852,8 +858,9 @@ def adapted(board: Board, asked: argparse.Namespace) -> Board:
         raise ArgumentError(f"--tuned-epochs is {asked.tuned_epochs}; it is 1 or more.")
     new_levels = tuple(wanted) or board.levels
     return replace(
-        board, setting=setting, calibrated=calibrated, levels=new_levels,
-        tuned_epochs=asked.tuned_epochs,
+        board, name=board.name + "-mirrored" * asked.mirrored, setting=setting,
+        calibrated=calibrated, levels=new_levels, tuned_epochs=asked.tuned_epochs,
+        mirrored=asked.mirrored,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -323,6 +324,15 @@ class TestDrawn:
         assert not torch.equal(first.pixels, other.pixels)
         assert check is same is digits.test
         assert not rows_of(first) & rows_of(check)
+
+    def test_mirror_images_calibrate_too(self, digits):
+        plain, _ = accuracy.drawn(DIGITS, digits, 0, False)
+        both, _ = accuracy.drawn(replace(DIGITS, mirrored=True), digits, 0, False)
+        half = len(plain)
+        assert len(both) == 2 * half
+        assert torch.equal(both.pixels[:half], plain.pixels)
+        assert torch.equal(both.pixels[half:].flip(3), plain.pixels)
+        assert torch.equal(both.labels, plain.labels.repeat(2))
 
     def test_redrawn_check_data_is_as_large_and_apart(self, digits):
         (first, check), (_, other) = (accuracy.drawn(DIGITS, digits, s, True) for s in (0, 1))
