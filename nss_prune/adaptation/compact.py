@@ -411,8 +411,8 @@ class _BlockConvolution(torch.autograd.Function):
         geometry = ctx.geometry.arguments()
         made = gradient if rows is None else gradient.index_select(1, rows)
         read = inputs if columns is None else inputs.index_select(1, columns)
-        part = weight if rows is None else weight.index_select(0, rows)
-        part = part if columns is None else part.index_select(1, columns)
+        # The gradient of a weight depends on its shape alone, as in torch.nn.grad.
+        part = weight.new_empty(1).expand(made.shape[1], read.shape[1], *weight.shape[2:])
         of_entries = backward(made, read, part, None, *geometry, [False, True, False])[1]
         of_inputs = of_bias = None
         if ctx.needs_input_grad[1]:
