@@ -21,6 +21,9 @@ learning rates, augmentation):
     neusemslice-settled    the same without, but each task takes as many neurons of every layer as
                            make an equal share of the parameters, which train for half as many
                            epochs again under their mask, as PackNet's weights do
+    packnet-long, neusemslice-settled-long
+                           these two, where a task trains for as many epochs again: with two tasks,
+                           on as many samples as replay-100
 
 The columns are
 
@@ -39,8 +42,8 @@ The columns are
 
 The loss is the cross entropy of all outputs, as a network that answers without being given the
 task needs it; of those of the task for methods that keep tasks apart (`--loss` asks for one of
-them). PackNet trains on task A for half as many epochs again, after it is pruned, and so does
-NeuSemSlice where it settles.
+them). PackNet trains on task A for half as many epochs again, after it is pruned, as its authors
+do, and so does NeuSemSlice where it settles.
 
 NeuSemSlice slices by the trainer's own rules, from data of each task alone.
 """
@@ -111,6 +114,10 @@ class Course:
     seed: int
     loss: Competition = "method"
     profiled: int = PROFILED
+
+    def again(self, share: float) -> Recipe:
+        """The recipe for a share of its epochs."""
+        return replace(self.recipe, epochs=int(share * self.recipe.epochs))
 
 
 @dataclass(frozen=True)
@@ -354,11 +361,19 @@ class NonCriticalNeurons(Learner):
 
 
 class SettledNeurons(NonCriticalNeurons):
-    """NeuSemSlice whose slices are small, and trained until they do alone."""
+    """NeuSemSlice whose slices are small, and trained until they do alone.
 
-    def __init__(self, model: nn.Module, first: Subtask, course: Course, tasks: int) -> None:
+    Args:
+        tasks: How many there will be.
+        again: Epochs of that training, as a share of those of a task.
+    """
+
+    def __init__(
+        self, model: nn.Module, first: Subtask, course: Course, tasks: int, again: float = 0.5
+    ) -> None:
         super().__init__(model, first, course, share=(1 / tasks) ** 0.5)
         self.count = tasks
+        self.again = course.again(again)
         self._settle(first)
 
     def learn(self, task: Subtask) -> None:
@@ -369,21 +384,28 @@ class SettledNeurons(NonCriticalNeurons):
             self._settle(task)
 
     def _settle(self, task: Subtask) -> None:
-        recipe = self.course.recipe
-        short = replace(recipe, epochs=recipe.epochs // 2)
         inputs, _ = next(task.data.train.batches(8))
         freezing = self.trainer.settling(inputs)
+        objective = self.objective(task)
         with self.trainer.tasks[-1].slice.masked(self.model):
-            study(freezing, task.data.train, None, self.objective(task), short, self.course.seed)
+            study(freezing, task.data.train, None, objective, self.again, self.course.seed)
 
 
 class PackedWeights(Learner):
-    """PackNet: every task keeps its largest weights, an equal share of them all."""
+    """PackNet: every task keeps its largest weights, an equal share of them all.
 
-    def __init__(self, model: nn.Module, first: Subtask, course: Course, tasks: int) -> None:
+    Args:
+        tasks: How many there will be.
+        again: Epochs that the kept weights train for, as a share of those of a task.
+    """
+
+    def __init__(
+        self, model: nn.Module, first: Subtask, course: Course, tasks: int, again: float = 0.5
+    ) -> None:
         super().__init__(model, first, course)
         self.packed = PackNet(model)
         self.left = tasks
+        self.again = course.again(again)
         self._pack(first)
 
     @property
@@ -404,13 +426,12 @@ class PackedWeights(Learner):
         return self.packed.mask_bytes
 
     def _pack(self, task: Subtask) -> None:
-        """Keep weights for the task just learned, and train them half as long as for a task."""
+        """Keep weights for the task just learned, and train them again."""
         kept = self.packed.keep(1 / self.left, task.classes)
         self.left -= 1
-        recipe = self.course.recipe
         if self.left:
-            short = replace(recipe, epochs=recipe.epochs // 2)
-            study(kept, task.data.train, None, self.objective(task), short, self.course.seed)
+            objective = self.objective(task)
+            study(kept, task.data.train, None, objective, self.again, self.course.seed)
 
 
 class AttendedNeurons(NonCriticalNeurons):
@@ -457,6 +478,7 @@ METHODS: dict[str, tuple[str, Callable[[nn.Module, Subtask, Course, int], Learne
     "replay-100": ("Replay 100 %", lambda m, a, c, n: Learner(m, a, c, 1.0)),
     "deeparc": ("DeepArc", lambda m, a, c, n: RedundantLayers(m, a, c)),
     "packnet": ("PackNet", lambda m, a, c, n: PackedWeights(m, a, c, n)),
+    "packnet-long": ("PackNet, long", lambda m, a, c, n: PackedWeights(m, a, c, n, again=1.0)),
     "hat": ("HAT", lambda m, a, c, n: AttendedNeurons(m, a, c)),
     "neusemslice": ("NeuSemSlice", lambda m, a, c, n: NonCriticalNeurons(m, a, c)),
     "neusemslice-replay-10": (
@@ -466,6 +488,10 @@ METHODS: dict[str, tuple[str, Callable[[nn.Module, Subtask, Course, int], Learne
     "neusemslice-settled": (
         "NeuSemSlice, settled",
         lambda m, a, c, n: SettledNeurons(m, a, c, n),
+    ),
+    "neusemslice-settled-long": (
+        "NeuSemSlice, settled long",
+        lambda m, a, c, n: SettledNeurons(m, a, c, n, again=1.0),
     ),
 }
 

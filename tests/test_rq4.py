@@ -126,7 +126,12 @@ class TestTasks:
         assert not torch.equal(parts[0].pixels, parts[2].pixels)
 
 
-NEUSEMSLICE = ("neusemslice", "neusemslice-replay-10", "neusemslice-settled")
+NEUSEMSLICE = (
+    "neusemslice",
+    "neusemslice-replay-10",
+    "neusemslice-settled",
+    "neusemslice-settled-long",
+)
 
 
 def all_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -177,7 +182,7 @@ class TestLearners:
         after = all_parameters(trained_on_a)
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
-    @pytest.mark.parametrize("method", [*NEUSEMSLICE, "packnet", "hat"])
+    @pytest.mark.parametrize("method", [*NEUSEMSLICE, "packnet", "packnet-long", "hat"])
     def test_under_its_mask_a_keeps_its_bits_while_b_is_learned(self, method, tasks, model):
         learner = rq4.METHODS[method][1](model, tasks[0], COURSE, 2)
         inputs = tasks[0].data.test.inputs()
@@ -190,6 +195,16 @@ class TestLearners:
         learner.learn(tasks[1])
         assert torch.equal(outputs(), before)
         assert rq4.accuracy_given(learner, 1, tasks[1]) > 0.6
+
+    @pytest.mark.parametrize("method", ["neusemslice-settled", "packnet"])
+    def test_a_trains_again_for_half_as_many_epochs_or_as_many(
+        self, method, tasks, model, monkeypatch
+    ):
+        trained_for = []
+        monkeypatch.setattr(rq4, "study", lambda *given: trained_for.append(given[4].epochs))
+        for name in (method, f"{method}-long"):
+            rq4.METHODS[name][1](model, tasks[0], COURSE, 2)
+        assert trained_for == [COURSE.recipe.epochs // 2, COURSE.recipe.epochs]
 
     def test_neusemslice_stores_its_task_file_and_what_it_replays(self, tasks, model):
         made = rq4.METHODS["neusemslice"][1](model, tasks[0], COURSE, 2)
