@@ -29,6 +29,8 @@ And every slice is measured in several kinds:
     folded               removed after nss_prune.folding.fold, which `divergence` counts on
     folded-recalibrated  both
     refit                removed after nss_prune.folding.refit, which takes a pass for each layer
+    folded-balanced, folded-recalibrated-balanced, refit-balanced
+                         and the class scores shifted by nss_prune.balance
     plain-tuned          `plain`, then trained on all training data for `--tuned-epochs`, at a
                          tenth of the learning rate that the model was trained with
     folded-tuned         `folded`, then trained in the same way
@@ -65,6 +67,7 @@ from data import Data, Split, load
 from figures import save_figure
 from nss_prune import NSSImportance, Slice, remove
 from nss_prune.activations import readable
+from nss_prune.balance import ClassShares, balance, class_shares
 from nss_prune.budget import (
     TOLERANCE,
     Limits,
@@ -112,7 +115,10 @@ RIVALS: dict[str, Callable[[], Any]] = {
 SEMANTIC, DIVERGENCE = "semantic", "divergence"
 CRITERIA = (*RIVALS, SEMANTIC, DIVERGENCE)
 ALLOCATIONS = ("local", "global", "cost", "ours")
-UNTUNED = ("plain", "recalibrated", "folded", "folded-recalibrated", "refit")
+UNTUNED = (
+    "plain", "recalibrated", "folded", "folded-recalibrated", "refit",
+    "folded-balanced", "folded-recalibrated-balanced", "refit-balanced",
+)  # fmt: skip
 KINDS = (*UNTUNED, "plain-tuned", "folded-tuned")
 WHOLE = "whole model"
 HIDDEN_READERS = "conv_pwl"  # timm's name for what reads an inverted bottleneck's hidden channels
@@ -399,6 +405,11 @@ class Calibration:
         return norm_statistics(self.subject.model, self.batches)
 
     @cached_property
+    def classes(self) -> ClassShares:
+        """What the whole model gives each class."""
+        return class_shares(self.subject.model, self.batches)
+
+    @cached_property
     def _pass(self) -> tuple[dict[str, Elimination], dict[str, ReaderStatistics]]:
         """Eliminations, and what the readers read."""
         model, groups = self.subject.model, self.subject.groups
@@ -480,17 +491,19 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 def pruned(calibration: Calibration, critical: Slice, kind: str) -> nn.Module:
     """The smaller model of one kind."""
-    model = copy.deepcopy(calibration.subject.model)
-    if kind.startswith("folded"):
+    model, parts = copy.deepcopy(calibration.subject.model), kind.split("-")
+    if "folded" in parts:
         fold(model, critical, calibration.statistics)
-    if kind == "refit":
+    if "refit" in parts:
         refit(model, critical, calibration.batches)
     remove(model, critical, calibration.subject.example)
     by_channel(model)
-    if kind.endswith("recalibrated"):
+    if "recalibrated" in parts:
         whole = kept_statistics(calibration.norms, critical)
         recalibrate(model, calibration.batches, whole=whole)
-    if kind.endswith("tuned"):
+    if "balanced" in parts:
+        balance(model, calibration.batches, calibration.classes)
+    if "tuned" in parts:
         assert calibration.tuning is not None
         train(model, calibration.tuning.split, calibration.tuning.recipe, seed=0)
     return model
@@ -560,7 +573,7 @@ def run_board(
     found = trained(setting.name, setting.build, data, setting.recipe, 0, cache, device)
     model = by_channel(found.model)
     if not running_norms(model):
-        kinds = [kind for kind in kinds if not kind.endswith("recalibrated")]
+        kinds = [kind for kind in kinds if "recalibrated" not in kind.split("-")]
     tuning = Tuning(data.train, board.tuned)
     if not board.tuned.epochs:
         kinds = [kind for kind in kinds if not kind.endswith("tuned")]

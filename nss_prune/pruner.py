@@ -26,6 +26,8 @@ from nss_prune.arguments import (
     check_strategy,
     own_arguments,
 )
+from nss_prune.balance import Balanced, ClassShares, class_shares
+from nss_prune.balance import balance as balance_classes
 from nss_prune.budget import (
     TOLERANCE,
     Limits,
@@ -164,6 +166,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         recalibrate: Move the running statistics of BatchNorms by as much as what they read of
             ``data`` moved (see :mod:`nss_prune.recalibration`): two more forward passes, and much
             accuracy after deep cuts. The data must be a list or a DataLoader, of one process.
+        balance: Shift the class scores so that each class of ``data`` gets as much probability as
+            the whole model gave it (see :mod:`nss_prune.balance`): two more forward passes, and
+            no class is sacrificed for others after deep cuts. The outputs must be scores of which
+            softmax makes probabilities. The data must be a list or a DataLoader, of one process.
         profile: A profile of this model, instead of ``data``.
         timeout: Seconds that torch-pruning may take to follow the model, and its parts if it
             cannot.
@@ -209,6 +215,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         loss: Loss | None = None,
         fold: bool | Literal["refit"] = True,
         recalibrate: bool = False,
+        balance: bool = False,
         profile: Profile | None = None,
         timeout: float = TIMEOUT,
         adapters: Sequence[Adapter] = ADAPTERS,
@@ -233,6 +240,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check_fold(fold, data)
         if recalibrate:
             check_repeatable("recalibrate=True", data)
+        if balance:
+            check_repeatable("balance=True", data)
         if not timeout > 0:
             raise ArgumentError(f"timeout is {timeout!r}; give a number of seconds above 0")
         self.timeout = timeout
@@ -247,6 +256,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.loss = loss
         self.fold = fold
         self.recalibrate = recalibrate
+        self.balance = balance
+        self._class_shares: ClassShares | None = None
+        self._balanced: Balanced | None = None
         self._folded: Folded | None = None
         self.progress = progress
         self._report: Report | _Counted | None = None
@@ -663,7 +675,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         Args:
             interactive: Yield torch-pruning groups instead, each with the neurons to remove, for
-                the caller to ``.prune()``. Nothing is checked, folded, recalibrated or undone then.
+                the caller to ``.prune()``. Nothing is checked, folded, recalibrated, balanced or
+                undone then.
 
         Raises:
             DataError, NumericalError: The data cannot be used.
@@ -732,6 +745,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _remove(self, critical: Slice) -> Slice:
         norms = self._norm_statistics()
+        self._see_classes()
         with undone_on_error(self.model):
             self._folded = self._fold(critical)
             self._remove_from(self.model, critical)
@@ -739,6 +753,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 assert self.data is not None
                 kept = kept_statistics(norms, critical)
                 recalibrate(self.model, self.data, whole=kept, progress=self.progress)
+            if self._class_shares is not None:
+                assert self.data is not None
+                self._balanced = balance_classes(
+                    self.model, self.data, self._class_shares, progress=self.progress
+                )
         return critical
 
     def _remove_from(self, model: nn.Module, critical: Slice) -> None:
@@ -758,6 +777,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return {}
         assert self.data is not None
         return norm_statistics(self.model, self.data, progress=self.progress)
+
+    def _see_classes(self) -> None:
+        """What the model gives each class before the first removal, where that is to be kept."""
+        if self.balance and self._class_shares is None:
+            assert self.data is not None
+            self._class_shares = class_shares(self.model, self.data, progress=self.progress)
 
     def _fold(self, critical: Slice) -> Folded | None:
         """Fold the neurons outside the slice into their readers, where that is wanted."""
@@ -807,7 +832,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         folded = () if self._folded is None else self._folded.notes
         plain = self.recalibrate and not running_norms(self.model)
         norms = ("nothing was recalibrated: the model has no BatchNorm",) if plain else ()
-        return (*self.neurons.notes, *self._shortfall, *profiled, *folded, *norms)
+        unbalanced = self._balanced.note if self._balanced else ""
+        balanced = (unbalanced,) if unbalanced else ()
+        return (*self.neurons.notes, *self._shortfall, *profiled, *folded, *norms, *balanced)
 
     def _forward(self, model: nn.Module, inputs: Any) -> Any:
         return (

@@ -269,6 +269,9 @@ class TestPruned:
         # Nothing is removed before its only norm.
         torch.testing.assert_close(outputs["recalibrated"], outputs["plain"])
         torch.testing.assert_close(outputs["folded-recalibrated"], outputs["folded"])
+        for kind in ("folded", "folded-recalibrated", "refit"):
+            shifts = outputs[f"{kind}-balanced"] - outputs[kind]
+            torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts))
         different = [outputs[kind] for kind in ("plain", "folded", "refit")]
         for i in range(len(different)):
             for other in different[:i]:
@@ -419,7 +422,10 @@ class TestScript:
         assert (tmp_path / "accuracy-mlp-digits.png").stat().st_size > 10_000
         places = [(c["criterion"], c["level"], c["kind"]) for c in content["cells"]]
         # No norms to recalibrate, or to rank by.
-        kinds = ("plain", "folded", "refit", "plain-tuned", "folded-tuned")
+        kinds = (
+            "plain", "folded", "refit", "folded-balanced", "refit-balanced",
+            "plain-tuned", "folded-tuned",
+        )  # fmt: skip
         assert places == [
             (criterion, level, kind)
             for criterion in ("magnitude-l2", "divergence")
