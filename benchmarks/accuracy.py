@@ -97,7 +97,7 @@ from nss_prune.report import macs_by_module
 from options import checked_seeds, common, usable_device
 from results import Cell, Column, spread
 from settings import BEYOND, SETTINGS, Setting
-from training import Recipe, accuracy, suitable_threads, train, trained
+from training import Recipe, right_by_class, suitable_threads, train, trained
 
 Batches = list[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
@@ -130,6 +130,13 @@ SUMMARY_COLUMNS = (
     Column("rival", "best other"),
     Column("theirs", "its accuracy, %"),
     Column("lead", "lead, points"),
+)
+
+CLASS_COLUMNS = (
+    Column("level", "kept"),
+    Column("kind", "kind"),
+    Column("accuracy", "accuracy, %"),
+    Column("drop", "most that a class loses, points"),
 )
 
 
@@ -218,6 +225,7 @@ class Measured:
 
     reached: the share of the budget's cost that it keeps.
     accuracy, dense: shares, 0 to 1; None where the budget is not met; dense is the whole model's.
+    class_drop: the largest share of its samples that a class has lost; None if it is not known.
     """
 
     seed: int
@@ -228,6 +236,7 @@ class Measured:
     reached: float
     accuracy: float | None
     dense: float
+    class_drop: float | None = None
 
 
 # What is pruned
@@ -548,7 +557,8 @@ class Record:
         results.write(
             self.path, self.title, shown, table_rows(self.cells), device=self.device,
             seeds=sorted({cell.seed for cell in self.cells}), options=self.options,
-            summary=summary(self.cells), cells=[asdict(cell) for cell in self.cells],
+            summary=summary(self.cells), classes=class_drops(self.cells),
+            cells=[asdict(cell) for cell in self.cells],
         )  # fmt: skip
 
     @property
@@ -626,21 +636,26 @@ def measure(
     lacking: Sequence[tuple[Variant, Level, list[str]]],
 ) -> None:
     batch = record.board.batch
-    dense = accuracy(calibration.subject.model, check, batch)
+    dense = right_by_class(calibration.subject.model, check, batch)
+    samples = torch.bincount(check.labels, minlength=len(dense)).clamp(min=1)
     for variant, level, kinds in lacking:
         found = calibration.slice(variant, level)
         if found is None:
             continue
         critical, reached = found
         is_met = reached <= level.kept + TOLERANCE
-        cells = [
-            Measured(
-                seed, variant.criterion, variant.allocation, str(level), kind, reached,
-                accuracy(pruned(calibration, critical, kind), check, batch) if is_met else None,
-                dense,
-            )
-            for kind in kinds
-        ]  # fmt: skip
+        cells = []
+        for kind in kinds:
+            kept = drop = None
+            if is_met:
+                right = right_by_class(pruned(calibration, critical, kind), check, batch)
+                kept = int(right.sum()) / len(check)
+                drop = float(((dense - right) / samples).max())
+            cell = Measured(
+                seed, variant.criterion, variant.allocation, str(level), kind, reached, kept,
+                int(dense.sum()) / len(check), drop,
+            )  # fmt: skip
+            cells.append(cell)
         record.add(cells)
         record.save()
         print(line(variant, cells), flush=True)
@@ -744,6 +759,23 @@ def summary(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
                     "theirs": spread(theirs),
                     "lead": spread([a - b for a, b in pairs]),
                 }
+            )
+    return rows
+
+
+def class_drops(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
+    """What the class that loses most loses with `divergence`, by level and kind."""
+    known = [c for c in cells if c.criterion == DIVERGENCE and c.class_drop is not None]
+    rows: list[dict[str, Cell]] = []
+    for level in level_names(known):
+        for kind in KINDS:
+            same = [cell for cell in known if (cell.level, cell.kind) == (level, kind)]
+            if not same:
+                continue
+            kept = [100 * cell.accuracy for cell in same if cell.accuracy is not None]
+            lost = [100 * cell.class_drop for cell in same if cell.class_drop is not None]
+            rows.append(
+                {"level": level, "kind": kind, "accuracy": spread(kept), "drop": spread(lost)}
             )
     return rows
 

@@ -4,7 +4,8 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
 `NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
-RQ2 or RQ3 says in all, or `NAME leads`: the best of every criterion on that accuracy board.
+RQ2 or RQ3 says in all, `NAME leads`: the best of every criterion on that accuracy board, or
+`NAME classes`: what the class that loses most loses on it, with and without balance.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from pathlib import Path
 
 import results
+from accuracy import CLASS_COLUMNS
 from accuracy import SUMMARY_COLUMNS as LEADS
 from rq1 import THETA_COLUMNS
 from rq2 import SUMMARY_COLUMNS as GAINS
@@ -39,6 +41,8 @@ def table(name: str) -> str:
         best = [row for row in content["summary"] if row["kind"] == "any"]
         shown = [column for column in LEADS if column.key != "kind"]
         return results.markdown_table(shown, best)
+    if part == ["classes"]:
+        return results.markdown_table(CLASS_COLUMNS, content["classes"])
     if part == ["summary"]:
         columns = CLAIMS if file.startswith("rq3") else GAINS
         return results.markdown_table(columns, content["summary"])

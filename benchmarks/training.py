@@ -149,15 +149,24 @@ def crop_and_mirror(pixels: Tensor, random: torch.Generator, margin: int = 4) ->
     return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
     """The share of `split`, 0 to 1, that `model` names rightly."""
+    return int(right_by_class(model, split, batch).sum()) / len(split)
+
+
+@torch.no_grad()
+def right_by_class(model: nn.Module, split: Split, batch: int = 500) -> Tensor:
+    """How many samples of each class `model` names rightly, int64 `[classes]`."""
+    classes = int(split.labels.max()) + 1
+    right = torch.zeros(classes, dtype=torch.long, device=split.labels.device)
     was_training = model.training
     model.eval()
     with fast(model):
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in split.batches(batch))
+        for inputs, labels in split.batches(batch):
+            named = labels[model(inputs).argmax(1) == labels]
+            right += torch.bincount(named, minlength=classes)
     model.train(was_training)
-    return right / len(split)
+    return right
 
 
 @dataclass(frozen=True)

@@ -394,7 +394,31 @@ class TestTables:
         met, unmet = record.cells
         assert met.accuracy is not None
         assert unmet.accuracy is None
+        assert unmet.class_drop is None
         assert unmet.reached > 0.1
+        smaller = accuracy.pruned(calibration, calibration.slice(*todo[0][:2])[0], "plain")
+        lost = []
+        for label in labels.unique():
+            mine = inputs[labels == label]
+            before, after = (
+                sum(int(model(x[None]).argmax()) == label for x in mine) / len(mine)
+                for model in (calibration.subject.model, smaller)
+            )
+            lost.append(before - after)
+        assert met.class_drop == pytest.approx(max(lost))
+
+    def test_the_class_that_loses_most(self):
+        cells = [
+            replace(c, class_drop=drop)
+            for c, drop in zip(self.CELLS[:4], (0.4, 0.6, None, 0.1), strict=True)
+        ]
+        rows = accuracy.class_drops([*cells, replace(self.CELLS[4], class_drop=0.9)])
+        assert [(row["level"], row["kind"]) for row in rows] == [
+            ("MACs 0.5", "plain"), ("MACs 0.5", "folded"),
+        ]  # fmt: skip
+        assert rows[0]["drop"]["values"] == pytest.approx([40, 60])
+        assert rows[1]["drop"]["values"] == pytest.approx([10])
+        assert rows[1]["accuracy"]["values"] == pytest.approx([80])
 
     def test_lead_over_the_best_that_owes_nothing_to_ours(self):
         rows = accuracy.summary(self.CELLS)
