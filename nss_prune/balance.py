@@ -144,7 +144,7 @@ def _scores(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tup
             by_place = scores.movedim(1, -1).flatten(0, -2)
             fold = torch.arange(seen, seen + samples) % FOLDS
             folds.append(fold.repeat_interleave(len(by_place) // samples))
-            found.append(by_place.double().cpu())
+            found.append(by_place.cpu().double())
             seen += samples
             values += by_place.numel()
             if values >= MOST_VALUES:
@@ -249,5 +249,5 @@ def _shifted(module: Any, shift: Tensor) -> Iterator[None]:
 def _moved(module: Any, shift: Tensor) -> nn.Parameter:
     """The bias of a layer, moved; a new one where it has none."""
     like = module.weight if module.bias is None else module.bias
-    old = 0.0 if module.bias is None else module.bias.detach().double()
-    return nn.Parameter((old + shift.double().to(like.device)).to(like.dtype), like.requires_grad)
+    old = 0.0 if module.bias is None else module.bias.detach().cpu().double()
+    return nn.Parameter((old + shift.cpu().double()).to(like), like.requires_grad)

@@ -135,7 +135,7 @@ def test_removal_and_folding_are_those_of_a_cpu(name: str) -> None:
     [
         {"theta": 0.9},
         {"pruning_ratio": 0.5, "global_pruning": True},
-        {"macs_budget": 0.6, "recalibrate": True},
+        {"macs_budget": 0.6, "recalibrate": True, "balance": True},
         {"params_budget": 0.6, "fold": "refit"},
         {"latency_budget": 0.9},
     ],
