@@ -136,7 +136,9 @@ CLASS_COLUMNS = (
     Column("level", "kept"),
     Column("kind", "kind"),
     Column("accuracy", "accuracy, %"),
+    Column("balanced", "balanced, %"),
     Column("drop", "most that a class loses, points"),
+    Column("balanced_drop", "balanced, points"),
 )
 
 
@@ -764,20 +766,29 @@ def summary(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
 
 
 def class_drops(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
-    """What the class that loses most loses with `divergence`, by level and kind."""
-    known = [c for c in cells if c.criterion == DIVERGENCE and c.class_drop is not None]
+    """What balance does for `divergence`: by level and kind, the accuracy and what the class that
+    loses most loses, without it and with it."""
+    known: dict[tuple[str, str], list[Measured]] = {}
+    for cell in cells:
+        if cell.criterion == DIVERGENCE and cell.class_drop is not None:
+            known.setdefault((cell.level, cell.kind), []).append(cell)
     rows: list[dict[str, Cell]] = []
-    for level in level_names(known):
+    for level in level_names([cell for same in known.values() for cell in same]):
         for kind in KINDS:
-            same = [cell for cell in known if (cell.level, cell.kind) == (level, kind)]
-            if not same:
-                continue
-            kept = [100 * cell.accuracy for cell in same if cell.accuracy is not None]
-            lost = [100 * cell.class_drop for cell in same if cell.class_drop is not None]
-            rows.append(
-                {"level": level, "kind": kind, "accuracy": spread(kept), "drop": spread(lost)}
-            )
+            plain, balanced = known.get((level, kind)), known.get((level, f"{kind}-balanced"))
+            if plain and balanced:
+                row: dict[str, Cell] = {"level": level, "kind": kind}
+                row["accuracy"], row["drop"] = kept_and_lost(plain)
+                row["balanced"], row["balanced_drop"] = kept_and_lost(balanced)
+                rows.append(row)
     return rows
+
+
+def kept_and_lost(cells: Sequence[Measured]) -> tuple[Cell, Cell]:
+    """The accuracy, and the loss of the class that loses most, in percent."""
+    kept = [100 * cell.accuracy for cell in cells if cell.accuracy is not None]
+    lost = [100 * cell.class_drop for cell in cells if cell.class_drop is not None]
+    return spread(kept), spread(lost)
 
 
 def plot(title: str, cells: Sequence[Measured], path: Path) -> None:

@@ -407,18 +407,21 @@ class TestTables:
             lost.append(before - after)
         assert met.class_drop == pytest.approx(max(lost))
 
-    def test_the_class_that_loses_most(self):
+    def test_the_class_that_loses_most_with_and_without_balance(self):
         cells = [
-            replace(c, class_drop=drop)
-            for c, drop in zip(self.CELLS[:4], (0.4, 0.6, None, 0.1), strict=True)
-        ]
-        rows = accuracy.class_drops([*cells, replace(self.CELLS[4], class_drop=0.9)])
-        assert [(row["level"], row["kind"]) for row in rows] == [
-            ("MACs 0.5", "plain"), ("MACs 0.5", "folded"),
+            replace(cell(seed, "divergence", "ours", kind, value), class_drop=drop)
+            for seed, kind, value, drop in (
+                (0, "folded", 0.5, 0.4), (1, "folded", 0.7, 0.6), (0, "plain", 0.3, 0.9),
+                (0, "folded-balanced", 0.6, 0.2), (1, "folded-balanced", 0.8, 0.1),
+            )
         ]  # fmt: skip
-        assert rows[0]["drop"]["values"] == pytest.approx([40, 60])
-        assert rows[1]["drop"]["values"] == pytest.approx([10])
-        assert rows[1]["accuracy"]["values"] == pytest.approx([80])
+        (row,) = accuracy.class_drops([*cells, *self.CELLS])
+        assert (row["level"], row["kind"]) == ("MACs 0.5", "folded")
+        expected = {
+            "accuracy": [50, 70], "balanced": [60, 80], "drop": [40, 60], "balanced_drop": [20, 10],
+        }  # fmt: skip
+        for key, values in expected.items():
+            assert row[key]["values"] == pytest.approx(values)
 
     def test_lead_over_the_best_that_owes_nothing_to_ours(self):
         rows = accuracy.summary(self.CELLS)
