@@ -119,7 +119,9 @@ UNTUNED = (
     "plain", "recalibrated", "folded", "folded-recalibrated", "refit",
     "folded-balanced", "folded-recalibrated-balanced", "refit-balanced",
 )  # fmt: skip
-KINDS = (*UNTUNED, "plain-tuned", "folded-tuned")
+TUNED = ("plain-tuned", "folded-tuned")
+KINDS = (*UNTUNED, *TUNED)
+BEST = {"untuned": UNTUNED, "tuned": TUNED}
 WHOLE = "whole model"
 HIDDEN_READERS = "conv_pwl"  # timm's name for what reads an inverted bottleneck's hidden channels
 
@@ -731,7 +733,8 @@ def table_rows(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
 
 
 def summary(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
-    """`divergence` against the best of the others, kind by kind, and each by its best kind.
+    """`divergence` against the best of the others, kind by kind, and each by its best kind:
+    of those that are not trained on, and of those that are.
 
     The others are those that owe nothing to `divergence`; the lead is by the same seeds.
     """
@@ -739,7 +742,7 @@ def summary(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
     kinds = [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]
     rows: list[dict[str, Cell]] = []
     for level in level_names(cells):
-        for title, among in [*((kind, [kind]) for kind in kinds), ("any", kinds)]:
+        for title, among in [*((kind, (kind,)) for kind in kinds), *BEST.items()]:
             entries = [
                 (variant, kind, values)
                 for (variant, kind, name), values in found.items()
@@ -757,7 +760,7 @@ def summary(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
                     "level": level,
                     "kind": title,
                     "ours": spread(mine),
-                    "rival": f"{rival}, {kind}" if title == "any" else str(rival),
+                    "rival": f"{rival}, {kind}" if title in BEST else str(rival),
                     "theirs": spread(theirs),
                     "lead": spread([a - b for a, b in pairs]),
                 }

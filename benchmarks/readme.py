@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 import results
-from accuracy import CLASS_COLUMNS
+from accuracy import BEST, CLASS_COLUMNS
 from accuracy import SUMMARY_COLUMNS as LEADS
 from rq1 import THETA_COLUMNS
 from rq2 import SUMMARY_COLUMNS as GAINS
@@ -38,8 +38,9 @@ def table(name: str) -> str:
         ]
         return results.markdown_table(THETA_COLUMNS, rows)
     if part == ["leads"]:
-        best = [row for row in content["summary"] if row["kind"] == "any"]
-        shown = [column for column in LEADS if column.key != "kind"]
+        best = [row for row in content["summary"] if row["kind"] in BEST]
+        tuned = any(row["kind"] == "tuned" for row in best)
+        shown = [column for column in LEADS if column.key != "kind" or tuned]
         return results.markdown_table(shown, best)
     if part == ["classes"]:
         return results.markdown_table(CLASS_COLUMNS, content["classes"])

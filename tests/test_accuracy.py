@@ -425,7 +425,7 @@ class TestTables:
 
     def test_lead_over_the_best_that_owes_nothing_to_ours(self):
         rows = accuracy.summary(self.CELLS)
-        assert [row["kind"] for row in rows] == ["plain", "folded", "any"]
+        assert [row["kind"] for row in rows] == ["plain", "folded", "untuned"]
         assert [row["rival"] for row in rows] == [
             "lamp, global", "lamp, global", "lamp, global, folded",
         ]  # fmt: skip
