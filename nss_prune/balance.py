@@ -50,14 +50,13 @@ class ClassShares:
     sums: Tensor
     counts: Tensor
 
-    def mean(self, fold: int | None = None, *, without: int | None = None) -> Tensor:
-        """The mean probability of each class, ``[classes]``: of all data, of one fold, or of all
-        but one."""
-        chosen = torch.ones(len(self.counts), dtype=torch.bool)
-        if fold is not None:
-            chosen = torch.arange(len(chosen)) == fold
-        if without is not None:
-            chosen[without] = False
+    def mean(self, folds: Tensor | None = None) -> Tensor:
+        """The mean probability of each class, ``[classes]``, of all data.
+
+        Args:
+            folds: Of the data in some folds alone, True for these, ``[folds]``.
+        """
+        chosen = slice(None) if folds is None else folds
         return self.sums[chosen].sum(0) / self.counts[chosen].sum()
 
 
@@ -169,11 +168,10 @@ def _fitted(scores: Tensor, folds: Tensor, whole: ClassShares) -> Tensor | None:
         return None
     gains = torch.zeros(len(PENALTIES), dtype=torch.float64)
     for fold in used:
-        out = folds == fold
-        held_out, wanted = scores[out], whole.mean(fold)
+        out, left_out = folds == fold, torch.arange(FOLDS) == fold
+        held_out, wanted = scores[out], whole.mean(left_out)
         before = _divergence(held_out, wanted, torch.zeros_like(wanted))
-        path = _shifts(scores[~out], whole.mean(without=fold))
-        for position, shift in enumerate(path):
+        for position, shift in enumerate(_shifts(scores[~out], whole.mean(~left_out))):
             after = _divergence(held_out, wanted, shift)
             gains[position] += float(before - after) * len(held_out)
     best = int(gains.argmax())
