@@ -587,10 +587,10 @@ def run_board(
     found = trained(setting.name, setting.build, data, setting.recipe, 0, cache, device)
     model = by_channel(found.model)
     if not running_norms(model):
-        kinds = [kind for kind in kinds if "recalibrated" not in kind.split("-")]
+        kinds = [kind for kind in kinds if "recalibrated" not in kind]
     tuning = Tuning(data.train, board.tuned)
     if not board.tuned.epochs:
-        kinds = [kind for kind in kinds if not kind.endswith("tuned")]
+        kinds = [kind for kind in kinds if kind not in TUNED]
     with suitable_threads(model):
         subject = subject_of(board, model, next(data.train.batches(2))[0])
         ranker = Ranker(subject)

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nss_prune.categories import class_scores
-from nss_prune.collector import as_computed, run
+from nss_prune.collector import run
 from nss_prune.errors import ModelMismatchError, NumericalError
 from nss_prune.neurons import evaluation
-from nss_prune.readers import counted_batches
+from nss_prune.readers import counted_batches, scores_by_place
 
 FOLDS = 5
 PENALTIES = tuple(10.0**-power for power in range(1, 6))
@@ -138,9 +138,7 @@ def _scores(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tup
     folds: list[Tensor] = []
     seen = values = 0
     with evaluation(model):
-        for number, inputs, samples in counted_batches(model, data, progress, "balance"):
-            scores = as_computed(class_scores(run(model, inputs, number)))
-            by_place = scores.movedim(1, -1).flatten(0, -2)
+        for by_place, samples in scores_by_place(model, data, progress, "balance"):
             fold = torch.arange(seen, seen + samples) % FOLDS
             folds.append(fold.repeat_interleave(len(by_place) // samples))
             found.append(by_place.cpu().double())

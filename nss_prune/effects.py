@@ -43,7 +43,7 @@ from nss_prune.neurons import (
     submodule,
     tensors_in,
 )
-from nss_prune.readers import ReaderStatistics, counted_batches
+from nss_prune.readers import ReaderStatistics, counted_batches, scores_by_place
 from nss_prune.slicing import Slice
 
 LEVELS = 8  # numbers of neurons of a layer that are measured, evenly spaced
@@ -162,9 +162,8 @@ def _answers(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tu
     answers: list[Tensor] = []
     seen = 0
     with evaluation(model):
-        for number, inputs, samples in counted_batches(model, data, progress, "divergence"):
-            scores = class_scores(run(model, inputs, number))
-            answers.append(as_computed(scores).movedim(1, -1).flatten(0, -2).log_softmax(1))
+        for scores, samples in scores_by_place(model, data, progress, "divergence"):
+            answers.append(scores.log_softmax(1))
             seen += samples
             if seen >= MOST_SAMPLES or sum(a.numel() for a in answers) >= MOST_VALUES:
                 break

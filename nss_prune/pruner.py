@@ -832,8 +832,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         folded = () if self._folded is None else self._folded.notes
         plain = self.recalibrate and not running_norms(self.model)
         norms = ("nothing was recalibrated: the model has no BatchNorm",) if plain else ()
-        unbalanced = self._balanced.note if self._balanced else ""
-        balanced = (unbalanced,) if unbalanced else ()
+        balanced = (self._balanced.note,) if self._balanced and self._balanced.note else ()
         return (*self.neurons.notes, *self._shortfall, *profiled, *folded, *norms, *balanced)
 
     def _forward(self, model: nn.Module, inputs: Any) -> Any:

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from nss_prune.collector import check_inputs, run, split_batch
+from nss_prune.categories import class_scores
+from nss_prune.collector import as_computed, check_inputs, run, split_batch
 from nss_prune.errors import DataError, NumericalError
 from nss_prune.neurons import (
     Member,
@@ -308,6 +309,19 @@ def counted_batches(
         yield number, inputs, check_inputs(model, inputs, number)
     if number < 0:
         raise DataError("the data has no batches; give at least one batch of (inputs, labels)")
+
+
+def scores_by_place(
+    model: nn.Module, data: Iterable[Any], progress: bool | None, label: str
+) -> Iterator[tuple[Tensor, int]]:
+    """The class scores of every batch, ``[places, classes]`` sample by sample, and its samples.
+
+    Raises:
+        DataError: There is no batch, it cannot be used, or the model gives no class scores.
+    """
+    for number, inputs, samples in counted_batches(model, data, progress, label):
+        scores = as_computed(class_scores(run(model, inputs, number)))
+        yield scores.movedim(1, -1).flatten(0, -2), samples
 
 
 @contextlib.contextmanager
