@@ -6,8 +6,10 @@
 Every criterion prunes the same trained model, on the same groups of neurons, to the same share of
 its multiply-accumulates (or of its parameters), and its choice is removed in the same way. What is
 left is measured on pictures that calibrated nothing. A seed draws the pictures that calibrate;
-model and test pictures stay the same (`--redraw`: a pretrained model's are drawn anew as well,
-which there is more to learn from where pictures are few). The criteria:
+model and test pictures stay the same. With `--redraw` a pretrained model's test pictures are drawn
+anew as well, which there is more to learn from where pictures are few. With `--models` each seed
+has a model of its own, trained with that seed: pictures that one model happens to get right after
+a light cut say little of the next. The criteria:
 
     magnitude-l1, magnitude-l2, bn-scale, lamp, fpgm, taylor, hessian, random
                 torch-pruning's, with its defaults; gradients from the calibration data with labels
@@ -171,6 +173,7 @@ class Board:
     hidden: prune the hidden channels of inverted bottlenecks alone, to a share of their MACs.
     tuned_epochs: of training after pruning, where that is asked for and there is data for it.
     mirrored: calibrate with the mirror images of the pictures, too.
+    models: every seed has a model of its own.
     """
 
     name: str
@@ -181,6 +184,7 @@ class Board:
     hidden: bool = False
     tuned_epochs: int = 1
     mirrored: bool = False
+    models: bool = False
 
     @property
     def tuned(self) -> Recipe:
@@ -581,11 +585,26 @@ def run_board(
     cache: Path,
 ) -> None:
     """Measure all cells that the record lacks; prints a line on each variant and seed."""
+    setting, device = record.board.setting, data.train.labels.device
+    draws = {seed: [seed] for seed in seeds} if record.board.models else {0: seeds}
+    for number, same in draws.items():
+        found = trained(setting.name, setting.build, data, setting.recipe, number, cache, device)
+        run_model(record, found.model, data, same, variants, kinds, redraw=redraw)
+
+
+def run_model(
+    record: Record,
+    model: nn.Module,
+    data: Data,
+    seeds: Sequence[int],
+    variants: Sequence[Variant],
+    kinds: Sequence[str],
+    *,
+    redraw: bool,
+) -> None:
+    """Measure the cells of one model, for each draw of pictures."""
     board = record.board
-    device = data.train.labels.device
-    setting = board.setting
-    found = trained(setting.name, setting.build, data, setting.recipe, 0, cache, device)
-    model = by_channel(found.model)
+    model = by_channel(model)
     if not running_norms(model):
         kinds = [kind for kind in kinds if "recalibrated" not in kind]
     tuning = Tuning(data.train, board.tuned)
@@ -878,6 +897,8 @@ def parser() -> argparse.ArgumentParser:
         help="draw the test pictures anew with each seed, for pretrained models")  # fmt: skip
     add("--mirrored", action="store_true",
         help="calibrate with mirror images, too, which is a board of its own")  # fmt: skip
+    add("--models", action="store_true",
+        help="a model of its own for each seed, which is a board of its own")  # fmt: skip
     add("--fresh", action="store_true", help="start anew, whatever the result file has")
     return parser
 
@@ -913,13 +934,15 @@ def adapted(board: Board, asked: argparse.Namespace) -> Board:
             f"--redraw would check {board.name} with pictures that it was trained with; it is for "
             "pretrained models."
         )
+    if asked.models and not setting.recipe.epochs:
+        raise ArgumentError(f"--models trains one for each seed; {board.name} is a pretrained one.")
     if asked.tuned_epochs < 1:
         raise ArgumentError(f"--tuned-epochs is {asked.tuned_epochs}; it is 1 or more.")
     new_levels = tuple(wanted) or board.levels
     return replace(
-        board, name=board.name + "-mirrored" * asked.mirrored, setting=setting,
-        calibrated=calibrated, levels=new_levels, tuned_epochs=asked.tuned_epochs,
-        mirrored=asked.mirrored,
+        board, name=board.name + "-mirrored" * asked.mirrored + "-models" * asked.models,
+        setting=setting, calibrated=calibrated, levels=new_levels, tuned_epochs=asked.tuned_epochs,
+        mirrored=asked.mirrored, models=asked.models,
     )  # fmt: skip
 
 

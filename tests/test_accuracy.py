@@ -14,6 +14,7 @@ import accuracy
 import data
 import models
 import settings
+import training
 from accuracy import BOARDS, UNTUNED, Board, Level, Measured, Variant
 from data import Split
 from networks import assert_unchanged, cnn, fingerprint, mlp, settled
@@ -492,6 +493,22 @@ class TestScript:
                 self.run(tmp_path / "parts", *words)
         assert self.run(tmp_path / "parts", *words)["cells"] == whole["cells"]
 
+    def test_a_model_for_each_seed(self, tmp_path, digits):
+        words = ("--criteria", "lamp", "--allocations", "local", "--kinds", "plain")
+        (one, *_) = self.run(tmp_path, *words)["cells"]
+        self.run(tmp_path, *words, "--models", "--seeds", "2", "--kept", "0.8")
+        written = (tmp_path / "accuracy-mlp-digits-models.json").read_text("utf-8")
+        first, second = json.loads(written)["cells"]
+        assert first == one
+        setting = DIGITS.setting.with_epochs(3)
+        own = training.trained(
+            setting.name, setting.build, digits, setting.recipe, 1, tmp_path / "cache", "cpu"
+        )
+        assert own.cached
+        right = training.right_by_class(own.model, digits.test, DIGITS.batch)
+        assert second["seed"] == 1
+        assert second["dense"] == int(right.sum()) / len(digits.test)
+
     def test_a_file_that_was_measured_otherwise_is_not_mixed_with(self, tmp_path):
         words = ("--criteria", "random", "--allocations", "local", "--kinds", "plain")
         self.run(tmp_path, *words)
@@ -513,6 +530,7 @@ class TestScript:
             (["--kept-parameters", "half"], "no comma list of numbers"),
             (["--calibrated", "1"], "at least 2 pictures"),
             (["--redraw"], "trained with"),
+            (["--models", "--settings", "efficientnet-imagenet"], "a pretrained one"),
             (["--seeds", "0"], "at least 1"),
             (["--device", "abacus"], "cannot be used here"),
         ],
