@@ -20,6 +20,7 @@ unstructured one global LAMP step against LAMP's definition written plainly and 
 planning    NSSPruner's constructor and step, given a profile, against torch-pruning's pruner
 latency     a forward pass of the model against that of the model at half of its MACs, and at half
             of its seconds as foreseen
+freezing    training steps where half of the neurons are frozen, against those of the whole model
 
 Times are of single runs in turn (A B A B ...); a ratio is given as median (minimum .. maximum).
 """
@@ -57,6 +58,7 @@ from nss_prune.similarity import (
     similarity_curve,
 )
 from results import Column
+from speed_freezing import freezing
 from speed_pruner import LATENCY_COLUMNS, latency, planning
 from speed_unstructured import COLUMNS_WITH_MEMORY, lamp_steps
 from timing import COLUMNS, Rows, in_turn, printed_by, ratio_row, resident_peak, show
@@ -69,7 +71,7 @@ MEMORY_COLUMNS = (
 OTHER_COLUMNS = {"memory": MEMORY_COLUMNS, "unstructured": COLUMNS_WITH_MEMORY,
                  "latency": LATENCY_COLUMNS}  # fmt: skip
 PARTS = ("selection", "profile", "allocation", "deeplift", "memory", "unstructured", "planning",
-         "latency")  # fmt: skip
+         "latency", "freezing")  # fmt: skip
 SELECTION = ((1000, 256), (1000, 512), (5000, 512))
 SELECTION_TARGETS = {(1000, 512): ">= 100", (5000, 512): ">= 500"}
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
@@ -340,6 +342,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "unstructured": lambda: lamp_steps(asked.repeats),
         "planning": lambda: planning(asked.repeats),
         "latency": lambda: latency(asked.repeats),
+        "freezing": lambda: freezing(asked.repeats),
     }
     for part in asked.parts.split(","):
         if part not in parts:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 import pilot
 import results
 import rq1
 import speed
+import speed_freezing
 import targets
 from nss_prune.contributions import metrics_known
 from nss_prune.errors import ArgumentError, NSSPruneError
@@ -89,6 +91,30 @@ def test_ratio_row() -> None:
     assert row["ratio"] == "7.50 (5.00 .. 10.00) x faster"
     with pytest.raises(ArgumentError, match="no part"):
         speed.main(["--parts", "everything"])
+
+
+def test_training_steps_are_timed_with_half_of_the_neurons_frozen(monkeypatch) -> None:
+    model = models.mlp(16, 8, 6, 10)
+    monkeypatch.setattr(speed_freezing, "CASES", {"small": (lambda: model, (20, 16))})
+    trained = []
+
+    def once(*timed_and_repeats):
+        moved = []
+        for steps in timed_and_repeats[:2]:
+            steps()
+            weights = steps.args[0].get_parameter("1.weight")
+            moved.append(int((weights != model.get_parameter("1.weight")).any(1).sum()))
+        trained.append(moved)
+        return [1.0], [2.0]
+
+    monkeypatch.setattr(speed_freezing, "in_turn", once)
+    rows = speed_freezing.freezing(1)
+    assert [row["what"] for row in rows] == [
+        f"small, {part} train, {optimizer}"
+        for part in ("critical", "others")
+        for optimizer in ("SGD", "AdamW")
+    ]
+    assert trained == [[4, 8]] * 4  # of eight neurons
 
 
 def test_deeparcs_star_is_the_model_without_its_redundant_layers(tmp_path: Path, capsys) -> None:
