@@ -37,6 +37,11 @@ And every slice is measured in several kinds:
                          tenth of the learning rate that the model was trained with
     folded-tuned         `folded`, then trained in the same way
 
+What is left is measured by its accuracy, by the largest share of its samples that a class loses,
+and by its agreement with the whole model: the share of test pictures that get the same class. If
+a cut costs hardly any accuracy, the best of many criteria is one that happens to be right more
+often than the whole model; agreement tells what a cut changed from what it happened to gain.
+
 `efficientnet-imagenet` prunes the hidden channels of the inverted bottlenecks alone, to a share of
 their own multiply-accumulates; `efficientnet-imagenet-whole` all that can be pruned. Where a
 criterion cannot reach a budget (bn-scale leaves layers without BatchNorm alone), the cell is empty.
@@ -53,7 +58,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -99,10 +104,11 @@ from nss_prune.report import macs_by_module
 from options import checked_seeds, common, usable_device
 from results import Cell, Column, spread
 from settings import BEYOND, SETTINGS, Setting
-from training import Recipe, right_by_class, suitable_threads, train, trained
+from training import Recipe, predictions, suitable_threads, train, trained
 
 Batches = list[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
+Field = Literal["accuracy", "agreement"]
 
 RIVALS: dict[str, Callable[[], Any]] = {
     "magnitude-l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
@@ -134,6 +140,12 @@ SUMMARY_COLUMNS = (
     Column("rival", "best other"),
     Column("theirs", "its accuracy, %"),
     Column("lead", "lead, points"),
+)
+
+AGREEMENT_COLUMNS = (
+    *SUMMARY_COLUMNS[:-2],
+    Column("theirs", "its agreement, %"),
+    SUMMARY_COLUMNS[-1],
 )
 
 CLASS_COLUMNS = (
@@ -234,6 +246,7 @@ class Measured:
     reached: the share of the budget's cost that it keeps.
     accuracy, dense: shares, 0 to 1; None where the budget is not met; dense is the whole model's.
     class_drop: the largest share of its samples that a class has lost; None if it is not known.
+    agreement: share of samples that get the class that the whole model gives; likewise.
     """
 
     seed: int
@@ -245,6 +258,7 @@ class Measured:
     accuracy: float | None
     dense: float
     class_drop: float | None = None
+    agreement: float | None = None
 
 
 # What is pruned
@@ -566,6 +580,7 @@ class Record:
             self.path, self.title, shown, table_rows(self.cells), device=self.device,
             seeds=sorted({cell.seed for cell in self.cells}), options=self.options,
             summary=summary(self.cells), classes=class_drops(self.cells),
+            agreement=agreements(self.cells),
             cells=[asdict(cell) for cell in self.cells],
         )  # fmt: skip
 
@@ -659,8 +674,8 @@ def measure(
     lacking: Sequence[tuple[Variant, Level, list[str]]],
 ) -> None:
     batch = record.board.batch
-    dense = right_by_class(calibration.subject.model, check, batch)
-    samples = torch.bincount(check.labels, minlength=len(dense)).clamp(min=1)
+    whole = predictions(calibration.subject.model, check, batch)
+    dense = share_equal(whole, check.labels)
     for variant, level, kinds in lacking:
         found = calibration.slice(variant, level)
         if found is None:
@@ -669,19 +684,34 @@ def measure(
         is_met = reached <= level.kept + TOLERANCE
         cells = []
         for kind in kinds:
-            kept = drop = None
-            if is_met:
-                right = right_by_class(pruned(calibration, critical, kind), check, batch)
-                kept = int(right.sum()) / len(check)
-                drop = float(((dense - right) / samples).max())
             cell = Measured(
-                seed, variant.criterion, variant.allocation, str(level), kind, reached, kept,
-                int(dense.sum()) / len(check), drop,
-            )  # fmt: skip
+                seed, variant.criterion, variant.allocation, str(level), kind, reached, None, dense
+            )
+            if is_met:
+                left = predictions(pruned(calibration, critical, kind), check, batch)
+                cell = replace(
+                    cell, accuracy=share_equal(left, check.labels),
+                    class_drop=largest_drop(whole, left, check.labels),
+                    agreement=share_equal(left, whole),
+                )  # fmt: skip
             cells.append(cell)
         record.add(cells)
         record.save()
         print(line(variant, cells), flush=True)
+
+
+def share_equal(predicted: Tensor, wanted: Tensor) -> float:
+    return int((predicted == wanted).sum()) / len(wanted)
+
+
+def largest_drop(before: Tensor, after: Tensor, labels: Tensor) -> float:
+    """The largest share of its samples that a class has lost."""
+    classes = int(labels.max()) + 1
+    first, second, samples = (
+        torch.bincount(named, minlength=classes)
+        for named in (labels[before == labels], labels[after == labels], labels)
+    )
+    return float(((first - second) / samples.clamp(min=1)).max())
 
 
 def line(variant: Variant, cells: Sequence[Measured]) -> str:
@@ -711,8 +741,10 @@ def columns(cells: Sequence[Measured]) -> tuple[Column, ...]:
     return Column("criterion", "Criterion"), Column("kind", "kind"), *of_levels
 
 
-def over_seeds(cells: Sequence[Measured]) -> dict[tuple[Variant, str, str], list[float] | None]:
-    """(variant, kind, level) -> accuracies in percent, by seed; None where a budget was not met."""
+def over_seeds(
+    cells: Sequence[Measured], field: Field = "accuracy"
+) -> dict[tuple[Variant, str, str], list[float] | None]:
+    """(variant, kind, level) -> percent, by seed; None where a budget was not met."""
     by_place: dict[tuple[Variant, str, str], list[Measured]] = {}
     for cell in sorted(cells, key=lambda cell: cell.seed):
         place = (Variant(cell.criterion, cell.allocation), cell.kind, cell.level)
@@ -720,7 +752,7 @@ def over_seeds(cells: Sequence[Measured]) -> dict[tuple[Variant, str, str], list
     return {
         place: None if None in values else [100 * value for value in values if value is not None]
         for place, same in by_place.items()
-        for values in [[cell.accuracy for cell in same]]
+        for values in [[getattr(cell, field) for cell in same]]
     }
 
 
@@ -751,13 +783,13 @@ def table_rows(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
     return rows
 
 
-def summary(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
+def summary(cells: Sequence[Measured], field: Field = "accuracy") -> list[dict[str, Cell]]:
     """`divergence` against the best of the others, kind by kind, and each by its best kind:
     of those that are not trained on, and of those that are.
 
     The others are those that owe nothing to `divergence`; the lead is by the same seeds.
     """
-    found = over_seeds(cells)
+    found = over_seeds(cells, field)
     kinds = [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]
     rows: list[dict[str, Cell]] = []
     for level in level_names(cells):
@@ -785,6 +817,12 @@ def summary(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
                 }
             )
     return rows
+
+
+def agreements(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
+    """The summary of what agrees with the whole model, of the cells of which that is known."""
+    known = [cell for cell in cells if cell.agreement is not None or cell.accuracy is None]
+    return summary(known, "agreement")
 
 
 def class_drops(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
@@ -863,6 +901,9 @@ def report(record: Record, data: Data) -> None:
     print(results.text_table(columns(record.cells), rows))
     if gains:
         print(f"\n{results.text_table(SUMMARY_COLUMNS, gains)}")
+    if agreeing := agreements(record.cells):
+        print("\nagreement with the whole model, %\n")
+        print(results.text_table(AGREEMENT_COLUMNS, agreeing))
     print(f"\n{record.path} and {image.name} written\n")
 
 

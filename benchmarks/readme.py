@@ -4,18 +4,21 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
 `NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
-RQ2 or RQ3 says in all, `NAME leads`: the best of every criterion on that accuracy board, or
-`NAME classes`: what the class that loses most loses on it, with and without balance.
+RQ2 or RQ3 says in all, `NAME leads`: the best of every criterion on that accuracy board,
+`NAME agreement`: the same by agreement with the whole model, or `NAME classes`: what the class that
+loses most loses on it, with and without balance.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import results
-from accuracy import BEST, CLASS_COLUMNS
+from accuracy import AGREEMENT_COLUMNS, BEST, CLASS_COLUMNS
 from accuracy import SUMMARY_COLUMNS as LEADS
+from results import Cell, Column
 from rq1 import THETA_COLUMNS
 from rq2 import SUMMARY_COLUMNS as GAINS
 from rq3 import SUMMARY_COLUMNS as CLAIMS
@@ -38,16 +41,23 @@ def table(name: str) -> str:
         ]
         return results.markdown_table(THETA_COLUMNS, rows)
     if part == ["leads"]:
-        best = [row for row in content["summary"] if row["kind"] in BEST]
-        tuned = any(row["kind"] == "tuned" for row in best)
-        shown = [column for column in LEADS if column.key != "kind" or tuned]
-        return results.markdown_table(shown, best)
+        return leads(LEADS, content["summary"])
+    if part == ["agreement"]:
+        return leads(AGREEMENT_COLUMNS, content["agreement"])
     if part == ["classes"]:
         return results.markdown_table(CLASS_COLUMNS, content["classes"])
     if part == ["summary"]:
         columns = CLAIMS if file.startswith("rq3") else GAINS
         return results.markdown_table(columns, content["summary"])
     return results.markdown_table(content["columns"], content["rows"])
+
+
+def leads(columns: Sequence[Column], rows: Sequence[Mapping[str, Cell]]) -> str:
+    """The rows that compare the best kinds."""
+    best = [row for row in rows if row["kind"] in BEST]
+    tuned = any(row["kind"] == "tuned" for row in best)
+    shown = [column for column in columns if column.key != "kind" or tuned]
+    return results.markdown_table(shown, best)
 
 
 def rendered(text: str) -> str:

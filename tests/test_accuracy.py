@@ -395,7 +395,7 @@ class TestTables:
         met, unmet = record.cells
         assert met.accuracy is not None
         assert unmet.accuracy is None
-        assert unmet.class_drop is None
+        assert unmet.class_drop is unmet.agreement is None
         assert unmet.reached > 0.1
         smaller = accuracy.pruned(calibration, calibration.slice(*todo[0][:2])[0], "plain")
         lost = []
@@ -407,6 +407,9 @@ class TestTables:
             )
             lost.append(before - after)
         assert met.class_drop == pytest.approx(max(lost))
+        whole = calibration.subject.model
+        equal = [int(smaller(x[None]).argmax()) == int(whole(x[None]).argmax()) for x in inputs]
+        assert met.agreement == sum(equal) / len(equal)
 
     def test_the_class_that_loses_most_with_and_without_balance(self):
         cells = [
@@ -432,6 +435,19 @@ class TestTables:
         ]  # fmt: skip
         leads = [row["lead"]["values"] for row in rows]
         assert leads == [pytest.approx([-10, 0]), pytest.approx([10, 15]), pytest.approx([10, 15])]
+
+    def test_agreement_has_leads_of_its_own_where_it_is_known(self):
+        known = [
+            replace(one, agreement=None if one.accuracy is None else 1 - one.accuracy / 2)
+            for one in self.CELLS
+            if one.kind == "plain"
+        ]
+        rows = accuracy.agreements([*known, *self.CELLS])
+        assert [(row["kind"], row["rival"]) for row in rows] == [
+            ("plain", "lamp, global"), ("untuned", "lamp, global, plain"),
+        ]  # fmt: skip
+        assert rows[0]["lead"]["values"] == pytest.approx([5, 0])
+        assert accuracy.agreements(self.CELLS[:10]) == []
 
 
 WORDS = ("--epochs", "3", "--seeds", "1", "--kept", "0.8,0.5", "--calibrated", "200")
@@ -505,9 +521,8 @@ class TestScript:
             setting.name, setting.build, digits, setting.recipe, 1, tmp_path / "cache", "cpu"
         )
         assert own.cached
-        right = training.right_by_class(own.model, digits.test, DIGITS.batch)
         assert second["seed"] == 1
-        assert second["dense"] == int(right.sum()) / len(digits.test)
+        assert second["dense"] == training.accuracy(own.model, digits.test)
 
     def test_a_file_that_was_measured_otherwise_is_not_mixed_with(self, tmp_path):
         words = ("--criteria", "random", "--allocations", "local", "--kinds", "plain")
