@@ -699,3 +699,21 @@ def test_a_training_loop_of_ones_own() -> None:
     assert torch.equal(scores(trainer, 0, inputs), known)
     with trainer.task("second") as learned:
         assert accuracy(learned, pictures((2, 3))) == 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fit_is_a_loop_in_which_gradients_of_frozen_entries_are_zero(optimizer: str) -> None:
+    torch.manual_seed(0)
+    model = trained(bn_cnn(), pictures((0, 1), 8))
+    model[8] = nn.Linear(16, 4)
+    by_hand, data = copy.deepcopy(model), pictures((2, 3), 8)
+    trainers = [
+        IncrementalTrainer(m, data=pictures((0, 1), 8), theta=0.9, progress=False)
+        for m in (model, by_hand)
+    ]
+    trainers[0].fit(data, epochs=3, loss="all", optimizer=OPTIMIZERS[optimizer])
+    updates = OPTIMIZERS[optimizer](by_hand.parameters())
+    with trainers[1].freezing(data[0][0]).attach(updates):
+        trained(by_hand, data, 3, updates)
+    for name, value in by_hand.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name

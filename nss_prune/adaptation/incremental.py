@@ -32,6 +32,7 @@ from nss_prune.adaptation.batches import (
     sampled,
     with_classes,
 )
+from nss_prune.adaptation.compact import BY_ENTRY
 from nss_prune.adaptation.cuts import isolated_part
 from nss_prune.adaptation.freezing import Freezing, critical_channels, critical_entries
 from nss_prune.adaptation.heads import find_head, grown, outputs_of
@@ -642,8 +643,10 @@ class Training:
         found = self.checkpoint.load() if resume else None
         done = 0 if found is None else found[0]["epochs"]
         model = self.freezing.model
-        with self.freezing.attach(self.optimizer), contextlib.ExitStack() as stack:
+        read = type(self.optimizer) not in BY_ENTRY
+        with contextlib.ExitStack() as stack:
             stack.callback(self.optimizer.zero_grad)
+            stack.enter_context(self.freezing.attach(self.optimizer, zero_gradients=read))
             for epoch in range(done, epochs):
                 title = f"epoch {epoch + 1}/{epochs}"
                 one_pass(model, mixed(data, replayed), self._step, title, progress)
