@@ -644,9 +644,11 @@ class Training:
         done = 0 if found is None else found[0]["epochs"]
         model = self.freezing.model
         read = type(self.optimizer) not in BY_ENTRY
-        with contextlib.ExitStack() as stack:
+        with (
+            self.freezing.attach(self.optimizer, zero_gradients=read),
+            contextlib.ExitStack() as stack,
+        ):
             stack.callback(self.optimizer.zero_grad)
-            stack.enter_context(self.freezing.attach(self.optimizer, zero_gradients=read))
             for epoch in range(done, epochs):
                 title = f"epoch {epoch + 1}/{epochs}"
                 one_pass(model, mixed(data, replayed), self._step, title, progress)
