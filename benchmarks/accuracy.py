@@ -104,7 +104,7 @@ from nss_prune.report import macs_by_module
 from options import checked_seeds, common, usable_device
 from results import Cell, Column, spread
 from settings import BEYOND, SETTINGS, Setting
-from training import Recipe, predictions, suitable_threads, train, trained
+from training import Recipe, predictions, share_equal, suitable_threads, train, trained
 
 Batches = list[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
@@ -698,10 +698,6 @@ def measure(
         record.add(cells)
         record.save()
         print(line(variant, cells), flush=True)
-
-
-def share_equal(predicted: Tensor, wanted: Tensor) -> float:
-    return int((predicted == wanted).sum()) / len(wanted)
 
 
 def largest_drop(before: Tensor, after: Tensor, labels: Tensor) -> float:

@@ -151,7 +151,12 @@ def crop_and_mirror(pixels: Tensor, random: torch.Generator, margin: int = 4) ->
 
 def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
     """The share of `split`, 0 to 1, that `model` names rightly."""
-    return int((predictions(model, split, batch) == split.labels).sum()) / len(split)
+    return share_equal(predictions(model, split, batch), split.labels)
+
+
+def share_equal(found: Tensor, wanted: Tensor) -> float:
+    """The share of samples, 0 to 1, of which both name the same class."""
+    return int((found == wanted).sum()) / len(wanted)
 
 
 @torch.no_grad()
