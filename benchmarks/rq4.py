@@ -21,9 +21,13 @@ learning rates, augmentation):
     neusemslice-settled    the same without, but each task takes as many neurons of every layer as
                            make an equal share of the parameters, which train for half as many
                            epochs again under their mask, as PackNet's weights do
-    packnet-long, neusemslice-settled-long
-                           these two, where a task trains for as many epochs again: with two tasks,
-                           on as many samples as replay-100
+    neusemslice-lamp       settled as well, in a part of the weights of more neurons: those neurons
+                           of every layer that make the square root of an equal share of the
+                           parameters, and of their weights the best by LAMP, as many as half of an
+                           equal share
+    packnet-long, neusemslice-settled-long, neusemslice-lamp-long
+                           these three, where a task trains for as many epochs again: with two
+                           tasks, on as many samples as replay-100
 
 The columns are
 
@@ -88,6 +92,7 @@ from training import Recipe, fast, make_optimiser, suitable_layout, suitable_thr
 
 CLASSES = 10
 TRACED = 20  # samples of each class, where only the neurons of a model are asked for
+THIN = 0.5  # of an equal share of the weights, for a task of neusemslice-lamp
 PROFILED = 1000  # samples of each class, where a setting's slices are computed from fewer
 
 Competition = Literal["method", "task", "all"]
@@ -329,11 +334,13 @@ class NonCriticalNeurons(Learner):
         course: Course,
         replay: float = 0.0,
         share: float | None = None,
+        weights: float | None = None,
     ) -> None:
         super().__init__(model, first, course, replay)
         self.trainer = IncrementalTrainer(
-            model, data=self._profiled(first), classes=first.classes, share=share, progress=False
-        )
+            model, data=self._profiled(first), classes=first.classes, share=share,
+            weights=weights, progress=False,
+        )  # fmt: skip
 
     @property
     def apart(self) -> bool:
@@ -366,28 +373,42 @@ class SettledNeurons(NonCriticalNeurons):
     Args:
         tasks: How many there will be.
         again: Epochs of that training, as a share of those of a task.
+        thin: Whether a task keeps more neurons, and of their weights a part.
     """
 
     def __init__(
-        self, model: nn.Module, first: Subtask, course: Course, tasks: int, again: float = 0.5
+        self,
+        model: nn.Module,
+        first: Subtask,
+        course: Course,
+        tasks: int,
+        again: float = 0.5,
+        *,
+        thin: bool = False,
     ) -> None:
-        super().__init__(model, first, course, share=(1 / tasks) ** 0.5)
         self.count = tasks
+        # A share of neurons makes its square of the parameters.
+        self.power = 0.25 if thin else 0.5
+        weights = THIN / tasks if thin else None
+        super().__init__(model, first, course, share=self._share(1), weights=weights)
         self.again = course.again(again)
         self._settle(first)
 
     def learn(self, task: Subtask) -> None:
-        # A task reads what those before it made, so the shares add up.
-        self.trainer.share = ((len(self.tasks) + 1) / self.count) ** 0.5
+        self.trainer.share = self._share(len(self.tasks) + 1)
         super().learn(task)
         if len(self.tasks) < self.count:
             self._settle(task)
+
+    def _share(self, number: int) -> float:
+        """Of each layer's neurons for a task; it reads those of the tasks before it."""
+        return float((number / self.count) ** self.power)
 
     def _settle(self, task: Subtask) -> None:
         inputs, _ = next(task.data.train.batches(8))
         freezing = self.trainer.settling(inputs)
         objective = self.objective(task)
-        with self.trainer.tasks[-1].slice.masked(self.model):
+        with self.trainer.tasks[-1].masked(self.model):
             study(freezing, task.data.train, None, objective, self.again, self.course.seed)
 
 
@@ -492,6 +513,14 @@ METHODS: dict[str, tuple[str, Callable[[nn.Module, Subtask, Course, int], Learne
     "neusemslice-settled-long": (
         "NeuSemSlice, settled long",
         lambda m, a, c, n: SettledNeurons(m, a, c, n, again=1.0),
+    ),
+    "neusemslice-lamp": (
+        "NeuSemSlice + LAMP",
+        lambda m, a, c, n: SettledNeurons(m, a, c, n, thin=True),
+    ),
+    "neusemslice-lamp-long": (
+        "NeuSemSlice + LAMP, long",
+        lambda m, a, c, n: SettledNeurons(m, a, c, n, again=1.0, thin=True),
     ),
 }
 

@@ -257,6 +257,120 @@ def test_settling_fails_without_a_trace() -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_tasks_in_a_share_of_the_weights_keep_their_logits(name: str, optimizer: str) -> None:
+    torch.manual_seed(0)
+    make, size = MODELS[name]
+    first = pictures((0, 1), size, samples=16)
+    model = trained(make(), first, epochs=1)
+    inputs = torch.randn(9, 3, size, size)
+    trainer = IncrementalTrainer(model, data=first, share=0.8, weights=0.2, progress=False)
+    arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
+    trainer.settle(**arguments)
+    known = [scores(trainer, 0, inputs)]
+    for classes in ((2, 3), (4, 5)):
+        trainer.fit(pictures(classes, size, samples=16), **arguments)
+        for task, expected in enumerate(known):
+            assert torch.equal(scores(trainer, task, inputs), expected)
+        trainer.settle(**arguments)
+        for task, expected in enumerate(known):
+            assert torch.equal(scores(trainer, task, inputs), expected)
+        known.append(scores(trainer, len(known), inputs))
+
+
+def weights_by_hand(trainer: IncrementalTrainer) -> dict[str, Tensor]:
+    """LAMP's choice of a fifth of all weights of the small MLP, from its definition."""
+    (task,) = trainer.tasks
+    rows = {name: task.slice.kept[name] for name in ("1", "3")}
+    critical = {
+        "1.weight": rows["1"][:, None].expand(32, 48),
+        "3.weight": rows["3"][:, None] & rows["1"],
+    }
+    ranked = []
+    for name, entries in critical.items():
+        squares = trainer.model.get_parameter(name).double().square()
+        values = [(squares[i, j].item(), i, j) for i, j in entries.nonzero().tolist()]
+        for square, i, j in values:
+            not_smaller = sum(other for other, _, _ in values if other >= square)
+            ranked.append((square / not_smaller, name, i, j))
+    kept = {name: torch.zeros_like(entries) for name, entries in critical.items()}
+    for _, name, i, j in sorted(ranked, reverse=True)[: round(0.2 * (32 * 48 + 24 * 32))]:
+        kept[name][i, j] = True
+    return kept
+
+
+def test_a_task_keeps_the_best_of_its_weights_and_the_others_train() -> None:
+    model = trained_mlp()
+    before = copy.deepcopy(model)
+    trainer = trainer_of(model, 0.95, weights=0.2)
+    expected = weights_by_hand(trainer)
+    kept = trainer.tasks[0].weights
+    assert kept.keys() == expected.keys()
+    assert all(torch.equal(kept[name], expected[name]) for name in kept)
+    trainer.fit(pictures((2, 3)), epochs=1)
+    for name, mask in kept.items():
+        moved = model.get_parameter(name) != before.get_parameter(name)
+        assert not moved[mask].any()
+        # Rows of neurons that are dead for the new task do not move.
+        assert moved[~mask].float().mean() > 0.5
+    theirs = trainer.tasks[1].weights
+    own = sum(int((theirs[name] & ~kept[name]).sum()) for name in kept)
+    assert own == round(0.2 * (32 * 48 + 24 * 32))
+
+
+def test_a_task_of_a_share_of_the_weights_computes_with_no_others() -> None:
+    model = trained_mlp()
+    trainer = trainer_of(model, weights=0.1)
+    (task,) = trainer.tasks
+    before = fingerprint(model)
+    smaller = copy.deepcopy(model).eval()
+    for name, mask in task.weights.items():
+        smaller.get_parameter(name).data[~mask] = 0
+    inputs = torch.randn(9, 3, 4, 4)
+    with task.slice.masked(smaller), torch.no_grad():
+        expected = smaller(inputs)
+    assert torch.equal(scores(trainer, 0, inputs), expected)
+    with pytest.raises(RuntimeError, match="inside"), task.masked(model):
+        raise RuntimeError("inside")
+    assert_unchanged(model, before)
+
+
+def test_free_weights_are_enough_for_another_task() -> None:
+    trainer = IncrementalTrainer(
+        trained_mlp(), data=pictures((0, 1)), share=1.0, weights=0.5, progress=False
+    )
+    inputs = torch.randn(9, 3, 4, 4)
+    known = scores(trainer, 0, inputs)
+    assert not any(trainer.free.values())
+    trainer.fit(pictures((2, 3)), epochs=1)
+    assert torch.equal(scores(trainer, 0, inputs), known)
+    with pytest.raises(NothingToPruneError, match="share of the weights"):
+        trainer.fit(pictures((4, 5)), epochs=1)
+
+
+def test_tasks_with_weights_are_saved(tmp_path: Path) -> None:
+    trainer = trainer_of(trained_mlp(), weights=0.2)
+    (task,) = trainer.tasks
+    task.save(tmp_path / "task")
+    loaded = Task.load(tmp_path / "task")
+    assert loaded.weights.keys() == task.weights.keys()
+    for name, mask in task.weights.items():
+        assert torch.equal(loaded.weights[name], mask)
+    other = Task("a", task.slice, (0, 1), 2, {"1.weight": torch.ones(32, 47).bool()})
+    with pytest.raises(ModelMismatchError, match=r"1\.weight \(32, 47\)"):
+        IncrementalTrainer(trained_mlp(), tasks=[other])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"weights": 0.0}, "weights is 0"), ({"weights": 0.5, "method": "best"}, "method is 'best'")],
+)
+def test_shares_of_weights_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        trainer_of(trained_mlp(), **arguments)
+
+
 def test_statistics_of_critical_channels_stay_and_the_others_follow_the_new_task() -> None:
     torch.manual_seed(0)
     data = pictures((0, 1), 8)

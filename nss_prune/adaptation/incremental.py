@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ from nss_prune.adaptation.freezing import Freezing, critical_channels, critical_
 from nss_prune.adaptation.heads import find_head, grown, outputs_of
 from nss_prune.adaptation.resuming import Checkpoint
 from nss_prune.adaptation.tasks import Task, least_uncertain
+from nss_prune.adaptation.thinning import thinned
 from nss_prune.adaptation.training import (
     Objective,
     OptimizerFactory,
@@ -57,6 +58,8 @@ from nss_prune.errors import (
 from nss_prune.neurons import check_fits, evaluation, flags_kept, parameter_axes, submodule
 from nss_prune.profile import profile
 from nss_prune.slicing import Slice, check_theta
+from nss_prune.unstructured import Allocation
+from nss_prune.unstructured.allocation import find_method
 
 __all__ = ["THETAS", "IncrementalTrainer", "Objective", "Task", "TaskLoss", "mixed"]
 
@@ -108,6 +111,12 @@ class IncrementalTrainer:
         share: With theta="auto", the share of each layer's neurons that a task takes, in (0, 1],
             whatever that costs: those that are critical at the least θ. :meth:`settle` gets the
             accuracy back.
+        weights: Of the weights that a task's critical neurons have and no earlier task holds, it
+            keeps the best, whatever that costs: as many as this share, in (0, 1], of all weights
+            of Linear layers and convolutions but the head's. The others are free for later tasks;
+            :meth:`settle` gets the accuracy back. Such a task is kept with one bit for each weight
+            of the model, others with one for each neuron.
+        method: Which weights are the best, as :func:`nss_prune.sparsify` takes it.
         seed: Of the draws of held-out and replayed samples.
         progress: Show progress bars; by default when stderr is a terminal.
         **profile_arguments: As :func:`nss_prune.profile` takes them.
@@ -135,6 +144,8 @@ class IncrementalTrainer:
         tolerance: float = 0.2,
         divergence: float = 5e-4,
         share: float | None = None,
+        weights: float | None = None,
+        method: str | Allocation = "lamp",
         seed: int = 0,
         progress: bool | None = None,
         **profile_arguments: Any,
@@ -148,6 +159,9 @@ class IncrementalTrainer:
                 f"share is {share} with theta={theta!r}; give a share of each layer's neurons in "
                 '(0, 1], with theta="auto"'
             )
+        if weights is not None and not 0 < weights <= 1:
+            raise ArgumentError(f"weights is {weights}; give a share of all weights in (0, 1]")
+        find_method(method)
         self.model = model
         self.head = find_head(model, head)
         self.grow = grow
@@ -155,6 +169,8 @@ class IncrementalTrainer:
         self.tolerance = tolerance
         self.divergence = divergence
         self.share = share
+        self.weights = weights
+        self.method = method
         self.seed = seed
         self.progress = progress
         self.profile_arguments = profile_arguments
@@ -273,7 +289,7 @@ class IncrementalTrainer:
             purpose = {"settled": len(self.tasks), "classes": list(task.classes)}
             saved = Checkpoint(checkpoint, freezing, updates, purpose)
             training = Training(freezing, updates, Objective(of_task, of_task), saved)
-            with task.slice.masked(self.model):
+            with task.masked(self.model):
                 training.run(data, None, epochs, resume=resume, progress=self.progress)
 
     def settling(self, inputs: Any) -> Freezing:
@@ -281,7 +297,7 @@ class IncrementalTrainer:
 
         ::
 
-            with trainer.tasks[-1].slice.masked(model):
+            with trainer.tasks[-1].masked(model):
                 with trainer.settling(inputs).attach(optimizer):
                     ...
 
@@ -295,7 +311,7 @@ class IncrementalTrainer:
         earlier = self.tasks[:-1]
         isolated = [self._isolated_part(task, inputs) for task in earlier]
         frozen, channels = self._needed(earlier, isolated)
-        own = self._critical_entries(self.tasks[-1], self.tasks[-1].slice)
+        own = self._critical_entries(self.tasks[-1])
         trainable = {name: entries & ~frozen[name] for name, entries in own.items()}
         return Freezing(self.model, trainable, channels)
 
@@ -316,14 +332,24 @@ class IncrementalTrainer:
             ModelMismatchError: A slice does not cut a path between layers.
         """
         isolated = [self._isolated_part(task, inputs) for task in self.tasks]
-        shared = set.intersection(*(set(part.kept) for part in isolated))
-        if not any(count for name, count in self.free.items() if name in shared):
+        frozen, channels = self._needed(self.tasks, isolated)
+        if not self._free_neurons(isolated) and not self._free_weights(frozen):
             raise NothingToPruneError(
                 f"no layer has a neuron that is free for another task: {len(self.tasks)} task(s) "
                 "take them all; give earlier tasks smaller slices (a smaller theta or a larger "
-                "tolerance), or take a wider model"
+                "tolerance) or a share of the weights, or take a wider model"
             )
-        return self._freezing(isolated)
+        return Freezing(self.model, {name: ~mask for name, mask in frozen.items()}, channels)
+
+    def _free_neurons(self, isolated: Sequence[Slice]) -> bool:
+        """Whether a layer that every mask isolates has a neuron that is critical to no task."""
+        shared = set.intersection(*(set(part.kept) for part in isolated))
+        return any(count for name, count in self.free.items() if name in shared)
+
+    def _free_weights(self, frozen: Mapping[str, Tensor]) -> bool:
+        """Whether every task keeps some weights only, and one of these is kept by none."""
+        thin = set.intersection(*(set(task.weights) for task in self.tasks))
+        return any(not frozen[name].all() for name in thin)
 
     def add(self, data: Data, name: str | None = None, loss: Loss | None = None) -> Task:
         """Record what the model has just learned as its next task, with its critical neurons.
@@ -342,7 +368,7 @@ class IncrementalTrainer:
         name = self._new_name(name)
         classes = classes_in(repeatable(data))
         self._check_classes(classes, grows=False)
-        task = self._task(name, data, classes, loss)
+        task = self._thinned(self._task(name, data, classes, loss), self.tasks)
         self.tasks = (*self.tasks, task)
         self._data.append(data)
         return task
@@ -424,6 +450,14 @@ class IncrementalTrainer:
                     f"{self.head} is sliced, so that it does not make the outputs; name the layer "
                     "that does with head="
                 )
+        for name, kept in task.weights.items():
+            found = dict(self.model.named_parameters()).get(name)
+            if found is None or found.shape != kept.shape:
+                raise ModelMismatchError(
+                    f"{task.name!r} keeps weights of {name} {tuple(kept.shape)}, the model has "
+                    f"{'none' if found is None else tuple(found.shape)}; load the model that "
+                    "learned the task"
+                )
         if task.outputs > width or max(task.classes) >= task.outputs:
             raise ModelMismatchError(
                 f"{task.name!r} was learned with {task.outputs} outputs, the model's {self.head} "
@@ -443,8 +477,8 @@ class IncrementalTrainer:
             owned = classes_in(self._data[0]) if self._data else tuple(range(width))
         self._check_classes(owned, grows=False)
         if slice is not None:
-            return Task("task 1", slice, owned, width)
-        return self._task("task 1", self._data[0], owned, None)
+            return self._thinned(Task("task 1", slice, owned, width), ())
+        return self._thinned(self._task("task 1", self._data[0], owned, None), ())
 
     def _check_classes(self, classes: tuple[int, ...], grows: bool) -> None:
         width = outputs_of(self.model, self.head)
@@ -479,7 +513,7 @@ class IncrementalTrainer:
         with contextlib.ExitStack() as stack, flags_kept(self.model):
             self.model.eval()
             if masked:
-                stack.enter_context(task.slice.masked(self.model))
+                stack.enter_context(task.masked(self.model))
             stack.callback(head.register_forward_hook(task.own_outputs).remove)
             yield
 
@@ -515,6 +549,24 @@ class IncrementalTrainer:
                 return best
             best = task
         return best
+
+    def _thinned(self, task: Task, earlier: Sequence[Task]) -> Task:
+        """The task with the weights that it keeps, of those that its neurons have."""
+        if self.weights is None:
+            return task
+        check_fits(task.slice.groups, self.model)
+        held = {
+            name: torch.zeros_like(value, dtype=torch.bool)
+            for name, value in self.model.named_parameters()
+        }
+        for other in earlier:
+            for name, entries in self._critical_entries(other).items():
+                held[name] |= entries
+        weights = thinned(
+            self.model, self._critical_entries(task), held, self.weights,
+            method=self.method, head=self.head,
+        )  # fmt: skip
+        return replace(task, weights=weights)
 
     def _holds(self, whole: tuple[Tensor, float], masked: tuple[Tensor, float]) -> bool:
         """Whether a mask costs no more accuracy and divergence than it may."""
@@ -567,19 +619,14 @@ class IncrementalTrainer:
             return Objective(*[TaskLoss({*earlier, *classes})] * 2)
         raise ArgumentError(f"loss is {loss!r}; use 'task', 'all' or a function")
 
-    def _freezing(self, slices: Sequence[Slice]) -> Freezing:
-        """What is critical to a task is frozen, everything else trains.
+    def _needed(
+        self, tasks: Sequence[Task], slices: Sequence[Slice]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Entries of parameters, and channels of running statistics, that tasks need.
 
         Args:
             slices: For each task, those of its layers that its mask isolates from the others.
         """
-        frozen, channels = self._needed(self.tasks, slices)
-        return Freezing(self.model, {name: ~mask for name, mask in frozen.items()}, channels)
-
-    def _needed(
-        self, tasks: Sequence[Task], slices: Sequence[Slice]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Entries of parameters, and channels of running statistics, that tasks need."""
         frozen = {
             name: torch.full(value.shape, not value.requires_grad, device=value.device)
             for name, value in self.model.named_parameters()
@@ -592,9 +639,15 @@ class IncrementalTrainer:
                 channels[name] = channels.get(name, torch.zeros_like(kept)) | kept
         return frozen, channels
 
-    def _critical_entries(self, task: Task, critical: Slice) -> dict[str, Tensor]:
-        """The critical entries, of the head those in the task's own rows."""
-        entries = critical_entries(critical, self.model)
+    def _critical_entries(self, task: Task, critical: Slice | None = None) -> dict[str, Tensor]:
+        """The entries that the task keeps, of the head those in the task's own rows.
+
+        Args:
+            critical: In place of the task's slice.
+        """
+        entries = critical_entries(critical or task.slice, self.model)
+        for name, kept in task.weights.items():
+            entries[name] &= kept.to(entries[name].device)
         head = submodule(self.model, self.head)
         others = torch.ones(outputs_of(self.model, self.head), dtype=torch.bool)
         others[list(task.classes)] = False

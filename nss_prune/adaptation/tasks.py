@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nss_prune.adaptation.thinning import zeroed
 from nss_prune.files import read_file, write_file
 from nss_prune.neurons import input_axis
 from nss_prune.slicing import Slice, decode_slice, encode_slice
+from nss_prune.unstructured.storage import pack, shapes, unpack
 
 KIND = "nss_prune task"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a learned task needs from the model, in a few kilobytes.
+    """What a learned task needs from the model: in a few kilobytes, where it keeps all weights.
 
     Attributes:
         name: Of the task.
         slice: Its critical neurons, those shared with earlier tasks included.
         classes: The outputs it owns, ascending.
         outputs: Rows that the head had when it was learned; the first of those it has now.
+        weights: Parameter -> True for the weights that it keeps, of the parameter's shape. It
+            keeps all of the parameters that are not named.
     """
 
     name: str
     slice: Slice
     classes: tuple[int, ...]
     outputs: int
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def masked(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the context, its neurons and weights are all that ``model`` has.
+
+        Weights that it does not keep are zero within, and as they were afterwards.
+
+        Raises:
+            ModelMismatchError: ``model`` has other layers or widths.
+        """
+        with self.slice.masked(model), zeroed(model, self.weights):
+            yield model
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the task as safetensors, one bit a neuron, whole or not at all.
+        """Write the task as safetensors, one bit a neuron or weight, whole or not at all.
 
         Raises:
             OSError: The file cannot be written.
         """
         tensors, notes = encode_slice(self.slice)
         own = {"name": self.name, "classes": self.classes, "outputs": self.outputs}
-        write_file(path, KIND, tensors, {**notes, **own})
+        weights = {f"weights/{name}": bits for name, bits in pack(self.weights).items()}
+        notes = {**notes, **own, "weights": shapes(self.weights)}
+        write_file(path, KIND, {**tensors, **weights}, notes)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Task:
@@ -55,7 +75,9 @@ class Task:
         """
         tensors, notes = read_file(path, KIND)
         critical = decode_slice(tensors, notes)
-        return Task(notes["name"], critical, tuple(notes["classes"]), notes["outputs"])
+        sizes = notes.get("weights", {})
+        weights = unpack({name: tensors[f"weights/{name}"] for name in sizes}, sizes)
+        return Task(notes["name"], critical, tuple(notes["classes"]), notes["outputs"], weights)
 
     def own_outputs(self, head: nn.Module, arguments: tuple[Any, ...], outputs: Tensor) -> Tensor:
         """A forward hook of the head: what the task does not own is −∞.

@@ -1,0 +1,80 @@
+"""Which of its weights a task keeps, where it does not keep all that its neurons have."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from nss_prune.adaptation.bits import Kept
+from nss_prune.unstructured import Allocation
+from nss_prune.unstructured.allocation import allocate
+from nss_prune.unstructured.weights import check_finite, prunable_layers
+
+
+def thinned(
+    model: nn.Module,
+    entries: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
+    share: float,
+    *,
+    method: str | Allocation = "lamp",
+    head: str,
+) -> dict[str, Tensor]:
+    """The weights that a task keeps: those of earlier tasks that it reads, and its own best.
+
+    Args:
+        model: It has just learned the task.
+        entries: Parameter -> True for the entries that are critical to the task, of its shape.
+        held: Parameter -> True for the entries that earlier tasks hold.
+        share: What the task keeps of its own at most, of all weights of Linear layers and
+            convolutions but the head's, in (0, 1].
+        method: How many each layer keeps, as :func:`nss_prune.sparsify` takes it.
+        head: Name of the layer that makes the outputs, which keeps all.
+
+    Returns:
+        Parameter -> True for the weights kept, of its shape.
+
+    Raises:
+        ArgumentError, NothingToPruneError: As :func:`nss_prune.sparsify`.
+        NumericalError: A weight is NaN or infinite.
+    """
+    layers = prunable_layers(model, [head])
+    check_finite(layers)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [names[id(layer.weight)] for layer in layers]
+    own = [
+        replace(
+            layer, mask=entries[name] & ~held[name] & (True if layer.mask is None else layer.mask)
+        )
+        for name, layer in zip(found, layers, strict=True)
+    ]
+    remaining = sum(layer.remaining for layer in own)
+    keep = min(round(share * sum(layer.size for layer in own)), remaining)
+    budgets = allocate(method, own, keep)
+    return {
+        name: layer.magnitudes.largest(budget) | (held[name] & entries[name])
+        for name, layer, budget in zip(found, own, budgets, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context, what is not kept of some parameters is zero; then it is as it was.
+
+    Args:
+        kept: Parameter -> True for the entries that stay, of its shape.
+    """
+    hidden = []
+    try:
+        for name, mask in kept.items():
+            parameter = model.get_parameter(name)
+            others = ~mask.to(parameter.device)
+            hidden.append(Kept(parameter, others))
+            parameter.data.masked_fill_(others, 0)
+        yield
+    finally:
+        for values in hidden:
+            values.restore()
