@@ -528,6 +528,21 @@ def test_after_a_loader_raised_the_model_is_as_before_and_training_goes_on(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("weights", [None, 0.2])
+def test_settling_goes_on_after_a_loader_raised(weights: float | None, tmp_path: Path) -> None:
+    data, path = pictures((0, 1)), tmp_path / "checkpoint"
+    arguments = {"epochs": 3, "optimizer": OPTIMIZERS["sgd"]}
+    straight, trainer = (trainer_of(trained_mlp(), weights=weights) for _ in range(2))
+    straight.settle(data, **arguments)
+    before = fingerprint(trainer.model)
+    with pytest.raises(OSError, match="disk"):
+        trainer.settle(Raising(data, 1), checkpoint=path, **arguments)
+    assert_unchanged(trainer.model, before)
+    trainer.settle(data, checkpoint=path, **arguments)
+    for one, other in zip(trainer.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_checkpoint_of_another_model_or_task_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     trainer_of(trained_mlp()).fit(pictures((2, 3)), epochs=1, checkpoint=path)
