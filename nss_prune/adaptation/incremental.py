@@ -38,7 +38,7 @@ from nss_prune.adaptation.freezing import Freezing, critical_channels, critical_
 from nss_prune.adaptation.heads import find_head, grown, outputs_of
 from nss_prune.adaptation.resuming import Checkpoint
 from nss_prune.adaptation.tasks import Task, least_uncertain
-from nss_prune.adaptation.thinning import thinned
+from nss_prune.adaptation.thinning import check_weights, thinned
 from nss_prune.adaptation.training import (
     Objective,
     OptimizerFactory,
@@ -58,8 +58,7 @@ from nss_prune.errors import (
 from nss_prune.neurons import check_fits, evaluation, flags_kept, parameter_axes, submodule
 from nss_prune.profile import profile
 from nss_prune.slicing import Slice, check_theta
-from nss_prune.unstructured import Allocation
-from nss_prune.unstructured.allocation import find_method
+from nss_prune.unstructured.allocation import Allocation, find_method
 
 __all__ = ["THETAS", "IncrementalTrainer", "Objective", "Task", "TaskLoss", "mixed"]
 
@@ -450,14 +449,7 @@ class IncrementalTrainer:
                     f"{self.head} is sliced, so that it does not make the outputs; name the layer "
                     "that does with head="
                 )
-        for name, kept in task.weights.items():
-            found = dict(self.model.named_parameters()).get(name)
-            if found is None or found.shape != kept.shape:
-                raise ModelMismatchError(
-                    f"{task.name!r} keeps weights of {name} {tuple(kept.shape)}, the model has "
-                    f"{'none' if found is None else tuple(found.shape)}; load the model that "
-                    "learned the task"
-                )
+        check_weights(self.model, task.weights)
         if task.outputs > width or max(task.classes) >= task.outputs:
             raise ModelMismatchError(
                 f"{task.name!r} was learned with {task.outputs} outputs, the model's {self.head} "

@@ -9,9 +9,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nss_prune.adaptation.bits import Kept
-from nss_prune.unstructured import Allocation
-from nss_prune.unstructured.allocation import allocate
-from nss_prune.unstructured.weights import check_finite, prunable_layers
+from nss_prune.errors import ModelMismatchError
+from nss_prune.neurons import submodule
+from nss_prune.unstructured.allocation import Allocation, allocate
+from nss_prune.unstructured.weights import check_finite, readable_layers
 
 
 def thinned(
@@ -38,10 +39,15 @@ def thinned(
         Parameter -> True for the weights kept, of its shape.
 
     Raises:
-        ArgumentError, NothingToPruneError: As :func:`nss_prune.sparsify`.
+        ArgumentError, NothingToPruneError: What the method raises, or its budgets break the rule.
         NumericalError: A weight is NaN or infinite.
     """
-    layers = prunable_layers(model, [head])
+    makes_outputs = submodule(model, head)
+    layers = [
+        layer
+        for layer in readable_layers(model)
+        if all(module is not makes_outputs for module, _ in layer.holders)
+    ]
     check_finite(layers)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [names[id(layer.weight)] for layer in layers]
@@ -66,7 +72,11 @@ def zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
 
     Args:
         kept: Parameter -> True for the entries that stay, of its shape.
+
+    Raises:
+        ModelMismatchError: The model does not have such a parameter.
     """
+    check_weights(model, kept)
     hidden = []
     try:
         for name, mask in kept.items():
@@ -78,3 +88,18 @@ def zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for values in hidden:
             values.restore()
+
+
+def check_weights(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Refuse masks of weights that a model does not have.
+
+    Raises:
+        ModelMismatchError: Names the first.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, mask in kept.items():
+        if shapes.get(name) != tuple(mask.shape):
+            raise ModelMismatchError(
+                f"a task keeps weights of {name} {tuple(mask.shape)}, the model has "
+                f"{shapes.get(name, 'no such parameter')}; load the model that learned the task"
+            )
