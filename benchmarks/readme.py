@@ -4,7 +4,7 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a result file, or
 `NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
-RQ2 or RQ3 says in all, `NAME leads`: the best of every criterion on that accuracy board,
+RQ2, RQ3 or RQ4 says in all, `NAME leads`: the best of every criterion on that accuracy board,
 `NAME agreement`: the same by agreement with the whole model, or `NAME classes`: what the class that
 loses most loses on it, with and without balance.
 """
@@ -22,6 +22,7 @@ from results import Cell, Column
 from rq1 import THETA_COLUMNS
 from rq2 import SUMMARY_COLUMNS as GAINS
 from rq3 import SUMMARY_COLUMNS as CLAIMS
+from rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
 from storage import written_aside
 
 README = Path(__file__).parent.parent / "README.md"
@@ -47,7 +48,7 @@ def table(name: str) -> str:
     if part == ["classes"]:
         return results.markdown_table(CLASS_COLUMNS, content["classes"])
     if part == ["summary"]:
-        columns = CLAIMS if file.startswith("rq3") else GAINS
+        columns = {"rq3": CLAIMS, "rq4": TASK_CLAIMS}.get(file.partition("-")[0], GAINS)
         return results.markdown_table(columns, content["summary"])
     return results.markdown_table(content["columns"], content["rows"])
 

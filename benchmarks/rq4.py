@@ -97,6 +97,14 @@ PROFILED = 1000  # samples of each class, where a setting's slices are computed 
 
 Competition = Literal["method", "task", "all"]
 
+SUMMARY_COLUMNS = (
+    Column("claim", "what was wanted"),
+    Column("found", "found"),
+    Column("wanted", "wanted"),
+    Column("ahead", "ahead by"),
+    Column("held", "held"),
+)
+
 
 @dataclass(frozen=True)
 class Subtask:
@@ -399,6 +407,10 @@ class SettledNeurons(NonCriticalNeurons):
         super().learn(task)
         if len(self.tasks) < self.count:
             self._settle(task)
+
+    def inference(self, position: int) -> AbstractContextManager[nn.Module]:
+        settled = position < self.count - 1
+        return self.trainer.task(position, masked=True if settled else None)
 
     def _share(self, number: int) -> float:
         """Of each layer's neurons for a task; it reads those of the tasks before it."""
@@ -705,6 +717,68 @@ def table_rows(setting: str, outcomes: Sequence[Outcome]) -> list[dict[str, Cell
     return rows
 
 
+def summary(setting: str, outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
+    """What is to be shown of NeuSemSlice with two tasks, as far as its methods were run."""
+    paper = targets.TABLE_6.get((setting, "neusemslice"))
+    claims = [
+        *(at_most(outcomes, method, points) for method, points in FORGETTING.items()),
+        paper and at_least(outcomes, "neusemslice", paper.average),
+        *(ahead(outcomes, method, rival, of) for method, rival, of in RIVALS),
+    ]
+    return [found for found in claims if found]
+
+
+FORGETTING = {"neusemslice": 0.5, "neusemslice-replay-10": 0.1, "neusemslice-lamp": 0.5}
+RIVALS = (
+    ("neusemslice-lamp", "packnet", "average"),
+    ("neusemslice-lamp-long", "packnet-long", "average"),
+    ("neusemslice-lamp-long", "replay-100", "average"),
+    ("neusemslice-lamp", "replay-100", "unknown"),
+)
+
+
+def at_most(outcomes: Sequence[Outcome], method: str, points: float) -> dict[str, Cell]:
+    """Whether task A loses at most so many points; empty where the method was not run."""
+    found = [100 * outcome.forgetting for outcome in outcomes if outcome.method == method]
+    return claim(f"{METHODS[method][0]}: points that task A loses, at most", found, points, -1)
+
+
+def at_least(outcomes: Sequence[Outcome], method: str, average: float) -> dict[str, Cell]:
+    """Whether the average reaches the paper's; empty where the method was not run."""
+    found = [100 * outcome.average for outcome in outcomes if outcome.method == method]
+    return claim(f"{METHODS[method][0]}: average %, at least the paper's", found, average)
+
+
+def ahead(outcomes: Sequence[Outcome], method: str, rival: str, of: str) -> dict[str, Cell]:
+    """Whether the average is at least a rival's, on the models that both have.
+
+    of: "average", or "unknown" where the rival is not given the task, as in the paper.
+    """
+    title, other = METHODS[method][0], METHODS[rival][0]
+    mine = {o.seed: 100 * o.average for o in outcomes if o.method == method}
+    theirs = {o.seed: 100 * getattr(o, of) for o in outcomes if o.method == rival}
+    seeds = sorted(mine.keys() & theirs.keys())
+    note = ", which is not given the task" if of == "unknown" else ""
+    text = f"{title}: average %, at least that of {other}{note}"
+    return claim(text, [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+
+
+def claim(
+    text: str, found: Sequence[float], wanted: float | Sequence[float], sign: int = 1
+) -> dict[str, Cell]:
+    """A row of the summary; empty without anything found.
+
+    sign: -1 where less is better.
+    """
+    if not found:
+        return {}
+    limits = [wanted] * len(found) if isinstance(wanted, float) else list(wanted)
+    lead = spread([sign * (mine - limit) for mine, limit in zip(found, limits, strict=True)])
+    shown = wanted if isinstance(wanted, float) else spread(limits)
+    held = "yes" if lead["mean"] >= 0 else "no"
+    return {"claim": text, "found": spread(found), "wanted": shown, "ahead": lead, "held": held}
+
+
 def plot(title: str, outcomes: Sequence[Outcome], path: Path) -> None:
     """A group of bars for each method: the accuracy on each task, with the deviation of seeds."""
     methods = [method for method in METHODS if any(o.method == method for o in outcomes)]
@@ -758,6 +832,7 @@ class Record:
             self.path, self.title, columns(self.count), table_rows(self.setting.name, outcomes),
             seeds=sorted({outcome.seed for outcome in outcomes}),
             device=self.data.train.labels.device, options=self.options,
+            summary=summary(self.setting.name, outcomes) if self.count == 2 else [],
             outcomes=[asdict(outcome) for outcome in outcomes],
         )  # fmt: skip
         plot(self.title, outcomes, self.path.with_suffix(".png"))
@@ -769,6 +844,8 @@ class Record:
             f"\n{self.title}; data: {self.data.origin}; mean ± deviation of {len(seeds)} seed(s)\n"
         )
         print(results.text_table(columns(self.count), rows))
+        if self.count == 2 and (claims := summary(self.setting.name, outcomes)):
+            print(f"\n{results.text_table(SUMMARY_COLUMNS, claims)}")
         print(f"\n{self.path} and {self.path.with_suffix('.png').name} written\n")
 
 

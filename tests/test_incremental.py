@@ -243,6 +243,25 @@ def test_a_small_slice_settles_to_do_the_task_alone() -> None:
         assert accuracy(masked, data) > before + 0.05
 
 
+def test_a_task_that_is_settled_answers_with_its_mask(tmp_path: Path) -> None:
+    trainer = trainer_of(trained_mlp(), weights=0.1)
+    trainer.fit(pictures((2, 3)), epochs=2)
+    inputs = torch.randn(9, 3, 4, 4)
+    masked = scores(trainer, 1, inputs)
+    with trainer.task_b() as model:
+        assert not torch.equal(model(inputs)[:, 2:4], masked)
+    trainer.settle(epochs=2)
+    trainer.tasks[1].save(tmp_path / "task")
+    later = IncrementalTrainer(
+        trainer.model, tasks=[trainer.tasks[0], Task.load(tmp_path / "task")], progress=False
+    )
+    settled = scores(trainer, 1, inputs)
+    assert not torch.equal(settled, masked)
+    for known in (trainer, later):
+        with known.task_b() as model:
+            assert torch.equal(model(inputs)[:, 2:4], settled)
+
+
 def test_settling_fails_without_a_trace() -> None:
     model = trained_mlp()
     data = pictures((0, 1))

@@ -79,6 +79,31 @@ class TestTable:
         assert outcome.forgetting == pytest.approx((0.3 + 0.1) / 2)
         assert rq4.table_rows("mlp-mnist", [outcome])[0].keys() >= {"task_A", "task_B", "task_C"}
 
+    def test_summary_says_what_is_held(self):
+        outcomes = (
+            *self.OUTCOMES,
+            Outcome("neusemslice", 0, (0.99, 0.99), (0.984, 0.99), 0.5, 0, 1.0),
+            Outcome("neusemslice-lamp", 0, (0.9, 0.8), (0.9, 0.4), 0.5, 0, 1.0),
+            Outcome("neusemslice-lamp", 1, (0.9, 0.8), (0.9, 0.9), 0.5, 0, 1.0),
+            Outcome("replay-100", 0, (0.9, 0.8), (0.9, 0.9), 0.5, 0, 1.0),
+        )
+        claims = {row["claim"]: row for row in rq4.summary("mlp-mnist", outcomes)}
+        held = {text: row["held"] for text, row in claims.items()}
+        assert held == {
+            "NeuSemSlice: points that task A loses, at most": "no",
+            "NeuSemSlice + LAMP: points that task A loses, at most": "yes",
+            "NeuSemSlice: average %, at least the paper's": "yes",
+            "NeuSemSlice + LAMP: average %, at least that of PackNet": "no",
+            "NeuSemSlice + LAMP: average %, at least that of Replay 100 %, which is not given "
+            "the task": "yes",
+        }
+        lost = claims["NeuSemSlice: points that task A loses, at most"]
+        assert lost["ahead"]["mean"] == pytest.approx(0.5 - 0.6)
+        packnet = claims["NeuSemSlice + LAMP: average %, at least that of PackNet"]
+        assert packnet["found"]["values"] == pytest.approx([65])  # of the model that both have
+        assert packnet["ahead"]["mean"] == pytest.approx(-5)
+        assert {column.key for column in rq4.SUMMARY_COLUMNS} == packnet.keys()
+
     def test_every_key_of_a_row_has_a_column(self):
         keys = {column.key for column in rq4.columns(2)}
         assert rq4.table_rows("mlp-mnist", self.OUTCOMES)[0].keys() == keys
@@ -131,6 +156,8 @@ NEUSEMSLICE = (
     "neusemslice-replay-10",
     "neusemslice-settled",
     "neusemslice-settled-long",
+    "neusemslice-lamp",
+    "neusemslice-lamp-long",
 )
 
 
@@ -196,7 +223,21 @@ class TestLearners:
         assert torch.equal(outputs(), before)
         assert rq4.accuracy_given(learner, 1, tasks[1]) > 0.6
 
-    @pytest.mark.parametrize("method", ["neusemslice-settled", "packnet"])
+    @pytest.mark.parametrize("method", ["neusemslice-settled", "neusemslice-lamp", "packnet"])
+    def test_of_five_tasks_those_that_train_again_stay_as_they_were_then(
+        self, method, trained_on_a, tmp_path
+    ):
+        parts = rq4.split_tasks(data.load("digits", cache=tmp_path), 5)
+        found = rq4.run_method(method, trained_on_a, parts, COURSE)
+        assert found.final[1:4] == found.learned[1:4]
+
+    def test_with_weights_a_holds_a_quarter_of_them(self, tasks, model):
+        learner = rq4.METHODS["neusemslice-lamp"][1](model, tasks[0], COURSE, 2)
+        kept = learner.trainer.tasks[0].weights
+        assert kept.keys() == {"1.weight", "3.weight"}
+        assert sum(int(mask.sum()) for mask in kept.values()) == (64 * 48 + 48 * 32) // 4
+
+    @pytest.mark.parametrize("method", ["neusemslice-settled", "neusemslice-lamp", "packnet"])
     def test_a_trains_again_for_half_as_many_epochs_or_as_many(
         self, method, tasks, model, monkeypatch
     ):

@@ -258,7 +258,8 @@ class IncrementalTrainer:
         """Train the critical neurons of the last task, alone under its mask, on its own data.
 
         They learn to do by themselves what the whole network did, so that a small slice will do,
-        which leaves more for later tasks. What earlier tasks need keeps its bits.
+        which leaves more for later tasks. What earlier tasks need keeps its bits. From then on the
+        task answers with its mask, also where it is the last.
 
         Args:
             data: Batches of (inputs, labels) of the task; by default what it was found with.
@@ -290,6 +291,7 @@ class IncrementalTrainer:
             training = Training(freezing, updates, Objective(of_task, of_task), saved)
             with task.masked(self.model):
                 training.run(data, None, epochs, resume=resume, progress=self.progress)
+        self.tasks = (*self.tasks[:-1], replace(task, settled=True))
 
     def settling(self, inputs: Any) -> Freezing:
         """What the last task needs and no earlier one does, for a training loop of your own.
@@ -379,14 +381,15 @@ class IncrementalTrainer:
         Args:
             task: Position or name.
             masked: Only its critical neurons. By default for all but the last of several tasks,
-                which uses the whole network.
+                which uses the whole network unless it is settled.
 
         Raises:
             ArgumentError: There is no such task.
         """
         position = self._position(task)
-        last = 0 < position == len(self.tasks) - 1
-        with self._inference(self.tasks[position], not last if masked is None else masked):
+        found = self.tasks[position]
+        whole = 0 < position == len(self.tasks) - 1 and not found.settled
+        with self._inference(found, not whole if masked is None else masked):
             yield self.model
 
     def task_a(self) -> contextlib.AbstractContextManager[nn.Module]:
@@ -395,6 +398,8 @@ class IncrementalTrainer:
 
     def task_b(self) -> contextlib.AbstractContextManager[nn.Module]:
         """Inference for the second task: the whole network, its mask once there is a third.
+
+        A task that is settled uses its mask from then on.
 
         Raises:
             ArgumentError: It is not learned yet.

@@ -33,6 +33,7 @@ class Task:
         outputs: Rows that the head had when it was learned; the first of those it has now.
         weights: Parameter -> True for the weights that it keeps, of the parameter's shape. It
             keeps all of the parameters that are not named.
+        settled: It was trained alone under its mask, so that it always answers with it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     classes: tuple[int, ...]
     outputs: int
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    settled: bool = False
 
     @contextlib.contextmanager
     def masked(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -60,10 +62,15 @@ class Task:
             OSError: The file cannot be written.
         """
         tensors, notes = encode_slice(self.slice)
-        own = {"name": self.name, "classes": self.classes, "outputs": self.outputs}
         weights = {f"weights/{name}": bits for name, bits in pack(self.weights).items()}
-        notes = {**notes, **own, "weights": shapes(self.weights)}
-        write_file(path, KIND, {**tensors, **weights}, notes)
+        own = {
+            "name": self.name,
+            "classes": self.classes,
+            "outputs": self.outputs,
+            "weights": shapes(self.weights),
+            "settled": self.settled,
+        }
+        write_file(path, KIND, {**tensors, **weights}, {**notes, **own})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Task:
@@ -77,7 +84,14 @@ class Task:
         critical = decode_slice(tensors, notes)
         sizes = notes.get("weights", {})
         weights = unpack({name: tensors[f"weights/{name}"] for name in sizes}, sizes)
-        return Task(notes["name"], critical, tuple(notes["classes"]), notes["outputs"], weights)
+        return Task(
+            notes["name"],
+            critical,
+            tuple(notes["classes"]),
+            notes["outputs"],
+            weights,
+            notes.get("settled", False),
+        )
 
     def own_outputs(self, head: nn.Module, arguments: tuple[Any, ...], outputs: Tensor) -> Tensor:
         """A forward hook of the head: what the task does not own is −∞.
