@@ -196,11 +196,14 @@ def test_a_resumed_training_ends_like_one_that_was_not_stopped(name: str, tmp_pa
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 @pytest.mark.parametrize("name", MODELS)
-def test_earlier_tasks_keep_their_logits_to_the_bit(name: str, optimizer: str) -> None:
+@pytest.mark.parametrize("weights", [None, 0.1])
+def test_earlier_tasks_keep_their_logits_to_the_bit(
+    name: str, optimizer: str, weights: float | None
+) -> None:
     model = ready(name)
     inputs = pictures()[0][0]
     trainer = IncrementalTrainer(
-        model, data=pictures((0, 1)), classes=(0, 1), share=0.3, progress=False
+        model, data=pictures((0, 1)), classes=(0, 1), share=0.3, weights=weights, progress=False
     )
     with trainer.task_a() as masked, torch.no_grad():
         known = masked(inputs)[:, :2].clone()
