@@ -114,7 +114,9 @@ class IncrementalTrainer:
             keeps the best, whatever that costs: as many as this share, in (0, 1], of all weights
             of Linear layers and convolutions but the head's. The others are free for later tasks;
             :meth:`settle` gets the accuracy back. Such a task is kept with one bit for each weight
-            of the model, others with one for each neuron.
+            of the model, others with one for each neuron. Leave some neurons free too, by
+            ``share`` or ``theta``: the norms of critical ones keep their statistics, whatever they
+            are fed, so that where all are critical a high learning rate diverges.
         method: Which weights are the best, as :func:`nss_prune.sparsify` takes it.
         seed: Of the draws of held-out and replayed samples.
         progress: Show progress bars; by default when stderr is a terminal.

@@ -63,14 +63,12 @@ class Task:
         """
         tensors, notes = encode_slice(self.slice)
         weights = {f"weights/{name}": bits for name, bits in pack(self.weights).items()}
-        own = {
-            "name": self.name,
-            "classes": self.classes,
-            "outputs": self.outputs,
-            "weights": shapes(self.weights),
-            "settled": self.settled,
-        }
-        write_file(path, KIND, {**tensors, **weights}, {**notes, **own})
+        notes |= {"name": self.name, "classes": self.classes, "outputs": self.outputs}
+        if self.weights:
+            notes["weights"] = shapes(self.weights)
+        if self.settled:
+            notes["settled"] = True
+        write_file(path, KIND, {**tensors, **weights}, notes)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Task:
