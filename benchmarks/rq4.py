@@ -650,9 +650,11 @@ def run_setting(
 ) -> Iterator[list[Outcome]]:
     """What is known of a setting, and what is not, seed by seed; prints a line on each seed.
 
-    Yields all outcomes so far.
+    Yields all outcomes so far, those that are known first.
     """
     outcomes = list(known)
+    if known:
+        yield outcomes
     tasks = split_tasks(data, count)
     for seed in seeds:
         measured = {outcome.method for outcome in outcomes if outcome.seed == seed}
