@@ -719,6 +719,17 @@ def table_rows(setting: str, outcomes: Sequence[Outcome]) -> list[dict[str, Cell
     return rows
 
 
+# Points that task A may lose.
+FORGETTING = {"neusemslice": 0.5, "neusemslice-replay-10": 0.1, "neusemslice-lamp": 0.5}
+# Of which rivals a method is to be ahead, and in what of theirs: see ahead().
+RIVALS = (
+    ("neusemslice-lamp", "packnet", "average"),
+    ("neusemslice-lamp-long", "packnet-long", "average"),
+    ("neusemslice-lamp-long", "replay-100", "average"),
+    ("neusemslice-lamp", "replay-100", "unknown"),
+)
+
+
 def summary(setting: str, outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
     """What is to be shown of NeuSemSlice with two tasks, as far as its methods were run."""
     paper = targets.TABLE_6.get((setting, "neusemslice"))
@@ -728,15 +739,6 @@ def summary(setting: str, outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
         *(ahead(outcomes, method, rival, of) for method, rival, of in RIVALS),
     ]
     return [found for found in claims if found]
-
-
-FORGETTING = {"neusemslice": 0.5, "neusemslice-replay-10": 0.1, "neusemslice-lamp": 0.5}
-RIVALS = (
-    ("neusemslice-lamp", "packnet", "average"),
-    ("neusemslice-lamp-long", "packnet-long", "average"),
-    ("neusemslice-lamp-long", "replay-100", "average"),
-    ("neusemslice-lamp", "replay-100", "unknown"),
-)
 
 
 def at_most(outcomes: Sequence[Outcome], method: str, points: float) -> dict[str, Cell]:
