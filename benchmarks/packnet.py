@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adaptation import Freezing
+from nss_prune.adaptation.thinning import zeroed
 
 
 class PackNet:
@@ -68,15 +69,9 @@ class PackNet:
     @contextmanager
     def masked(self, task: int) -> Iterator[nn.Module]:
         """Within the context, weights outside tasks 1 to ``task`` are zero."""
-        weights = {name: self.model.get_parameter(name).data for name in self.owners}
-        before = {name: weight.clone() for name, weight in weights.items()}
-        try:
-            for name, weight in weights.items():
-                weight[(self.owners[name] == 0) | (self.owners[name] > task)] = 0.0
+        kept = {name: (owner != 0) & (owner <= task) for name, owner in self.owners.items()}
+        with zeroed(self.model, kept):
             yield self.model
-        finally:
-            for name, weight in weights.items():
-                weight.copy_(before[name])
 
     @property
     def mask_bytes(self) -> int:

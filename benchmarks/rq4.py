@@ -732,24 +732,22 @@ RIVALS = (
 
 def summary(setting: str, outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
     """What is to be shown of NeuSemSlice with two tasks, as far as its methods were run."""
-    paper = targets.TABLE_6.get((setting, "neusemslice"))
-    claims = [
-        *(at_most(outcomes, method, points) for method, points in FORGETTING.items()),
-        paper and at_least(outcomes, "neusemslice", paper.average),
-        *(ahead(outcomes, method, rival, of) for method, rival, of in RIVALS),
-    ]
+    claims = [at_most(outcomes, method, points) for method, points in FORGETTING.items()]
+    if paper := targets.TABLE_6.get((setting, "neusemslice")):
+        claims.append(at_least(outcomes, "neusemslice", paper.average))
+    claims += [ahead(outcomes, method, rival, of) for method, rival, of in RIVALS]
     return [found for found in claims if found]
 
 
 def at_most(outcomes: Sequence[Outcome], method: str, points: float) -> dict[str, Cell]:
     """Whether task A loses at most so many points; empty where the method was not run."""
-    found = [100 * outcome.forgetting for outcome in outcomes if outcome.method == method]
+    found = [*by_seed(outcomes, method, "forgetting").values()]
     return claim(f"{METHODS[method][0]}: points that task A loses, at most", found, points, -1)
 
 
 def at_least(outcomes: Sequence[Outcome], method: str, average: float) -> dict[str, Cell]:
     """Whether the average reaches the paper's; empty where the method was not run."""
-    found = [100 * outcome.average for outcome in outcomes if outcome.method == method]
+    found = [*by_seed(outcomes, method, "average").values()]
     return claim(f"{METHODS[method][0]}: average %, at least the paper's", found, average)
 
 
@@ -759,12 +757,16 @@ def ahead(outcomes: Sequence[Outcome], method: str, rival: str, of: str) -> dict
     of: "average", or "unknown" where the rival is not given the task, as in the paper.
     """
     title, other = METHODS[method][0], METHODS[rival][0]
-    mine = {o.seed: 100 * o.average for o in outcomes if o.method == method}
-    theirs = {o.seed: 100 * getattr(o, of) for o in outcomes if o.method == rival}
+    mine, theirs = by_seed(outcomes, method, "average"), by_seed(outcomes, rival, of)
     seeds = sorted(mine.keys() & theirs.keys())
     note = ", which is not given the task" if of == "unknown" else ""
     text = f"{title}: average %, at least that of {other}{note}"
     return claim(text, [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+
+
+def by_seed(outcomes: Sequence[Outcome], method: str, field: str) -> dict[int, float]:
+    """Seed -> what a method's outcome has for a field, in percent."""
+    return {o.seed: 100 * getattr(o, field) for o in outcomes if o.method == method}
 
 
 def claim(

@@ -131,6 +131,15 @@ def scores(trainer: IncrementalTrainer, task: int, inputs: Tensor) -> Tensor:
         return model(inputs)[:, list(trainer.tasks[task].classes)].clone()
 
 
+def started(name: str) -> tuple[nn.Module, Batches, Tensor]:
+    """A model trained on a first task, the task's data, and other pictures."""
+    torch.manual_seed(0)
+    make, size = MODELS[name]
+    first = pictures((0, 1), size, samples=16)
+    model = trained(make(), first, epochs=1)
+    return model, first, torch.randn(9, 3, size, size)
+
+
 def accuracy(model: nn.Module, data: Batches) -> float:
     with torch.no_grad():
         right = [model(inputs).argmax(1) == labels for inputs, labels in data]
@@ -140,17 +149,13 @@ def accuracy(model: nn.Module, data: Batches) -> float:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_earlier_tasks_keep_their_logits_to_the_bit(name: str, optimizer: str) -> None:
-    torch.manual_seed(0)
-    make, size = MODELS[name]
-    first = pictures((0, 1), size, samples=16)
-    model = trained(make(), first, epochs=1)
-    inputs = torch.randn(9, 3, size, size)
+    model, first, inputs = started(name)
     trainer = IncrementalTrainer(model, data=first, theta=0.9, progress=False)
     with trainer.tasks[0].slice.masked(model.eval()), torch.no_grad():
         known = [model(inputs).clone()]
     for classes in ((2, 3), (4, 5), (6, 7)):
         before = copy.deepcopy(model)
-        data = pictures(classes, size, samples=16)
+        data = pictures(classes, inputs.shape[-1], samples=16)
         trainer.fit(data, epochs=2, optimizer=OPTIMIZERS[optimizer])
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
@@ -208,11 +213,7 @@ def slower(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_settling_changes_what_the_last_task_needs_alone(name: str, optimizer: str) -> None:
-    torch.manual_seed(0)
-    make, size = MODELS[name]
-    first = pictures((0, 1), size, samples=16)
-    model = trained(make(), first, epochs=1)
-    inputs = torch.randn(9, 3, size, size)
+    model, first, inputs = started(name)
     trainer = IncrementalTrainer(model, data=first, share=0.5, progress=False)
     for mask in trainer.tasks[0].slice.kept.values():
         assert int(mask.sum()) == round(0.5 * len(mask))
@@ -224,7 +225,7 @@ def test_settling_changes_what_the_last_task_needs_alone(name: str, optimizer: s
     for classes in ((2, 3), (4, 5)):
         trainer.share = None
         trainer.theta = 0.9
-        trainer.fit(pictures(classes, size, samples=16), **arguments)
+        trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
         trainer.settle(**arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
@@ -279,17 +280,13 @@ def test_settling_fails_without_a_trace() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_tasks_in_a_share_of_the_weights_keep_their_logits(name: str, optimizer: str) -> None:
-    torch.manual_seed(0)
-    make, size = MODELS[name]
-    first = pictures((0, 1), size, samples=16)
-    model = trained(make(), first, epochs=1)
-    inputs = torch.randn(9, 3, size, size)
+    model, first, inputs = started(name)
     trainer = IncrementalTrainer(model, data=first, share=0.8, weights=0.2, progress=False)
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
     trainer.settle(**arguments)
     known = [scores(trainer, 0, inputs)]
     for classes in ((2, 3), (4, 5)):
-        trainer.fit(pictures(classes, size, samples=16), **arguments)
+        trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
         trainer.settle(**arguments)

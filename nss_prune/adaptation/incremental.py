@@ -304,6 +304,8 @@ class IncrementalTrainer:
                 with trainer.settling(inputs).attach(optimizer):
                     ...
 
+        The task answers rightly under its mask from then on: ``trainer.task(masked=True)``.
+
         Args:
             inputs: Of one call of the model, on its device.
 
@@ -476,8 +478,10 @@ class IncrementalTrainer:
             owned = classes_in(self._data[0]) if self._data else tuple(range(width))
         self._check_classes(owned, grows=False)
         if slice is not None:
-            return self._thinned(Task("task 1", slice, owned, width), ())
-        return self._thinned(self._task("task 1", self._data[0], owned, None), ())
+            first = Task("task 1", slice, owned, width)
+        else:
+            first = self._task("task 1", self._data[0], owned, None)
+        return self._thinned(first, ())
 
     def _check_classes(self, classes: tuple[int, ...], grows: bool) -> None:
         width = outputs_of(self.model, self.head)
@@ -554,13 +558,7 @@ class IncrementalTrainer:
         if self.weights is None:
             return task
         check_fits(task.slice.groups, self.model)
-        held = {
-            name: torch.zeros_like(value, dtype=torch.bool)
-            for name, value in self.model.named_parameters()
-        }
-        for other in earlier:
-            for name, entries in self._critical_entries(other).items():
-                held[name] |= entries
+        held = self._held(earlier, [other.slice for other in earlier])
         weights = thinned(
             self.model, self._critical_entries(task), held, self.weights,
             method=self.method, head=self.head,
@@ -626,17 +624,26 @@ class IncrementalTrainer:
         Args:
             slices: For each task, those of its layers that its mask isolates from the others.
         """
-        frozen = {
-            name: torch.full(value.shape, not value.requires_grad, device=value.device)
-            for name, value in self.model.named_parameters()
-        }
+        frozen = self._held(tasks, slices)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                frozen[name].fill_(True)
         channels: dict[str, Tensor] = {}
-        for task, critical in zip(tasks, slices, strict=True):
-            for name, entries in self._critical_entries(task, critical).items():
-                frozen[name] |= entries
+        for critical in slices:
             for name, kept in critical_channels(critical, self.model).items():
                 channels[name] = channels.get(name, torch.zeros_like(kept)) | kept
         return frozen, channels
+
+    def _held(self, tasks: Sequence[Task], slices: Sequence[Slice]) -> dict[str, Tensor]:
+        """Entries of parameters that tasks keep, in their slices or these in place of them."""
+        held = {
+            name: torch.zeros_like(value, dtype=torch.bool)
+            for name, value in self.model.named_parameters()
+        }
+        for task, critical in zip(tasks, slices, strict=True):
+            for name, entries in self._critical_entries(task, critical).items():
+                held[name] |= entries
+        return held
 
     def _critical_entries(self, task: Task, critical: Slice | None = None) -> dict[str, Tensor]:
         """The entries that the task keeps, of the head those in the task's own rows.

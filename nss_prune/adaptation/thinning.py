@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from nss_prune.adaptation.bits import Kept
 from nss_prune.errors import ModelMismatchError
 from nss_prune.neurons import submodule
-from nss_prune.unstructured.allocation import Allocation, allocate
-from nss_prune.unstructured.weights import check_finite, readable_layers
+from nss_prune.unstructured.allocation import Allocation
+from nss_prune.unstructured.sparsify import best_weights
+from nss_prune.unstructured.weights import readable_layers
 
 
 def thinned(
@@ -48,7 +49,6 @@ def thinned(
         for layer in readable_layers(model)
         if all(module is not makes_outputs for module, _ in layer.holders)
     ]
-    check_finite(layers)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [names[id(layer.weight)] for layer in layers]
     own = [
@@ -59,10 +59,10 @@ def thinned(
     ]
     remaining = sum(layer.remaining for layer in own)
     keep = min(round(share * sum(layer.size for layer in own)), remaining)
-    budgets = allocate(method, own, keep)
+    best = best_weights(own, keep, method)
     return {
-        name: layer.magnitudes.largest(budget) | (held[name] & entries[name])
-        for name, layer, budget in zip(found, own, budgets, strict=True)
+        name: best[layer] | (held[name] & entries[name])
+        for name, layer in zip(found, own, strict=True)
     }
 
 

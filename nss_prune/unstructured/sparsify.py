@@ -86,14 +86,30 @@ def keep_best(
             f"all weights of the {len(layers)} prunable layers are masked already: start "
             "again from an unpruned model, or ignore fewer layers"
         )
+    masks = best_weights(layers, keep, method)
+    set_masks(model, masks)
+    return {layer.name: mask for layer, mask in masks.items()}
+
+
+def best_weights(
+    layers: Sequence[Layer], keep: int, method: str | Allocation
+) -> dict[Layer, Tensor]:
+    """Masks of the `keep` best weights of the layers; no model is changed.
+
+    Args:
+        layers: those to choose from; what their masks leave out is not chosen.
+        keep: how many weights to keep, from 0 to what remains.
+        method: as in :func:`sparsify`.
+
+    Raises:
+        ArgumentError, NothingToPruneError, NumericalError: as :func:`sparsify`.
+    """
     check_finite(layers)
     budgets = allocate(method, layers, keep)
-    masks = {
+    return {
         layer: layer.magnitudes.largest(budget)
         for layer, budget in zip(layers, budgets, strict=True)
     }
-    set_masks(model, masks)
-    return {layer.name: mask for layer, mask in masks.items()}
 
 
 def check_share(name: str, value: float, *, least_is_allowed: bool) -> None:
