@@ -54,7 +54,7 @@ import argparse
 import copy
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,7 @@ import torch_pruning as tp
 from matplotlib import pyplot
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchvision.transforms.functional import hflip
 
 import results
 from data import Data, Split, load
@@ -101,12 +102,13 @@ from nss_prune.recalibration import (
 )
 from nss_prune.removal import verified
 from nss_prune.report import macs_by_module
+from nss_prune.views import Views, views_of
 from options import checked_seeds, common, usable_device
 from results import Cell, Column, spread
 from settings import BEYOND, SETTINGS, Setting
 from training import Recipe, predictions, share_equal, suitable_threads, train, trained
 
-Batches = list[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
 Field = Literal["accuracy", "agreement"]
 
@@ -444,7 +446,7 @@ class Calibration:
     def _pass(self) -> tuple[dict[str, Elimination], dict[str, ReaderStatistics]]:
         """Eliminations, and what the readers read."""
         model, groups = self.subject.model, self.subject.groups
-        sums = ReaderSums(model, groups)
+        sums = ReaderSums(model, groups, views_of(self.batches))
         found = eliminations(model, self.batches, groups, seed=self._seed, reads=sums)
         return found, sums.surveyed(self.subject.example)
 
@@ -637,8 +639,7 @@ def run_model(
             ]
             if lacking:
                 split, check = drawn(board, data, seed, redraw)
-                batches = list(split.batches(board.batch))
-                calibration = Calibration(subject, ranker, batches, seed, tuning)
+                calibration = Calibration(subject, ranker, seen(board, split), seed, tuning)
                 measure(record, calibration, check, seed, lacking)
 
 
@@ -654,9 +655,14 @@ def drawn(board: Board, data: Data, seed: int, redraw: bool) -> tuple[Split, Spl
         )
     order = order.to(pool.labels.device)
     split = pool.subset(order[checked : checked + board.calibrated])
-    if board.mirrored:
-        split = joined(split, replace(split, pixels=split.pixels.flip(3)))
     return split, pool.subset(order[:checked]) if redraw else data.test
+
+
+def seen(board: Board, split: Split) -> Batches:
+    """The batches that calibrate."""
+    if not board.mirrored:
+        return list(split.batches(board.batch))
+    return Views(list(split.batches(board.batch // 2)), hflip)
 
 
 def joined(*splits: Split) -> Split:

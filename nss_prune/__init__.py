@@ -12,6 +12,7 @@ from nss_prune.report import Report
 from nss_prune.restructure import Restructured, restructure
 from nss_prune.slicing import Slice
 from nss_prune.unstructured import sparsify
+from nss_prune.views import Views
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Restructured",
     "Slice",
     "Task",
+    "Views",
     "load_pruned",
     "profile",
     "rebind_optimizer",

@@ -39,6 +39,7 @@ from nss_prune.errors import NumericalError
 from nss_prune.neurons import NeuronGroup, evaluation
 from nss_prune.readers import Moments, ReaderStatistics, ReaderSums, counted_batches, spaced
 from nss_prune.slicing import Slice
+from nss_prune.views import views_of
 
 ALLOCATIONS = 4
 TOO_WIDE = 4  # neurons for each independent observation: their covariances are noise
@@ -125,7 +126,7 @@ def sensitivities(
             zeros = torch.zeros(
                 sizes[name] + 3, sizes[name], dtype=torch.float64, device=gradient.device
             )
-            found[name] = Sensitivity(Moments(), zeros[3:], zeros[:3])
+            found[name] = Sensitivity(Moments(views=views), zeros[3:], zeros[:3])
         activation, gradient = as_computed(reading.activation), as_computed(gradient)
         if name not in added:
             found[name].read.add(activation)
@@ -133,7 +134,7 @@ def sensitivities(
         # Of all readers before they are squared: what a neuron does, it does in all of them.
         effects[name] = effects.get(name, 0) + _effects(activation, gradient)
 
-    beside = alone if reads is None else reads.watching
+    beside, views = alone if reads is None else reads.watching, views_of(data)
     generator = torch.Generator().manual_seed(seed)
     with evaluation(model), torch.enable_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "divergence"):

@@ -82,6 +82,7 @@ from nss_prune.removal import remove, undone_on_error, verified
 from nss_prune.report import Report, Row, macs_by_module, measure, report_rows
 from nss_prune.similarity import Features, Landscape
 from nss_prune.slicing import Slice, Strategy, check_theta
+from nss_prune.views import views_of
 
 WRAPPER_SETTINGS = (
     "device_ids",
@@ -552,7 +553,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         assert self.data is not None
         self._set_neurons(readable(self.model, self.neurons, self._example_inputs, self._forward))
         groups = self.neurons.groups
-        sums = ReaderSums(self.model, groups) if self.fold else None
+        sums = ReaderSums(self.model, groups, views_of(self.data)) if self.fold else None
         self._eliminations = eliminations(
             self.model, self.data, groups, reads=sums, progress=self.progress
         )

@@ -28,6 +28,7 @@ from nss_prune.neurons import (
     tensors_in,
 )
 from nss_prune.similarity import evenly_spaced
+from nss_prune.views import views_of
 
 POSITIONS = 64  # of a map that are looked at, as in nss_prune.similarity.Landscape
 WIDEST_MAP = 2048  # channels of a flattened map with a full covariance, which takes 32 MiB then
@@ -43,13 +44,14 @@ class ReaderStatistics:
             ``WIDEST_MAP`` channels ``[neurons, neurons]``: the average over the positions of the
             map, each with its own mean.
         rows: Number of (sample, position) pairs.
-        samples: Number of samples.
+        samples: Number of samples, each of their views counted.
         observations: The number of independent observations that the rows are worth, because
-            the positions of a sample resemble each other: rows over the design effect of cluster
-            sampling (Kish, Survey Sampling, 1965), which is samples · tr Σ / tr Σ̄ where Σ̄ is
-            the covariance of the samples' averages over their positions.
+            the positions and the views of a sample resemble each other: rows over the design
+            effect of cluster sampling (Kish, Survey Sampling, 1965), which leaves m · tr Σ / tr Σ̄
+            for m samples, where Σ̄ is the covariance of their averages over positions and views.
         shape: Of the input, without the samples.
         norm: The BatchNorm that reads what the reader puts out, and alone does so, or None.
+        views: Of each sample, see :class:`nss_prune.views.Views`.
     """
 
     mean: Tensor
@@ -59,6 +61,7 @@ class ReaderStatistics:
     observations: float
     shape: tuple[int, ...]
     norm: str | None = None
+    views: int = 1
 
     def to(self, device: torch.device | str) -> ReaderStatistics:
         """The same on another device."""
@@ -78,7 +81,7 @@ class ReaderStatistics:
         covariance = blocks.diagonal(dim1=1, dim2=3).mean(-1)
         rows = self.rows * repeats
         between = float(blocks.mean((1, 3)).trace())
-        worth = _independent(self.samples, rows, float(covariance.trace()), between)
+        worth = _independent(self.samples / self.views, rows, float(covariance.trace()), between)
         return replace(self, covariance=covariance, rows=rows, observations=worth)
 
 
@@ -106,7 +109,7 @@ def reader_statistics(
         ModelMismatchError: The model does not have the groups.
     """
     check_fits(groups, model)
-    sums = ReaderSums(model, groups)
+    sums = ReaderSums(model, groups, views_of(data))
     norms: dict[str, str] = {}
     with evaluation(model), torch.no_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "folding"):
@@ -121,13 +124,17 @@ def reader_statistics(
 class ReaderSums:
     """Adds up what the readers of a model read, whoever runs it.
 
+    Args:
+        views: Of each sample, see :class:`nss_prune.views.Views`.
+
     Attributes:
         readers: Reader -> its sides, one for each group that it reads.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], views: int = 1) -> None:
         self.readers = sides_by_reader(groups)
         self._model = model
+        self._views = views
         self._moments: dict[str, Moments] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -138,7 +145,8 @@ class ReaderSums:
         def add(name: str, read: Tensor) -> None:
             module = submodule(self._model, name)
             if name not in self._moments:
-                self._moments[name] = Moments(summed_positions(module, self.readers[name]))
+                repeats = summed_positions(module, self.readers[name])
+                self._moments[name] = Moments(repeats, self._views)
             self._moments[name].add(by_sample(name, read, module, samples))
             self._shapes[name] = tuple(read.shape[1:])
 
@@ -176,10 +184,12 @@ class Moments:
 
     Args:
         repeats: Channels that each row of the covariance stands for.
+        views: Of each sample, one after the other.
     """
 
-    def __init__(self, repeats: int = 1) -> None:
+    def __init__(self, repeats: int = 1, views: int = 1) -> None:
         self.repeats = repeats
+        self.views = views
         self.samples = 0
         self.rows = 0
         self._shift: Tensor | None = None
@@ -201,7 +211,7 @@ class Moments:
         picked = spaced(centred, 2)
         by_unit = picked.transpose(0, 1).flatten(1)
         self._matrix += by_unit @ by_unit.T
-        averages = picked.mean((2, 3))
+        averages = picked.mean((2, 3)).unflatten(0, (-1, self.views)).mean(1)
         self._averages += torch.stack([averages.sum(0), averages.square().sum(0)])
         self.samples += samples
         self.rows += samples * positions
@@ -229,15 +239,17 @@ class Moments:
         covariance = self._matrix / rows
         covariance.addmm_(picked, picked.T, alpha=-1 / picked.shape[1])
         covariance = covariance.add_(covariance.T.clone()).div_(2)
-        mean, square = self._averages / self.samples
+        samples = self.samples / self.views
+        mean, square = self._averages / samples
         between = float((square - mean.square()).sum())
         return ReaderStatistics(
             mean=(self._shift + offset).flatten(),
             covariance=covariance,
             rows=rows,
             samples=self.samples,
-            observations=_independent(self.samples, rows, float(covariance.trace()), between),
+            observations=_independent(samples, rows, float(covariance.trace()), between),
             shape=(),
+            views=self.views,
         )
 
 
@@ -249,7 +261,7 @@ def spaced(values: Tensor, axis: int) -> Tensor:
     return values.index_select(axis, evenly_spaced(available, POSITIONS).to(values.device))
 
 
-def _independent(samples: int, rows: int, variance: float, between: float) -> float:
+def _independent(samples: float, rows: int, variance: float, between: float) -> float:
     """Independent observations in rows that come in clusters, see :class:`ReaderStatistics`."""
     if between * rows <= variance * samples:
         return float(rows)

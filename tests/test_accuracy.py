@@ -22,6 +22,7 @@ from nss_prune import Slice
 from nss_prune.budget import Limits, solve
 from nss_prune.errors import ArgumentError
 from nss_prune.neurons import tensors_in
+from nss_prune.views import views_of
 from training import Recipe
 
 DIGITS = BOARDS["mlp-digits"]
@@ -330,13 +331,14 @@ class TestDrawn:
         assert not rows_of(first) & rows_of(check)
 
     def test_mirror_images_calibrate_too(self, digits):
-        plain, _ = accuracy.drawn(DIGITS, digits, 0, False)
-        both, _ = accuracy.drawn(replace(DIGITS, mirrored=True), digits, 0, False)
-        half = len(plain)
-        assert len(both) == 2 * half
-        assert torch.equal(both.pixels[:half], plain.pixels)
-        assert torch.equal(both.pixels[half:].flip(3), plain.pixels)
-        assert torch.equal(both.labels, plain.labels.repeat(2))
+        split, _ = accuracy.drawn(DIGITS, digits, 0, False)
+        batches = accuracy.seen(replace(DIGITS, mirrored=True), split)
+        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert views_of(batches) == 2
+        assert torch.equal(inputs[::2], split.inputs())
+        assert torch.equal(inputs[1::2].flip(3), split.inputs())
+        assert torch.equal(labels, split.labels.repeat_interleave(2))
+        assert views_of(accuracy.seen(DIGITS, split)) == 1
 
     def test_redrawn_check_data_is_as_large_and_apart(self, digits):
         (first, check), (_, other) = (accuracy.drawn(DIGITS, digits, s, True) for s in (0, 1))
