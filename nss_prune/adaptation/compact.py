@@ -112,6 +112,11 @@ class Block:
         return self.whole.requires_grad and not self.whole._backward_hooks and len(hooks) < 2
 
 
+def treats_entries_apart(optimizer: Optimizer) -> bool:
+    """Whether it is known to update each entry of a parameter by that entry's own gradients."""
+    return type(optimizer) in BY_ENTRY
+
+
 def cut_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
     """Replace parameters in the optimiser by the blocks of them that train.
 
@@ -123,7 +128,7 @@ def cut_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
     Returns:
         Parameter -> its block.
     """
-    if type(optimizer) not in BY_ENTRY:
+    if not treats_entries_apart(optimizer):
         return {}
     updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     blocks = {}
@@ -190,7 +195,7 @@ class CompactTraining:
         self.freezing = freezing
         self.optimizer = optimizer
         self.blocks = dict(blocks)
-        self.zero_gradients = zero_gradients or type(optimizer) not in BY_ENTRY
+        self.zero_gradients = zero_gradients or not treats_entries_apart(optimizer)
         self._layers = list(_layers(freezing.model, self.blocks.values()))
 
     @property

@@ -32,7 +32,7 @@ from nss_prune.adaptation.batches import (
     sampled,
     with_classes,
 )
-from nss_prune.adaptation.compact import BY_ENTRY
+from nss_prune.adaptation.compact import treats_entries_apart
 from nss_prune.adaptation.cuts import isolated_part
 from nss_prune.adaptation.freezing import Freezing, critical_channels, critical_entries
 from nss_prune.adaptation.heads import find_head, grown, outputs_of
@@ -702,7 +702,7 @@ class Training:
         found = self.checkpoint.load() if resume else None
         done = 0 if found is None else found[0]["epochs"]
         model = self.freezing.model
-        read = type(self.optimizer) not in BY_ENTRY
+        read = not treats_entries_apart(self.optimizer)
         with (
             self.freezing.attach(self.optimizer, zero_gradients=read),
             contextlib.ExitStack() as stack,
