@@ -31,6 +31,7 @@ from nss_prune.collector import run
 from nss_prune.errors import ModelMismatchError, NumericalError
 from nss_prune.neurons import evaluation
 from nss_prune.readers import counted_batches, scores_by_place
+from nss_prune.views import views_of
 
 FOLDS = 5
 PENALTIES = tuple(10.0**-power for power in range(1, 6))
@@ -43,7 +44,7 @@ class ClassShares:
 
     Attributes:
         sums: Σ of the probabilities over samples and positions, float64 ``[folds, classes]``; a
-            sample is in the fold of its number, modulo the folds.
+            sample is in the fold of its number, modulo the folds, with all its views.
         counts: Samples × positions, ``[folds]``.
     """
 
@@ -139,7 +140,7 @@ def _scores(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tup
     seen = values = 0
     with evaluation(model):
         for by_place, samples in scores_by_place(model, data, progress, "balance"):
-            fold = torch.arange(seen, seen + samples) % FOLDS
+            fold = torch.arange(seen, seen + samples) // views_of(data) % FOLDS
             folds.append(fold.repeat_interleave(len(by_place) // samples))
             found.append(by_place.cpu().double())
             seen += samples

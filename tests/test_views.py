@@ -12,6 +12,7 @@ from torchvision.transforms.functional import hflip
 
 from networks import batches, cnn, settled
 from nss_prune import NSSPruner, Views, profile
+from nss_prune.balance import class_shares
 from nss_prune.discovery import discover
 from nss_prune.divergence import eliminations
 from nss_prune.errors import ArgumentError, DataError
@@ -130,6 +131,12 @@ def test_copies_change_nothing_that_is_folded(model, data, fold) -> None:
         pruned(data).parameters(), pruned(Views(data, same)).parameters(), strict=True
     ):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_copies_are_left_out_together(model, data) -> None:
+    once, twice = class_shares(model, data), class_shares(model, Views(data, same))
+    assert torch.equal(twice.counts, 2 * once.counts)
+    torch.testing.assert_close(twice.sums, 2 * once.sums)
 
 
 def test_a_profile_that_keeps_what_the_readers_read(model, data) -> None:
