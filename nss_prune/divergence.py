@@ -18,7 +18,8 @@ are left; so one elimination gives the order of a group and D for every number o
 
 On new samples the k neurons that stay say less of the others than on the n independent
 observations that they were fitted to. As generalised cross-validation has it (Golub, Heath, Wahba,
-1979), D is therefore divided by (1 − (k + 1) / n)².
+1979), D is therefore divided by (1 − (k + 1) / n)². What they miss adds up over a sample, so that
+several views of one are not as many observations.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
     weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
     information = weights[:, None] * (sums.information / statistics.samples) * weights
     found = eliminate(shrunk(statistics.covariance, statistics.observations), information)
-    growth = _on_new_samples(found.divergence, statistics.observations)
+    growth = _on_new_samples(found.divergence, sums.read.distinct(name))
     return replace(found, divergence=found.divergence * growth**2, growth=growth)
 
 

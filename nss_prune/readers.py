@@ -28,7 +28,6 @@ from nss_prune.neurons import (
     tensors_in,
 )
 from nss_prune.similarity import evenly_spaced
-from nss_prune.views import views_of
 
 POSITIONS = 64  # of a map that are looked at, as in nss_prune.similarity.Landscape
 WIDEST_MAP = 2048  # channels of a flattened map with a full covariance, which takes 32 MiB then
@@ -46,12 +45,11 @@ class ReaderStatistics:
         rows: Number of (sample, position) pairs.
         samples: Number of samples, each of their views counted.
         observations: The number of independent observations that the rows are worth, because
-            the positions and the views of a sample resemble each other: rows over the design
-            effect of cluster sampling (Kish, Survey Sampling, 1965), which leaves m · tr Σ / tr Σ̄
-            for m samples, where Σ̄ is the covariance of their averages over positions and views.
+            the positions of a sample resemble each other: rows over the design effect of cluster
+            sampling (Kish, Survey Sampling, 1965), which is samples · tr Σ / tr Σ̄ where Σ̄ is
+            the covariance of the samples' averages over their positions.
         shape: Of the input, without the samples.
         norm: The BatchNorm that reads what the reader puts out, and alone does so, or None.
-        views: Of each sample, see :class:`nss_prune.views.Views`.
     """
 
     mean: Tensor
@@ -61,7 +59,6 @@ class ReaderStatistics:
     observations: float
     shape: tuple[int, ...]
     norm: str | None = None
-    views: int = 1
 
     def to(self, device: torch.device | str) -> ReaderStatistics:
         """The same on another device."""
@@ -81,7 +78,7 @@ class ReaderStatistics:
         covariance = blocks.diagonal(dim1=1, dim2=3).mean(-1)
         rows = self.rows * repeats
         between = float(blocks.mean((1, 3)).trace())
-        worth = _independent(self.samples / self.views, rows, float(covariance.trace()), between)
+        worth = _independent(self.samples, rows, float(covariance.trace()), between)
         return replace(self, covariance=covariance, rows=rows, observations=worth)
 
 
@@ -109,7 +106,7 @@ def reader_statistics(
         ModelMismatchError: The model does not have the groups.
     """
     check_fits(groups, model)
-    sums = ReaderSums(model, groups, views_of(data))
+    sums = ReaderSums(model, groups)
     norms: dict[str, str] = {}
     with evaluation(model), torch.no_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "folding"):
@@ -205,14 +202,16 @@ class Moments:
             units = len(self._shift)
             self._total = torch.zeros_like(self._shift)
             self._matrix = seen.new_zeros(units, units)
-            self._averages = seen.new_zeros(2, units)
+            self._by_view, self._by_sample = seen.new_zeros(2, 2, units)
         centred = seen - self._shift[:, :, None]
         self._total += centred.sum((0, 3))
         picked = spaced(centred, 2)
         by_unit = picked.transpose(0, 1).flatten(1)
         self._matrix += by_unit @ by_unit.T
-        averages = picked.mean((2, 3)).unflatten(0, (-1, self.views)).mean(1)
-        self._averages += torch.stack([averages.sum(0), averages.square().sum(0)])
+        by_view = picked.mean((2, 3))
+        by_sample = by_view.unflatten(0, (-1, self.views)).mean(1)
+        self._by_view += torch.stack([by_view.sum(0), by_view.square().sum(0)])
+        self._by_sample += torch.stack([by_sample.sum(0), by_sample.square().sum(0)])
         self.samples += samples
         self.rows += samples * positions
         self._found = None
@@ -227,6 +226,16 @@ class Moments:
             self._found = self._statistics(name)
         return replace(self._found, shape=shape, norm=norm)
 
+    def distinct(self, name: str) -> float:
+        """Observations for what adds up over a sample: its views resemble each other as well.
+
+        As ``observations`` of :class:`ReaderStatistics`, with averages over positions and views.
+        """
+        found = self.statistics(name, (), None)
+        samples = self.samples / self.views
+        between = _variance(self._by_sample / samples)
+        return _independent(samples, found.rows, float(found.covariance.trace()), between)
+
     def _statistics(self, name: str) -> ReaderStatistics:
         assert self._shift is not None
         offset = self._total / self.rows
@@ -239,17 +248,14 @@ class Moments:
         covariance = self._matrix / rows
         covariance.addmm_(picked, picked.T, alpha=-1 / picked.shape[1])
         covariance = covariance.add_(covariance.T.clone()).div_(2)
-        samples = self.samples / self.views
-        mean, square = self._averages / samples
-        between = float((square - mean.square()).sum())
+        between = _variance(self._by_view / self.samples)
         return ReaderStatistics(
             mean=(self._shift + offset).flatten(),
             covariance=covariance,
             rows=rows,
             samples=self.samples,
-            observations=_independent(samples, rows, float(covariance.trace()), between),
+            observations=_independent(self.samples, rows, float(covariance.trace()), between),
             shape=(),
-            views=self.views,
         )
 
 
@@ -259,6 +265,12 @@ def spaced(values: Tensor, axis: int) -> Tensor:
     if available <= POSITIONS:
         return values
     return values.index_select(axis, evenly_spaced(available, POSITIONS).to(values.device))
+
+
+def _variance(averages: Tensor) -> float:
+    """Σ of the variances, from averages of values and of their squares, ``[2, units]``."""
+    mean, square = averages
+    return float((square - mean.square()).sum())
 
 
 def _independent(samples: float, rows: int, variance: float, between: float) -> float:

@@ -1,8 +1,9 @@
 """Several views of each sample, such as a picture and its mirror image.
 
-Views add to what a few samples say of a model, but the views of one sample resemble each other.
-What is estimated from ``data`` therefore has to know which samples are views of the same one: see
-``observations`` of :class:`nss_prune.readers.ReaderStatistics`.
+Views add to what a few samples say of a model. To a fold they are samples like others: what the
+neurons that stay miss in single positions hardly repeats itself in another view. But what that adds
+up to over a whole sample does, so that what is foreseen of new samples, and what is tried on
+samples left out, has to know which are views of the same one.
 """
 
 from __future__ import annotations
