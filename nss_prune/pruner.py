@@ -135,7 +135,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict.
         importance: A torch-pruning importance that replaces semantic slicing.
         data: Batches of (inputs, labels) on the model's device; the example inputs by default,
-            with the predictions as categories.
+            with the predictions as categories. :class:`nss_prune.Views` makes more of few samples.
         theta: Similarity threshold in (0, 1]. Over several ``iterative_steps`` it falls from 1
             in equal steps, and each step profiles the model anew, so ``data`` must be an
             iterable that can be run through again.
