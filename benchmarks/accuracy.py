@@ -138,6 +138,7 @@ HIDDEN_READERS = "conv_pwl"  # timm's name for what reads an inverted bottleneck
 SUMMARY_COLUMNS = (
     Column("level", "kept"),
     Column("kind", "kind"),
+    Column("whole", "whole model, %"),
     Column("ours", "divergence, %"),
     Column("rival", "best other"),
     Column("theirs", "its accuracy, %"),
@@ -145,7 +146,7 @@ SUMMARY_COLUMNS = (
 )
 
 AGREEMENT_COLUMNS = (
-    *SUMMARY_COLUMNS[:-2],
+    *(column for column in SUMMARY_COLUMNS[:-2] if column.key != "whole"),
     Column("theirs", "its agreement, %"),
     SUMMARY_COLUMNS[-1],
 )
@@ -745,17 +746,23 @@ def columns(cells: Sequence[Measured]) -> tuple[Column, ...]:
 
 def over_seeds(
     cells: Sequence[Measured], field: Field = "accuracy"
-) -> dict[tuple[Variant, str, str], list[float] | None]:
-    """(variant, kind, level) -> percent, by seed; None where a budget was not met."""
-    by_place: dict[tuple[Variant, str, str], list[Measured]] = {}
+) -> dict[tuple[Variant, str, str], dict[int, float] | None]:
+    """(variant, kind, level) -> seed -> percent; None where a budget was not met."""
+    by_place: dict[tuple[Variant, str, str], dict[int, float | None]] = {}
     for cell in sorted(cells, key=lambda cell: cell.seed):
         place = (Variant(cell.criterion, cell.allocation), cell.kind, cell.level)
-        by_place.setdefault(place, []).append(cell)
+        by_place.setdefault(place, {})[cell.seed] = getattr(cell, field)
     return {
-        place: None if None in values else [100 * value for value in values if value is not None]
-        for place, same in by_place.items()
-        for values in [[getattr(cell, field) for cell in same]]
+        place: None
+        if None in values.values()
+        else {seed: 100 * value for seed, value in values.items() if value is not None}
+        for place, values in by_place.items()
     }
+
+
+def whole_accuracies(cells: Sequence[Measured]) -> dict[int, float]:
+    """Seed -> that of the whole model in percent."""
+    return {cell.seed: 100 * cell.dense for cell in sorted(cells, key=lambda cell: cell.seed)}
 
 
 def rows_shown(cells: Sequence[Measured]) -> list[tuple[Variant, str]]:
@@ -773,14 +780,13 @@ def rows_shown(cells: Sequence[Measured]) -> list[tuple[Variant, str]]:
 def table_rows(cells: Sequence[Measured]) -> list[dict[str, Cell]]:
     """The whole model, then a row for each variant and kind."""
     names, found = level_names(cells), over_seeds(cells)
-    dense = {cell.seed: 100 * cell.dense for cell in cells}
-    whole = spread([dense[seed] for seed in sorted(dense)])
+    whole = spread(list(whole_accuracies(cells).values()))
     rows: list[dict[str, Cell]] = [{"criterion": WHOLE, **dict.fromkeys(names, whole)}]
     for variant, kind in rows_shown(cells):
         row: dict[str, Cell] = {"criterion": str(variant), "kind": kind}
         for name in names:
             values = found.get((variant, kind, name))
-            row[name] = None if values is None else spread(values)
+            row[name] = None if values is None else spread(list(values.values()))
         rows.append(row)
     return rows
 
@@ -791,7 +797,7 @@ def summary(cells: Sequence[Measured], field: Field = "accuracy") -> list[dict[s
 
     The others are those that owe nothing to `divergence`; the lead is by the same seeds.
     """
-    found = over_seeds(cells, field)
+    found, whole = over_seeds(cells, field), whole_accuracies(cells)
     kinds = [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]
     rows: list[dict[str, Cell]] = []
     for level in level_names(cells):
@@ -805,17 +811,18 @@ def summary(cells: Sequence[Measured], field: Field = "accuracy") -> list[dict[s
             others = [entry for entry in entries if entry[0].allocation != "ours"]
             if not ours or not others:
                 continue
-            _, _, mine = max(ours, key=lambda entry: statistics.fmean(entry[2]))
-            rival, kind, theirs = max(others, key=lambda entry: statistics.fmean(entry[2]))
-            pairs = list(zip(mine, theirs, strict=False))
+            _, _, mine = max(ours, key=lambda entry: statistics.fmean(entry[2].values()))
+            rival, kind, theirs = max(others, key=lambda entry: statistics.fmean(entry[2].values()))
+            leads = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
             rows.append(
                 {
                     "level": level,
                     "kind": title,
-                    "ours": spread(mine),
+                    "whole": spread([whole[seed] for seed in mine]),
+                    "ours": spread(list(mine.values())),
                     "rival": f"{rival}, {kind}" if title in BEST else str(rival),
-                    "theirs": spread(theirs),
-                    "lead": spread([a - b for a, b in pairs]),
+                    "theirs": spread(list(theirs.values())),
+                    "lead": spread(leads) if leads else None,
                 }
             )
     return rows
@@ -870,7 +877,7 @@ def plot(title: str, cells: Sequence[Measured], path: Path) -> None:
         for panel, kind in zip(panel_row, kinds, strict=True):
             for variant in variants:
                 points = [
-                    (100 * float(name.split()[1]), statistics.fmean(values))
+                    (100 * float(name.split()[1]), statistics.fmean(values.values()))
                     for name in here
                     if (values := found.get((variant, kind, name)))
                 ]

@@ -14,9 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import results
-from accuracy import AGREEMENT_COLUMNS, BEST, CLASS_COLUMNS
+from accuracy import AGREEMENT_COLUMNS, BEST, CLASS_COLUMNS, Measured, agreements, summary
 from accuracy import SUMMARY_COLUMNS as LEADS
 from results import Cell, Column
 from rq1 import THETA_COLUMNS
@@ -42,15 +43,20 @@ def table(name: str) -> str:
         ]
         return results.markdown_table(THETA_COLUMNS, rows)
     if part == ["leads"]:
-        return leads(LEADS, content["summary"])
+        return leads(LEADS, summary(cells(content)))
     if part == ["agreement"]:
-        return leads(AGREEMENT_COLUMNS, content["agreement"])
+        return leads(AGREEMENT_COLUMNS, agreements(cells(content)))
     if part == ["classes"]:
         return results.markdown_table(CLASS_COLUMNS, content["classes"])
     if part == ["summary"]:
         columns = {"rq3": CLAIMS, "rq4": TASK_CLAIMS}.get(file.partition("-")[0], GAINS)
         return results.markdown_table(columns, content["summary"])
     return results.markdown_table(content["columns"], content["rows"])
+
+
+def cells(content: Mapping[str, Any]) -> list[Measured]:
+    """What an accuracy board measured."""
+    return [Measured(**cell) for cell in content["cells"]]
 
 
 def leads(columns: Sequence[Column], rows: Sequence[Mapping[str, Cell]]) -> str:

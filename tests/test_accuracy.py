@@ -438,6 +438,23 @@ class TestTables:
         leads = [row["lead"]["values"] for row in rows]
         assert leads == [pytest.approx([-10, 0]), pytest.approx([10, 15]), pytest.approx([10, 15])]
 
+    def test_a_lead_and_the_whole_model_are_of_the_same_seeds(self):
+        ours, theirs = (
+            [
+                replace(cell(seed, name, allocation, "folded", value), dense=dense)
+                for seed, value, dense in by
+            ]
+            for name, allocation, by in (
+                ("divergence", "ours", [(1, 0.6, 0.9), (2, 0.5, 0.8)]),
+                ("lamp", "global", [(0, 0.7, 1), (2, 0.2, 0.8)]),
+            )
+        )
+        for row in accuracy.summary([*theirs, *ours]):
+            assert row["whole"]["values"] == pytest.approx([90, 80])
+            assert row["lead"]["values"] == pytest.approx([30])
+        for row in accuracy.summary([theirs[0], *ours]):
+            assert row["lead"] is None
+
     def test_agreement_has_leads_of_its_own_where_it_is_known(self):
         known = [
             replace(one, agreement=None if one.accuracy is None else 1 - one.accuracy / 2)
