@@ -1,6 +1,6 @@
 """Speed and memory, both sides in one run: ratios with their spread.
 
-    python benchmarks/speed.py                         all parts, half an hour on two cores
+    python benchmarks/speed.py                         all parts
     python benchmarks/speed.py --parts selection       one part
     python benchmarks/speed.py --parts profile --models vgg16 --repeats 5
 
