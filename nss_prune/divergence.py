@@ -204,14 +204,14 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
         )
     apart = statistics.covariance.diagonal() * sums.information.diagonal() / statistics.samples
     effects = _effects_alone(sums, statistics)
-    if len(apart) > TOO_WIDE * statistics.distinct:
+    if len(apart) > TOO_WIDE * statistics.observations:
         return _independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
     # Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
     # Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
     weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
     information = weights[:, None] * (sums.information / statistics.samples) * weights
-    found = eliminate(shrunk(statistics.covariance, statistics.distinct), information)
-    growth = _on_new_samples(found.divergence, statistics.distinct)
+    found = eliminate(shrunk(statistics.covariance, statistics.observations), information)
+    growth = _on_new_samples(found.divergence, sums.read.distinct(name))
     return replace(found, divergence=found.divergence * growth**2, growth=growth)
 
 

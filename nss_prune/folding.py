@@ -44,7 +44,6 @@ from nss_prune.readers import (
 )
 from nss_prune.ridge import ridge
 from nss_prune.slicing import Slice
-from nss_prune.views import views_of
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -240,7 +239,7 @@ def _both_readings(
     repeats: int,
 ) -> ReaderStatistics:
     """Of ``[2 channels]``: what a reader reads in the whole model, then in the sliced one."""
-    moments = Moments(repeats, views_of(data))
+    moments = Moments(repeats)
     shape: tuple[int, ...] = ()
     module = submodule(model, name)
     for number, inputs, samples in counted_batches(model, data, False, ""):

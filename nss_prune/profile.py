@@ -51,7 +51,6 @@ from nss_prune.similarity import (
 )
 from nss_prune.slicing import Slice, Strategy, slice_profile
 from nss_prune.streaming import Part, Sums, stream_parts
-from nss_prune.views import views_of
 
 PAPER: dict[str, Any] = {"features": "flat", "centered": False, "positions": None}
 """The paper's Eq. 1 and 2 to the letter: ``profile(model, data, **PAPER)``."""
@@ -421,7 +420,7 @@ def profile_neurons(
     builder = ProfileBuilder(neurons, chosen, landscape, check_interval(interval), keep_statistics)
     if any(needs_reference(metric) for metric in chosen) and isinstance(baseline, str):
         baseline = mean_inputs(data) if baseline == "mean" else baseline
-    sums_read = ReaderSums(model, neurons.groups, views_of(data))
+    sums_read = ReaderSums(model, neurons.groups)
     if keep_readers and processes() > 1:
         raise ArgumentError(
             "keep_readers=True is for one process: what the readers read is not summed over "

@@ -28,7 +28,6 @@ from nss_prune.neurons import (
     tensors_in,
 )
 from nss_prune.similarity import evenly_spaced
-from nss_prune.views import views_of
 
 POSITIONS = 64  # of a map that are looked at, as in nss_prune.similarity.Landscape
 WIDEST_MAP = 2048  # channels of a flattened map with a full covariance, which takes 32 MiB then
@@ -49,8 +48,6 @@ class ReaderStatistics:
             the positions of a sample resemble each other: rows over the design effect of cluster
             sampling (Kish, Survey Sampling, 1965), which is samples · tr Σ / tr Σ̄ where Σ̄ is
             the covariance of the samples' averages over their positions.
-        distinct: The same for what adds up over a sample, whose views resemble each other as well:
-            with averages over positions and views.
         shape: Of the input, without the samples.
         norm: The BatchNorm that reads what the reader puts out, and alone does so, or None.
     """
@@ -60,7 +57,6 @@ class ReaderStatistics:
     rows: int
     samples: int
     observations: float
-    distinct: float
     shape: tuple[int, ...]
     norm: str | None = None
 
@@ -83,10 +79,7 @@ class ReaderStatistics:
         rows = self.rows * repeats
         between = float(blocks.mean((1, 3)).trace())
         worth = _independent(self.samples, rows, float(covariance.trace()), between)
-        distinct = worth * self.distinct / self.observations
-        return replace(
-            self, covariance=covariance, rows=rows, observations=worth, distinct=distinct
-        )
+        return replace(self, covariance=covariance, rows=rows, observations=worth)
 
 
 def reader_statistics(
@@ -113,7 +106,7 @@ def reader_statistics(
         ModelMismatchError: The model does not have the groups.
     """
     check_fits(groups, model)
-    sums = ReaderSums(model, groups, views_of(data))
+    sums = ReaderSums(model, groups)
     norms: dict[str, str] = {}
     with evaluation(model), torch.no_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "folding"):
@@ -233,6 +226,16 @@ class Moments:
             self._found = self._statistics(name)
         return replace(self._found, shape=shape, norm=norm)
 
+    def distinct(self, name: str) -> float:
+        """Observations for what adds up over a sample: its views resemble each other as well.
+
+        As ``observations`` of :class:`ReaderStatistics`, with averages over positions and views.
+        """
+        found = self.statistics(name, (), None)
+        samples = self.samples / self.views
+        between = _variance(self._by_sample / samples)
+        return _independent(samples, found.rows, float(found.covariance.trace()), between)
+
     def _statistics(self, name: str) -> ReaderStatistics:
         assert self._shift is not None
         offset = self._total / self.rows
@@ -245,15 +248,13 @@ class Moments:
         covariance = self._matrix / rows
         covariance.addmm_(picked, picked.T, alpha=-1 / picked.shape[1])
         covariance = covariance.add_(covariance.T.clone()).div_(2)
-        variance, samples = float(covariance.trace()), self.samples / self.views
-        by_view, by_sample = self._by_view / self.samples, self._by_sample / samples
+        between = _variance(self._by_view / self.samples)
         return ReaderStatistics(
             mean=(self._shift + offset).flatten(),
             covariance=covariance,
             rows=rows,
             samples=self.samples,
-            observations=_independent(self.samples, rows, variance, _variance(by_view)),
-            distinct=_independent(samples, rows, variance, _variance(by_sample)),
+            observations=_independent(self.samples, rows, float(covariance.trace()), between),
             shape=(),
         )
 

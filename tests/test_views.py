@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from networks import batches, cnn, settled
 from nss_prune import Views
 from nss_prune.balance import class_shares
 from nss_prune.discovery import discover
-from nss_prune.divergence import Sensitivity, eliminated, sensitivities
+from nss_prune.divergence import eliminations
 from nss_prune.errors import ArgumentError, DataError
-from nss_prune.readers import Moments, reader_statistics
+from nss_prune.readers import ReaderSums, reader_statistics
 from nss_prune.views import views_of
 
 SHAPE = (3, 12, 12)
@@ -79,42 +80,35 @@ def test_what_cannot_be_viewed(data) -> None:
         next(iter(Views(data, lambda inputs: inputs[..., :4])))
 
 
+def distinct(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
+    groups = discover(model, next(iter(data))[0]).groups
+    sums = ReaderSums(model, groups, views_of(data))
+    for inputs, _ in data:
+        with sums.watching(len(inputs)), torch.no_grad():
+            model(inputs)
+    return {name: sums.moments(name).distinct(name) for name in sums.readers}
+
+
 def test_a_copy_of_each_sample_is_no_other_observation(model, data) -> None:
     groups = discover(model, data[0][0]).groups
     once = reader_statistics(model, data, groups)
-    twice = reader_statistics(model, Views(data, same), groups)
+    counted, copied = distinct(model, data), distinct(model, Views(data, same))
     for name, found in once.items():
-        assert found.distinct == found.observations
-        assert twice[name].distinct == pytest.approx(found.distinct, rel=1e-9)
+        assert counted[name] == found.observations
+        assert copied[name] == pytest.approx(found.observations, rel=1e-9)
 
 
 def test_views_that_have_nothing_in_common_are_samples(model, data) -> None:
+    once, more = distinct(model, data), distinct(model, Views(data, fresh))
+    assert all(more[name] > 1.7 * count for name, count in once.items())
+
+
+def test_copies_do_not_make_an_elimination_surer(model, data) -> None:
     groups = discover(model, data[0][0]).groups
-    once = reader_statistics(model, data, groups)
-    more = reader_statistics(model, Views(data, fresh), groups)
-    assert all(more[name].distinct > 1.7 * found.distinct for name, found in once.items())
-
-
-def test_so_are_the_neurons_of_a_flattened_map(model, data) -> None:
-    groups = discover(model, data[0][0]).groups
-    once = reader_statistics(model, data, groups)["7"].by_neuron(16)
-    twice = reader_statistics(model, Views(data, same), groups)["7"].by_neuron(16)
-    assert once.distinct == once.observations
-    assert twice.distinct == pytest.approx(once.distinct, rel=1e-9)
-
-
-def test_copies_make_no_elimination_surer_than_it_is(model, data) -> None:
-    groups = discover(model, data[0][0]).groups
-    for name, once in sensitivities(model, data, groups).items():
-        read = Moments(views=2)
-        layer = 2 * torch.randn(90, len(once.information), 5).double().cumsum(2)
-        read.add(layer.repeat_interleave(2, 0))
-        alone = Moments()
-        alone.add(layer)
-        found = eliminated(name, replace(once, read=alone))
-        copied = Sensitivity(read, 2 * once.information, 2 * once.effects)
-        assert torch.equal(eliminated(name, copied).order, found.order)
-        torch.testing.assert_close(eliminated(name, copied).divergence, found.divergence)
+    once = eliminations(model, data, groups)
+    twice = eliminations(model, Views(data, same), groups)
+    for name, found in once.items():
+        torch.testing.assert_close(twice[name].growth, found.growth)
 
 
 def test_copies_are_left_out_together(model, data) -> None:
