@@ -221,7 +221,12 @@ REGISTERED = (
     ),
     *(
         Board(setting.name, setting, CIFAR_CALIBRATED)
-        for setting in (SETTINGS["alexnet-cifar10"], SETTINGS["vgg16-cifar10"], *BEYOND)
+        for setting in (
+            SETTINGS["alexnet-cifar10"],
+            SETTINGS["alexnet-quarter-cifar10"],
+            SETTINGS["vgg16-cifar10"],
+            *BEYOND,
+        )
     ),
     Board(IMAGENET.name, IMAGENET, 500, levels("MACs", 0.9, 0.8, 0.7, 0.6), 50, hidden=True),
     Board(f"{IMAGENET.name}-whole", IMAGENET, 500, levels("MACs", 0.8, 0.6), 50),
