@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed results.
+"""Writes the tables of README.md, and of that of the results, from the committed results.
 
     python benchmarks/readme.py
 
@@ -6,7 +6,7 @@ A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a re
 `NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
 RQ2, RQ3 or RQ4 says in all, `NAME leads`: the best of every criterion on that accuracy board,
 `NAME agreement`: the same by agreement with the whole model, or `NAME classes`: what the class that
-loses most loses on it, with and without balance.
+loses most loses on it, with and without balance. `headlines` is one table of all accuracy boards.
 """
 
 from __future__ import annotations
@@ -27,12 +27,27 @@ from rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
 from storage import written_aside
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = (README, results.FOLDER / "README.md")
 TABLE = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHOWN_THETAS = (0.90, 0.95, 0.99)
+
+HEADLINES = {
+    "tf_efficientnet_lite0": ("accuracy-efficientnet-imagenet-whole", "MACs 0.8", "MACs 0.6"),
+    "its hidden channels, mirrored": (
+        "accuracy-efficientnet-imagenet-mirrored", "MACs 0.8", "MACs 0.6",
+    ),
+    "ResNet-20": ("accuracy-resnet20-cifar10-models", "MACs 0.8", "MACs 0.6"),
+    "VGG16 of a quarter of its widths": ("accuracy-vgg16-quarter-cifar10-models", "MACs 0.8", "MACs 0.6"),
+    "small ViT": ("accuracy-vit-small-cifar10-models", "MACs 0.8", "MACs 0.6"),
+    "MLP-MNIST": ("accuracy-mlp-mnist-models", "MACs 0.6", "parameters 0.1", "parameters 0.05"),
+}  # fmt: skip
+"""Model -> its accuracy board, and the levels to show."""
 
 
 def table(name: str) -> str:
     """The Markdown of one table."""
+    if name == "headlines":
+        return headlines()
     file, *part = name.split()
     content = results.read(results.FOLDER / f"{file}.json")
     if part == ["thetas"]:
@@ -54,6 +69,17 @@ def table(name: str) -> str:
     return results.markdown_table(content["columns"], content["rows"])
 
 
+def headlines() -> str:
+    """A few levels of every accuracy board."""
+    rows: list[dict[str, Cell]] = []
+    for model, (file, *levels) in HEADLINES.items():
+        content = results.read(results.FOLDER / f"{file}.json")
+        best = [row for row in summary(cells(content)) if row["kind"] == "untuned"]
+        rows += [{"model": model, **row} for row in best if row["level"] in levels]
+    shown = [column for column in LEADS if column.key != "kind"]
+    return results.markdown_table([Column("model", "model"), *shown], rows)
+
+
 def cells(content: Mapping[str, Any]) -> list[Measured]:
     """What an accuracy board measured."""
     return [Measured(**cell) for cell in content["cells"]]
@@ -73,5 +99,6 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    with written_aside(README) as aside:
-        aside.write_text(rendered(README.read_text("utf-8")), "utf-8")
+    for page in PAGES:
+        with written_aside(page) as aside:
+            aside.write_text(rendered(page.read_text("utf-8")), "utf-8")

@@ -6,6 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 
 import readme
@@ -26,9 +27,23 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
             exec(block.replace("/tmp/", f"{tmp_path}/"), names)
 
 
-def test_tables_are_rendered_from_the_results() -> None:
-    assert "<!-- results: rq2-mlp-digits -->" in TEXT
-    assert readme.rendered(TEXT) == TEXT
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.parent.name)
+def test_tables_are_rendered_from_the_results(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert text.count("<!-- results: ") >= 5
+    assert readme.rendered(text) == text
+
+
+def test_every_accuracy_board_has_a_table() -> None:
+    details = readme.PAGES[1].read_text("utf-8")
+    shown = {name.split()[0] for _, name, _ in readme.TABLE.findall(details)}
+    assert {path.stem for path in readme.results.FOLDER.glob("accuracy-*.json")} <= shown
+
+
+def test_links_within_the_repository_lead_somewhere() -> None:
+    for page in readme.PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), link
 
 
 def test_ci_runs_the_test_command() -> None:
