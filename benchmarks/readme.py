@@ -31,16 +31,16 @@ PAGES = (README, results.FOLDER / "README.md")
 TABLE = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHOWN_THETAS = (0.90, 0.95, 0.99)
 
+LIGHT_AND_DEEP = ("MACs 0.8", "MACs 0.6")
 HEADLINES = {
-    "tf_efficientnet_lite0": ("accuracy-efficientnet-imagenet-whole", "MACs 0.8", "MACs 0.6"),
-    "its hidden channels, mirrored": (
-        "accuracy-efficientnet-imagenet-mirrored", "MACs 0.8", "MACs 0.6",
-    ),
-    "ResNet-20": ("accuracy-resnet20-cifar10-models", "MACs 0.8", "MACs 0.6"),
-    "VGG16 of a quarter of its widths": ("accuracy-vgg16-quarter-cifar10-models", "MACs 0.8", "MACs 0.6"),
-    "small ViT": ("accuracy-vit-small-cifar10-models", "MACs 0.8", "MACs 0.6"),
-    "MLP-MNIST": ("accuracy-mlp-mnist-models", "MACs 0.6", "parameters 0.1", "parameters 0.05"),
-}  # fmt: skip
+    "tf_efficientnet_lite0": ("efficientnet-imagenet-whole", LIGHT_AND_DEEP),
+    "its hidden channels, mirrored": ("efficientnet-imagenet-mirrored", LIGHT_AND_DEEP),
+    "ResNet-20": ("resnet20-cifar10-models", LIGHT_AND_DEEP),
+    "VGG16, a quarter wide": ("vgg16-quarter-cifar10-models", LIGHT_AND_DEEP),
+    "AlexNet, a quarter wide": ("alexnet-quarter-cifar10-models", LIGHT_AND_DEEP),
+    "small ViT": ("vit-small-cifar10-models", LIGHT_AND_DEEP),
+    "MLP-MNIST": ("mlp-mnist-models", (*LIGHT_AND_DEEP, "parameters 0.1", "parameters 0.05")),
+}
 """Model -> its accuracy board, and the levels to show."""
 
 
@@ -72,8 +72,8 @@ def table(name: str) -> str:
 def headlines() -> str:
     """A few levels of every accuracy board."""
     rows: list[dict[str, Cell]] = []
-    for model, (file, *levels) in HEADLINES.items():
-        content = results.read(results.FOLDER / f"{file}.json")
+    for model, (board, levels) in HEADLINES.items():
+        content = results.read(results.FOLDER / f"accuracy-{board}.json")
         best = [row for row in summary(cells(content)) if row["kind"] == "untuned"]
         rows += [{"model": model, **row} for row in best if row["level"] in levels]
     shown = [column for column in LEADS if column.key != "kind"]
