@@ -668,8 +668,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=float, default=LIMIT, metavar="SECONDS",
         help="for one model on one side (default: %(default)g)")  # fmt: skip
     add("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
-    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
-        help="folder of the result file (default: benchmarks/results)")  # fmt: skip
+    add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
+        help="folder of the result file (default: %(default)s)")  # fmt: skip
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", dest="fresh", action="store_false", default=False,
         help="keep the outcomes in the result file (the default)")  # fmt: skip

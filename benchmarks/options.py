@@ -31,8 +31,8 @@ def common(description: str | None, *, seeds: int) -> argparse.ArgumentParser:
     add("--evaluated", type=int, metavar="N",
         help="check and test samples of each category to measure with (default: all)")  # fmt: skip
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
-        help="folder of the result files (default: benchmarks/results)")  # fmt: skip
+    add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
+        help="folder of the result files (default: %(default)s)")  # fmt: skip
     add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
         help="folder of trained models and pictures (default: ~/.cache/nss_prune)")  # fmt: skip
     return parser

@@ -27,7 +27,8 @@ from nss_prune.errors import ArgumentError, FileFormatError
 from storage import written_aside
 
 FORMAT = 1
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent / "results"  # the committed ones
+OUTPUT = Path("results")  # of a run: it neither goes on from the committed ones nor replaces them
 PACKAGES = ("nss_prune", "torch", "torchvision", "torch-pruning", "captum", "timm")
 
 Cell = str | float | dict[str, Any] | None

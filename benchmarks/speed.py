@@ -319,8 +319,8 @@ def parser() -> argparse.ArgumentParser:
         help="comma list (default: %(default)s)")  # fmt: skip
     add("--models", default=",".join(MODELS), help="comma list (default: %(default)s)")
     add("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: 5)")
-    add("--output", type=Path, default=results.FOLDER, metavar="DIR",
-        help="folder of the result files (default: benchmarks/results)")  # fmt: skip
+    add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
+        help="folder of the result files (default: %(default)s)")  # fmt: skip
     add("--peak-of", help=argparse.SUPPRESS)
     return parser
 
