@@ -146,9 +146,12 @@ SUMMARY_COLUMNS = (
 )
 
 AGREEMENT_COLUMNS = (
-    *(column for column in SUMMARY_COLUMNS[:-2] if column.key != "whole"),
+    Column("level", "kept"),
+    Column("kind", "kind"),
+    Column("ours", "divergence, %"),
+    Column("rival", "best other"),
     Column("theirs", "its agreement, %"),
-    SUMMARY_COLUMNS[-1],
+    Column("lead", "lead, points"),
 )
 
 CLASS_COLUMNS = (

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import results
-from accuracy import AGREEMENT_COLUMNS, BEST, CLASS_COLUMNS, Measured, agreements, summary
+from accuracy import (
+    AGREEMENT_COLUMNS,
+    BEST,
+    CLASS_COLUMNS,
+    Measured,
+    agreements,
+    class_drops,
+    summary,
+)
 from accuracy import SUMMARY_COLUMNS as LEADS
 from results import Cell, Column
 from rq1 import THETA_COLUMNS
@@ -34,7 +42,7 @@ SHOWN_THETAS = (0.90, 0.95, 0.99)
 LIGHT_AND_DEEP = ("MACs 0.8", "MACs 0.6")
 HEADLINES = {
     "tf_efficientnet_lite0": ("efficientnet-imagenet-whole", LIGHT_AND_DEEP),
-    "its hidden channels, mirrored": ("efficientnet-imagenet-mirrored", LIGHT_AND_DEEP),
+    "tf_efficientnet_lite0, hidden": ("efficientnet-imagenet-mirrored", LIGHT_AND_DEEP),
     "ResNet-20": ("resnet20-cifar10-models", LIGHT_AND_DEEP),
     "VGG16, a quarter wide": ("vgg16-quarter-cifar10-models", LIGHT_AND_DEEP),
     "AlexNet, a quarter wide": ("alexnet-quarter-cifar10-models", LIGHT_AND_DEEP),
@@ -62,7 +70,7 @@ def table(name: str) -> str:
     if part == ["agreement"]:
         return leads(AGREEMENT_COLUMNS, agreements(cells(content)))
     if part == ["classes"]:
-        return results.markdown_table(CLASS_COLUMNS, content["classes"])
+        return results.markdown_table(CLASS_COLUMNS, class_drops(cells(content)))
     if part == ["summary"]:
         columns = {"rq3": CLAIMS, "rq4": TASK_CLAIMS}.get(file.partition("-")[0], GAINS)
         return results.markdown_table(columns, content["summary"])

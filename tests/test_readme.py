@@ -43,6 +43,10 @@ def test_tables_are_rendered_from_the_results(page: Path) -> None:
     assert readme.rendered(text) == text
 
 
+def test_the_default_benchmark_has_a_table() -> None:
+    assert "<!-- results: rq2-mlp-digits -->" in readme.PAGES[1].read_text("utf-8")
+
+
 @pytest.mark.parametrize("script", [accuracy, coverage, pilot, rq1, rq2, rq3, rq4, speed])
 def test_a_run_leaves_the_committed_results_alone(script: ModuleType) -> None:
     assert script.parser().parse_args([]).output.resolve() != readme.results.FOLDER
