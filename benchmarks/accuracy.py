@@ -14,7 +14,7 @@ a light cut say little of the next. The criteria:
     magnitude-l1, magnitude-l2, bn-scale, lamp, fpgm, taylor, hessian, random
                 torch-pruning's, with its defaults; gradients from the calibration data with labels
     semantic    the paper's: 1 - the entry threshold of each neuron
-    divergence  ours: nss_prune.divergence, the order and how many go of each layer
+    divergence  ours: nss_prune.allocation.divergence, the order and how many go of each layer
 
 All but the last rank neurons, and how many go of each layer is a question of its own:
 
@@ -27,12 +27,12 @@ And every slice is measured in several kinds:
 
     plain                the neurons are removed
     recalibrated         and the BatchNorms' statistics moved by as much as those of the calibration
-                         data moved, by nss_prune.recalibration
-    folded               removed after nss_prune.folding.fold, which `divergence` counts on
-    folded-recalibrated  both
-    refit                removed after nss_prune.folding.refit, which takes a pass for each layer
-    folded-balanced, folded-recalibrated-balanced, refit-balanced
-                         and the class scores shifted by nss_prune.balance
+                         data moved, by nss_prune.compensation.recalibration
+    folded               removed after nss_prune.compensation.folding.fold, which `divergence`
+    counts on folded-recalibrated  both refit                removed after
+    nss_prune.compensation.refit.refit, which takes a pass for each layer folded-balanced,
+    folded-recalibrated-balanced, refit-balanced
+                         and the class scores shifted by nss_prune.compensation.balance
     plain-tuned          `plain`, then trained on all training data for `--tuned-epochs`, at a
                          tenth of the learning rate that the model was trained with
     folded-tuned         `folded`, then trained in the same way
@@ -74,9 +74,7 @@ import results
 from data import Data, Split, load
 from figures import save_figure
 from nss_prune import NSSImportance, Slice, remove
-from nss_prune.activations import readable
-from nss_prune.balance import ClassShares, balance, class_shares
-from nss_prune.budget import (
+from nss_prune.allocation.budget import (
     TOLERANCE,
     Limits,
     ShareOf,
@@ -85,24 +83,30 @@ from nss_prune.budget import (
     parameter_share,
     solve,
 )
-from nss_prune.discovery import discover
-from nss_prune.divergence import Elimination, allocate, eliminations
-from nss_prune.effects import measured
-from nss_prune.errors import ArgumentError, NSSPruneError
-from nss_prune.folding import fold, refit
-from nss_prune.neurons import Member, NeuronGroup, NeuronMap, trace
-from nss_prune.profile import profile_neurons
-from nss_prune.readers import ReaderStatistics, ReaderSums
-from nss_prune.recalibration import (
+from nss_prune.allocation.divergence import allocate
+from nss_prune.allocation.effects import measured
+from nss_prune.allocation.elimination import Elimination, eliminations
+from nss_prune.compensation.balance import ClassShares, balance, class_shares
+from nss_prune.compensation.folding import fold
+from nss_prune.compensation.recalibration import (
     NormStatistics,
     kept_statistics,
     norm_statistics,
     recalibrate,
     running_norms,
 )
-from nss_prune.removal import verified
-from nss_prune.report import macs_by_module
-from nss_prune.views import Views, views_of
+from nss_prune.compensation.refit import refit
+from nss_prune.core.views import Views, views_of
+from nss_prune.discovery.samples import readable
+from nss_prune.discovery.whole import discover
+from nss_prune.errors import ArgumentError, NSSPruneError
+from nss_prune.graph.costs import macs_by_module
+from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap
+from nss_prune.graph.tracing import trace
+from nss_prune.profiling.run import profile_neurons
+from nss_prune.statistics.consumers import ConsumerSums
+from nss_prune.statistics.moments import ConsumerStatistics
+from nss_prune.surgery.trial import verified
 from options import checked_seeds, common, usable_device
 from results import Cell, Column, spread
 from settings import BEYOND, SETTINGS, Setting
@@ -438,7 +442,7 @@ class Calibration:
         return solve(groups, scores.__getitem__, level.kept, share, Limits(least=alone))
 
     @property
-    def statistics(self) -> dict[str, ReaderStatistics]:
+    def statistics(self) -> dict[str, ConsumerStatistics]:
         return self._pass[1]
 
     @cached_property
@@ -452,10 +456,10 @@ class Calibration:
         return class_shares(self.subject.model, self.batches)
 
     @cached_property
-    def _pass(self) -> tuple[dict[str, Elimination], dict[str, ReaderStatistics]]:
+    def _pass(self) -> tuple[dict[str, Elimination], dict[str, ConsumerStatistics]]:
         """Eliminations, and what the readers read."""
         model, groups = self.subject.model, self.subject.groups
-        sums = ReaderSums(model, groups, views_of(self.batches))
+        sums = ConsumerSums(model, groups, views_of(self.batches))
         found = eliminations(model, self.batches, groups, seed=self._seed, reads=sums)
         return found, sums.surveyed(self.subject.example)
 

@@ -40,8 +40,8 @@ from torch import Tensor, nn
 
 import results
 from nss_prune import NSSPruner, Report
+from nss_prune.core.nested import tensors_in
 from nss_prune.errors import ArgumentError, NSSPruneError, RemovalError
-from nss_prune.neurons import tensors_in
 from recipe import attention_heads
 from results import Column
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune import Slice
-from nss_prune.neurons import Member, NeuronGroup, input_axis, submodule
+from nss_prune.core.models import submodule
+from nss_prune.graph.axes import input_axis
+from nss_prune.graph.neurons import Member, NeuronGroup
 
 STEEPEST = 400.0  # s_max, and ...
 OPEN_COSTS = 0.75  # ... λ, as the paper has them

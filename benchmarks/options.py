@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import results
-from nss_prune.contributions import metrics_known
 from nss_prune.errors import ArgumentError
+from nss_prune.profiling.contributions.protocol import metrics_known
 from settings import SETTINGS
 from storage import DEFAULT_CACHE
 

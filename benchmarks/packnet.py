@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adaptation import Freezing
-from nss_prune.adaptation.thinning import zeroed
+from nss_prune.adaptation.task_weights import zeroed
 
 
 class PackNet:

@@ -19,7 +19,7 @@ unstructured one global LAMP step against LAMP's definition written plainly and 
             torch.nn.utils.prune.global_unstructured: time and peak memory
 planning    NSSPruner's constructor and step, given a profile, against torch-pruning's pruner
 latency     a forward pass of the model against that of the model at half of its MACs, and at half
-            of its seconds as foreseen
+            of its seconds as predicted
 freezing    training steps where half of the neurons are frozen, against those of the whole model
 
 Times are of single runs in turn (A B A B ...); a ratio is given as median (minimum .. maximum).
@@ -43,20 +43,29 @@ from torch.utils.data import DataLoader, Dataset
 
 import models
 import results
-from nss_prune import NSSPruner, Slice, profile
-from nss_prune.activations import Reading, Watcher
-from nss_prune.contributions.deeplift import DeepLift, difference, target_scores, with_reference
-from nss_prune.contributions.rescale import RescaleRule
+from nss_prune import NSSPruner, Slice
+from nss_prune.core.models import evaluation
 from nss_prune.errors import ArgumentError, NSSPruneError
-from nss_prune.neurons import NeuronMap, evaluation, find_neurons, trace
-from nss_prune.profile import profile_neurons
-from nss_prune.similarity import (
+from nss_prune.graph.groups import find_neurons
+from nss_prune.graph.neurons import NeuronMap
+from nss_prune.graph.tracing import trace
+from nss_prune import profile
+from nss_prune.profiling.contributions.deeplift import (
+    DeepLift,
+    difference,
+    target_scores,
+    with_reference,
+)
+from nss_prune.profiling.contributions.rescale import RescaleRule
+from nss_prune.profiling.run import profile_neurons
+from nss_prune.profiling.similarity import (
     Landscape,
     LandscapeSums,
     entry_thresholds,
     ranked,
     similarity_curve,
 )
+from nss_prune.statistics.capture import Reading, Watcher
 from results import Column
 from speed_freezing import freezing
 from speed_pruner import LATENCY_COLUMNS, latency, planning

@@ -1,20 +1,24 @@
 """Neuron-level semantic slicing for torch-pruning: fewer neurons, same semantics."""
 
-from nss_prune.adaptation import IncrementalTrainer, ReadaptTrainer, Task
-from nss_prune.checkpoint import load_pruned, save_pruned
-from nss_prune.deeparc import DeepArc
-from nss_prune.importance import NSSImportance
-from nss_prune.optimizers import rebind_optimizer
-from nss_prune.profile import PAPER, Profile, profile
-from nss_prune.pruner import NSSPruner
-from nss_prune.removal import remove
-from nss_prune.report import Report
-from nss_prune.restructure import Restructured, restructure
-from nss_prune.slicing import Slice
+from nss_prune.adaptation.incremental import IncrementalTrainer
+from nss_prune.adaptation.readapt import ReadaptTrainer
+from nss_prune.adaptation.tasks import Task
+from nss_prune.allocation.importance import NSSImportance
+from nss_prune.core.views import Views
+from nss_prune.deeparc.arc import DeepArc
+from nss_prune.graph.slices import Slice
+from nss_prune.profiling.profile import Profile
+from nss_prune.profiling.run import PAPER, profile
+from nss_prune.pruner.checkpoint import load_pruned, save_pruned
+from nss_prune.pruner.optimizers import rebind_optimizer
+from nss_prune.pruner.pruner import NSSPruner
+from nss_prune.pruner.report import Report
+from nss_prune.pruner.restructure import Restructured, restructure
+from nss_prune.surgery.removal import remove
 from nss_prune.unstructured import sparsify
-from nss_prune.views import Views
 
 __version__ = "0.1.0"
+
 
 __all__ = [
     "PAPER",

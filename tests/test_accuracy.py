@@ -19,10 +19,10 @@ from accuracy import BOARDS, UNTUNED, Board, Level, Measured, Variant
 from data import Split
 from networks import assert_unchanged, cnn, fingerprint, mlp, settled
 from nss_prune import Slice
-from nss_prune.budget import Limits, solve
+from nss_prune.allocation.budget import Limits, solve
+from nss_prune.core.nested import tensors_in
+from nss_prune.core.views import views_of
 from nss_prune.errors import ArgumentError
-from nss_prune.neurons import tensors_in
-from nss_prune.views import views_of
 from training import Recipe
 
 DIGITS = BOARDS["mlp-digits"]

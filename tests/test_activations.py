@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from networks import Residual, cnn, mlp
-from nss_prune.activations import Reading, Watcher
+from nss_prune.core.models import evaluation
 from nss_prune.errors import DataError
-from nss_prune.neurons import NeuronGroup, evaluation, find_neurons, trace
+from nss_prune.graph.groups import find_neurons
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.tracing import trace
+from nss_prune.statistics.capture import Reading, Watcher
 
 
 def groups_of(model: nn.Module, inputs: Tensor) -> tuple[NeuronGroup, ...]:

@@ -19,27 +19,24 @@ from timm.models import mvitv2
 from torch import Tensor, nn
 
 from networks import assert_unchanged, fingerprint
-from nss_prune.adapters import (
-    ADAPTERS,
-    Adapter,
-    Attention,
-    Change,
-    GatedUnit,
-    adapted,
-    apply_changes,
-    claims,
-    joined,
-    planned_changes,
-)
-from nss_prune.adapters.trial import adapted_on_trial
-from nss_prune.calls import recording
-from nss_prune.checkpoint import load_pruned, save_pruned
-from nss_prune.discovery import discover
+from nss_prune.core.models import evaluation
+from nss_prune.core.undo import undone_on_error
+from nss_prune.discovery.calls import recording
+from nss_prune.discovery.claims import adapted, claims, joined
+from nss_prune.discovery.trial import adapted_on_trial
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import GraphError, RemovalError
-from nss_prune.neurons import Member, NeuronGroup, NeuronMap, evaluation
-from nss_prune.profile import profile_neurons
-from nss_prune.removal import execute, plan_removal, undone_on_error
-from nss_prune.slicing import Slice
+from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap
+from nss_prune.graph.slices import Slice
+from nss_prune.profiling.run import profile_neurons
+from nss_prune.pruner.checkpoint import load_pruned, save_pruned
+from nss_prune.structures.attention import Attention
+from nss_prune.structures.gated import GatedUnit
+from nss_prune.structures.known import ADAPTERS
+from nss_prune.structures.protocol import Adapter, Change
+from nss_prune.surgery.execute import execute
+from nss_prune.surgery.metadata import apply_changes, planned_changes
+from nss_prune.surgery.plan import plan_removal
 
 WIDTH = 12
 NOTHING = NeuronMap(())

@@ -8,7 +8,7 @@ from torch import nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp
 from nss_prune import NSSPruner, load_pruned, save_pruned
-from nss_prune.balance import PENALTIES, balance, class_shares
+from nss_prune.compensation.balance import PENALTIES, balance, class_shares
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NumericalError
 
 

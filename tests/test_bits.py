@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nss_prune.adaptation.bits import Kept, KeptTogether, bits_of, together
+from nss_prune.adaptation.restore import Kept, KeptTogether, bits_of, together
 
 
 def tensors(dtype: torch.dtype) -> list[torch.Tensor]:

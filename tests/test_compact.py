@@ -19,7 +19,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from networks import assert_unchanged, fingerprint
-from nss_prune.adaptation.compact import CompactTraining, cut_blocks
 from nss_prune.adaptation.freezing import (
     Freezing,
     critical_channels,
@@ -27,6 +26,7 @@ from nss_prune.adaptation.freezing import (
     train_critical,
     train_others,
 )
+from nss_prune.adaptation.partial_gradients import CompactTraining, cut_blocks
 from nss_prune.adaptation.readapt import ReadaptTrainer
 from nss_prune.errors import ModelMismatchError
 from test_freezing import assert_only_these_moved, bits, entries_with_names, sliced

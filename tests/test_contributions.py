@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from networks import batches, cnn, hand_weighted, mlp
 from nss_prune import profile
-from nss_prune.contributions import Average, metric_named, protocol, register_metric
+from nss_prune.profiling.contributions import protocol
+from nss_prune.profiling.contributions.average import Average
+from nss_prune.profiling.contributions.protocol import metric_named, register_metric
 
 # What each neuron emits for a sample: the mean over positions, [samples, neurons].
 

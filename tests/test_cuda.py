@@ -21,15 +21,15 @@ from nss_prune import (
     ReadaptTrainer,
     Slice,
     load_pruned,
-    profile,
     remove,
     save_pruned,
     sparsify,
 )
 from nss_prune.adaptation import critical_channels, critical_entries
-from nss_prune.contributions import metrics_known
-from nss_prune.folding import fold
-from nss_prune.readers import reader_statistics
+from nss_prune.compensation.folding import fold
+from nss_prune import profile
+from nss_prune.profiling.contributions.protocol import metrics_known
+from nss_prune.statistics.consumers import consumer_statistics
 from nss_prune.unstructured import iterative_sparsify
 from nss_prune.unstructured.iterate import Iterations
 from test_freezing import assert_only_these_moved, bits, entries_with_names
@@ -122,8 +122,8 @@ def test_removal_and_folding_are_those_of_a_cpu(name: str) -> None:
     for folding in (False, True):
         here, there = copy.deepcopy(model), copy.deepcopy(model).cpu()
         if folding:
-            fold(here, critical, reader_statistics(here, data, critical.groups))
-            fold(there, critical, reader_statistics(there, on_cpu(data), critical.groups))
+            fold(here, critical, consumer_statistics(here, data, critical.groups))
+            fold(there, critical, consumer_statistics(there, on_cpu(data), critical.groups))
         remove(here, critical, inputs)
         remove(there, critical, inputs.cpu())
         with torch.no_grad():

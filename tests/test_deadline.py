@@ -7,8 +7,8 @@ import time
 import pytest
 from torch import nn
 
-from nss_prune.deadline import deadline
 from nss_prune.errors import GraphError
+from nss_prune.graph.deadline import deadline
 
 
 def circle(module: nn.Module) -> None:

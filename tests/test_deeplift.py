@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from networks import assert_unchanged, fingerprint, hand_weighted, settled
-from nss_prune.activations import Reading, Watcher
-from nss_prune.contributions import Contribution
-from nss_prune.contributions.deeplift import (
+from nss_prune.core.models import evaluation
+from nss_prune.errors import ArgumentError, DataError
+from nss_prune.graph.groups import find_neurons
+from nss_prune.graph.tracing import trace
+from nss_prune.profiling.contributions.deeplift import (
     DeepLift,
     count_references,
     difference,
     target_scores,
     with_reference,
 )
-from nss_prune.contributions.rescale import RescaleRule
-from nss_prune.errors import ArgumentError, DataError
-from nss_prune.neurons import evaluation, find_neurons, trace
+from nss_prune.profiling.contributions.protocol import Contribution
+from nss_prune.profiling.contributions.rescale import RescaleRule
+from nss_prune.statistics.capture import Reading, Watcher
 
 SAMPLES = 4
 

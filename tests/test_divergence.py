@@ -1,4 +1,4 @@
-"""The divergence foreseen, against what it stands for."""
+"""The divergence predicted, against what it stands for."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from torch import Tensor, nn
 
 from networks import assert_unchanged, cnn, fingerprint, mlp
 from nss_prune import NSSPruner
-from nss_prune.activations import Watcher
-from nss_prune.budget import Limits
-from nss_prune.discovery import discover
-from nss_prune.divergence import (
+from nss_prune.allocation.budget import Limits
+from nss_prune.allocation.divergence import allocate, predicted, slopes
+from nss_prune.allocation.elimination import (
     Elimination,
-    allocate,
-    drawn_loss,
     eliminate,
     eliminations,
-    foreseen,
     sensitivities,
     shrunk,
-    slopes,
 )
+from nss_prune.compensation.folding import fold
+from nss_prune.core.outputs import drawn_loss
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError
-from nss_prune.folding import fold
-from nss_prune.neurons import NeuronGroup
-from nss_prune.readers import ReaderSums, reader_statistics
-from nss_prune.slicing import Slice
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.slices import Slice
+from nss_prune.statistics.capture import Watcher
+from nss_prune.statistics.consumers import ConsumerSums, consumer_statistics
 
 SIZES = (4, 3)
 GROUPS = tuple(NeuronGroup(str(i), size, ()) for i, size in enumerate(SIZES))
@@ -119,10 +117,10 @@ def test_what_is_foreseen_is_what_happens(make) -> None:
         critical = Slice({group.name: kept}, groups)
         other = make()
         other.load_state_dict(model.state_dict())
-        fold(other.eval(), critical, reader_statistics(other, data, groups))
+        fold(other.eval(), critical, consumer_statistics(other, data, groups))
         with critical.masked(other), torch.no_grad():
             drift = (whole.exp() * (whole - other(inputs).log_softmax(1))).sum(1).mean()
-        wanted, happened = wanted + foreseen(critical, found), happened + float(drift)
+        wanted, happened = wanted + predicted(critical, found), happened + float(drift)
     assert wanted == pytest.approx(happened, rel=0.4)
 
 
@@ -133,12 +131,12 @@ def test_beside_the_sums_of_the_readers_the_same_is_found(make) -> None:
     inputs = torch.randn(64, *((12,) if make is mlp else (3, 12, 12))).double()
     groups = discover(model, inputs[:2]).groups
     data = [(inputs[:40], None), (inputs[40:], None)]
-    sums = ReaderSums(model, groups)
+    sums = ConsumerSums(model, groups)
     beside = eliminations(model, data, groups, reads=sums)
     for name, found in eliminations(model, data, groups).items():
         assert torch.equal(found.order, beside[name].order)
         torch.testing.assert_close(found.divergence, beside[name].divergence)
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     assert statistics.keys() == sums.statistics({}).keys()
     for name, read in sums.statistics({}).items():
         torch.testing.assert_close(read.covariance, statistics[name].covariance)
@@ -213,7 +211,7 @@ def test_the_allocation_is_the_best_of_all() -> None:
                 GROUPS,
             )
             if share(other) <= reached + 1e-12:
-                assert foreseen(critical, found) <= foreseen(other, found) + 1e-9
+                assert predicted(critical, found) <= predicted(other, found) + 1e-9
 
 
 def test_it_is_the_default_of_a_budget_with_data() -> None:

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from networks import assert_unchanged, cnn, fingerprint, mlp, settled
-from nss_prune import NSSPruner, effects
-from nss_prune.discovery import discover
-from nss_prune.divergence import Elimination, drawn_loss, eliminations
-from nss_prune.effects import measured
-from nss_prune.folding import fold
-from nss_prune.neurons import NeuronGroup
-from nss_prune.readers import reader_statistics
-from nss_prune.removal import remove
-from nss_prune.slicing import Slice
+from nss_prune import NSSPruner
+from nss_prune.allocation import effects
+from nss_prune.allocation.effects import measured
+from nss_prune.allocation.elimination import Elimination, eliminations
+from nss_prune.compensation.folding import fold
+from nss_prune.core.outputs import drawn_loss
+from nss_prune.discovery.whole import discover
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.slices import Slice
+from nss_prune.statistics.consumers import consumer_statistics
+from nss_prune.surgery.removal import remove
 
 SAMPLES = 120
 
@@ -71,8 +73,8 @@ def made(make) -> tuple[nn.Module, list[tuple[Tensor, None]], tuple[NeuronGroup,
 @pytest.mark.parametrize("make", [mlp, cnn, Residual, Upsampling])
 def test_it_is_the_fisher_information_of_the_change(make, folds: bool) -> None:
     model, data, groups = made(make)
-    statistics = reader_statistics(model, data, groups)
-    nothing = {  # foreseen, so that all that is measured is in what comes back
+    statistics = consumer_statistics(model, data, groups)
+    nothing = {  # predicted, so that all that is measured is in what comes back
         g.name: Elimination(torch.randperm(g.size), torch.zeros(g.size).double()) for g in groups
     }
     before = fingerprint(model)
@@ -152,7 +154,7 @@ def test_a_norm_over_the_neurons_is_measured_by_the_smaller_models(folds: bool) 
     data = [(inputs[:70], None), (inputs[70:], None)]
     groups = discover(model, inputs[:2]).groups
     (trunk,) = [group for group in groups if group.size == 10]
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     order = torch.tensor([3, 0, 1, 2, 4, 5, 6, 7, 8, 9])
     nothing = {trunk.name: Elimination(order, torch.zeros(10).double())}
     before = fingerprint(model)
@@ -187,7 +189,7 @@ def test_the_gradient_drawn_has_the_fisher_information_for_covariance() -> None:
 def test_what_is_foreseen_is_never_lowered() -> None:
     model, data, groups = made(Residual)
     found = eliminations(model, data, groups)
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     higher = measured(model, data, groups, found, statistics)
     for name, elimination in found.items():
         assert torch.equal(higher[name].order, elimination.order)

@@ -23,7 +23,11 @@ from networks import (
     settled,
 )
 from nss_prune import NSSPruner, Slice, remove
-from nss_prune.discovery import discover
+from nss_prune.compensation.folding import Folded, fold, folding
+from nss_prune.compensation.refit import refit
+from nss_prune.compensation.ridge import ridge
+from nss_prune.core.undo import undone_on_error
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import (
     ArgumentError,
     DataError,
@@ -31,11 +35,9 @@ from nss_prune.errors import (
     NumericalError,
     RemovalError,
 )
-from nss_prune.folding import Folded, fold, folding, refit
-from nss_prune.neurons import Member, NeuronGroup
-from nss_prune.readers import map_positions, reader_statistics, sides_by_reader
-from nss_prune.removal import undone_on_error
-from nss_prune.ridge import ridge
+from nss_prune.graph.axes import map_positions, sides_by_consumer
+from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.statistics.consumers import consumer_statistics
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -90,7 +92,7 @@ def gone_by_error(
     with critical.masked(model):
         masked = outputs(model, data)
     assert (whole - masked).abs().max() > 1e-3 * whole.abs().max()  # something to fold
-    folded = fold(model, critical, reader_statistics(model, data, groups))
+    folded = fold(model, critical, consumer_statistics(model, data, groups))
     remove(model, critical, data[0][0][:2])
     return float((outputs(model, data) - whole).abs().max() / whole.abs().max()), folded
 
@@ -224,7 +226,7 @@ def test_constant_neuron_folds_into_the_bias_alone(bias: bool) -> None:
         model[0].bias[2] = 1.5
     data = batches(64, (5,), 2)
     groups = discover(model, data[0][0]).groups
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     before, whole = model[2].weight.detach().clone(), outputs(model, data)
     offset = model[2].bias.detach().clone() if bias else 0
     critical = slice_without(groups, {"0": [2]})
@@ -243,7 +245,7 @@ def test_paper_example_folds_the_sum_of_two_neurons() -> None:
     generator = torch.Generator().manual_seed(0)
     data = [(torch.rand(64, 2, dtype=torch.float64, generator=generator), torch.zeros(64))]
     groups = discover(model, data[0][0]).groups
-    fold(model, slice_without(groups, {"0": [2]}), reader_statistics(model, data, groups))
+    fold(model, slice_without(groups, {"0": [2]}), consumer_statistics(model, data, groups))
     wanted = torch.tensor([[3.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(model[2].weight[:, :2].detach(), wanted, rtol=1e-9, atol=1e-9)
     assert model[2].bias.abs().max() < 1e-9
@@ -305,7 +307,7 @@ def test_equals_least_squares_where_data_abounds() -> None:
     wanted = read @ old.T
     design = torch.cat([read[:, kept], ones], dim=1)
     best = torch.linalg.lstsq(design, wanted).solution
-    folded = fold(model, critical, reader_statistics(model, data, groups))
+    folded = fold(model, critical, consumer_statistics(model, data, groups))
     found = torch.cat([model[5].weight[:, kept].T, (model[5].bias - offset)[None]]).detach()
     power = wanted.square().sum(1).mean()
     distance = (design @ (found - best)).square().sum(1).mean() / power
@@ -320,7 +322,7 @@ def test_errors_are_those_on_the_calibration_data() -> None:
     data = batches(400, (12,), 2, size=37)
     groups = discover(model, data[0][0][:2]).groups
     critical = random_slice(groups)
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     read = torch.cat([model[:5](inputs) for inputs, _ in data]).detach()
     whole, offset = model[5](read).detach(), model[5].bias.detach().clone()
     with critical.masked(model):
@@ -352,7 +354,7 @@ def test_never_raises_the_error_and_keeps_all_shapes(name: str, samples: int) ->
     groups = discover(model, data[0][0][:2]).groups
     critical = random_slice(groups)
     plain = remove(copy.deepcopy(model), critical, data[0][0][:2])
-    folded = fold(model, critical, reader_statistics(model, data, groups))
+    folded = fold(model, critical, consumer_statistics(model, data, groups))
     remove(model, critical, data[0][0][:2])
     assert folded.errors
     assert all(after <= before for before, after in folded.errors.values())
@@ -374,7 +376,7 @@ def test_outputs_come_closer_on_other_data(name: str) -> None:
     with critical.masked(model):
         plain = (outputs(model, others) - whole).square().mean()
     fitted = copy.deepcopy(model)
-    fold(model, critical, reader_statistics(model, data, groups))
+    fold(model, critical, consumer_statistics(model, data, groups))
     refit(fitted, critical, data)
     with critical.masked(model):
         folded = (outputs(model, others) - whole).square().mean()
@@ -425,7 +427,7 @@ def test_a_norm_that_two_layers_share_gets_no_constant() -> None:
     ).double()  # fmt: skip
     channels = torch.arange(6)
     group = NeuronGroup("0", 6, (Member("3", "in", channels, channels, 6),))
-    statistics = reader_statistics(model, batches(64, (6,), 2), (group,))
+    statistics = consumer_statistics(model, batches(64, (6,), 2), (group,))
     assert statistics["3"].norm is None
 
 
@@ -436,7 +438,7 @@ def test_too_few_samples_leave_the_weights_alone_with_a_note() -> None:
     groups = discover(model, data[0][0]).groups
     critical = slice_without(groups, {"3": list(range(0, 30, 2))})
     before = model[5].weight.detach().clone()
-    folded = fold(model, critical, reader_statistics(model, data, groups))
+    folded = fold(model, critical, consumer_statistics(model, data, groups))
     assert torch.equal(model[5].weight, before)
     assert len(folded.notes) == 1
     assert folded.notes[0].startswith("5: 3 samples (worth 3 independent observations) are too few")
@@ -452,7 +454,7 @@ def test_neurons_that_the_others_say_nothing_of_leave_the_weights_alone_with_a_n
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
     groups = discover(model, signs).groups
     before = model[1].weight.detach().clone()
-    statistics = reader_statistics(model, [signs], groups)
+    statistics = consumer_statistics(model, [signs], groups)
     folded = fold(model, slice_without(groups, {"0": [2]}), statistics)
     assert torch.equal(model[1].weight, before)
     assert "its 5 kept channels say nothing of the others" in folded.notes[0]
@@ -473,9 +475,9 @@ def test_wide_flattened_map_is_summed_neuron_by_neuron(monkeypatch: pytest.Monke
     model = model.double()
     data = batches(30, (8, 5, 5), 2)
     groups = discover(model, data[0][0][:2]).groups
-    full = reader_statistics(model, data, groups)["3"]
-    monkeypatch.setattr("nss_prune.readers.WIDEST_MAP", 100)
-    narrow = reader_statistics(model, data, groups)["3"]
+    full = consumer_statistics(model, data, groups)["3"]
+    monkeypatch.setattr("nss_prune.statistics.consumers.WIDEST_MAP", 100)
+    narrow = consumer_statistics(model, data, groups)["3"]
     derived = full.by_neuron(25)
     assert full.covariance.shape == (150, 150)
     assert narrow.covariance.shape == (6, 6)
@@ -491,7 +493,7 @@ def test_statistics_are_those_of_all_rows() -> None:
     data = batches(50, (3, 12, 12), 2, size=17)
     groups = discover(model, data[0][0][:2]).groups
     before = fingerprint(model)
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     assert_unchanged(model, before)
     model.eval()
     read = torch.cat([model[:4](inputs) for inputs, _ in data]).detach()
@@ -509,7 +511,7 @@ def test_positions_count_as_observations_as_far_as_they_differ(alike: bool, wort
     groups = discover(model, torch.randn(2, 5, 4, 4).double()).groups
     inputs = torch.randn(400, 5, 4, 4).double()
     inputs = inputs[:, :, :1, :1].expand(-1, -1, 4, 4) if alike else inputs
-    statistics = reader_statistics(model, [inputs], groups)
+    statistics = consumer_statistics(model, [inputs], groups)
     assert statistics["1"].observations == pytest.approx(worth, rel=0.1)
 
 
@@ -528,7 +530,7 @@ def test_weights_that_do_not_act_as_they_are_stay() -> None:
     groups = discover(model, data[0][0][:2]).groups
     before = fingerprint(model)
     critical = slice_without(groups, {"0": [1]})
-    folded = fold(model, critical, reader_statistics(model, data, groups))
+    folded = fold(model, critical, consumer_statistics(model, data, groups))
     assert_unchanged(model, before)
     assert "2 is left unfolded: its type Standardized" in folded.notes[0]
 
@@ -539,7 +541,7 @@ def test_shared_weights_and_readers_without_statistics_stay() -> None:
     data = batches(64, (8,), 2)
     groups = discover(model, data[0][0]).groups
     critical = slice_without(groups, {"0": [1]})
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     assert fold(model, critical, {}).notes == ("2 is left unfolded: there are no statistics of it",)
     model.again = nn.Linear(6, 3).double()
     model.again.weight = model[2].weight
@@ -558,7 +560,7 @@ def test_single_precision_models_and_frozen_parameters() -> None:
     groups = discover(model, data[0][0][:2]).groups
     flags = [parameter.requires_grad for parameter in model.parameters()]
     critical = random_slice(groups)
-    folded = fold(model, critical, reader_statistics(model, data, groups))
+    folded = fold(model, critical, consumer_statistics(model, data, groups))
     assert set(folded.errors) == {"4", "7", "9"}
     assert all(after < before for before, after in folded.errors.values())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -573,7 +575,7 @@ def test_planning_changes_nothing_and_an_error_undoes_the_rest() -> None:
     groups = discover(model, data[0][0][:2]).groups
     critical = random_slice(groups)
     before = fingerprint(model)
-    statistics = reader_statistics(model, data, groups)
+    statistics = consumer_statistics(model, data, groups)
     assert folding(model, critical, statistics)
     assert_unchanged(model, dict(before))
     weight = model.second.weight
@@ -615,7 +617,7 @@ def test_refit_makes_up_for_earlier_layers() -> None:
     critical = random_slice(groups)
     whole = outputs(model, data)
     errors = []
-    for how in (lambda m: fold(m, critical, reader_statistics(m, data, groups)),
+    for how in (lambda m: fold(m, critical, consumer_statistics(m, data, groups)),
                 lambda m: refit(m, critical, data)):  # fmt: skip
         changed = copy.deepcopy(model)
         how(changed)
@@ -631,7 +633,7 @@ def test_the_first_reader_is_refitted_as_it_is_folded() -> None:
     groups = discover(model, data[0][0][:2]).groups
     critical = random_slice(groups)
     folded, refitted = copy.deepcopy(model), copy.deepcopy(model)
-    fold(folded, critical, reader_statistics(model, data, groups))
+    fold(folded, critical, consumer_statistics(model, data, groups))
     refit(refitted, critical, data)
     first, second = sorted(name for name, _ in model.named_parameters() if "weight" in name)[1:]
     torch.testing.assert_close(*(m.get_parameter(first) for m in (folded, refitted)))
@@ -683,10 +685,10 @@ def test_bad_data_leaves_the_model_as_it_was() -> None:
     critical = random_slice(groups)
     before = fingerprint(model)
     with pytest.raises(DataError, match="no batches"):
-        reader_statistics(model, [], groups)
+        consumer_statistics(model, [], groups)
     broken = [*good, (torch.full((4, 12), torch.nan, dtype=torch.float64), torch.zeros(4))]
     with pytest.raises(NumericalError, match="reads NaN"):
-        reader_statistics(model, broken, groups)
+        consumer_statistics(model, broken, groups)
     with pytest.raises(NumericalError, match="reads NaN"):
         refit(model, critical, broken)
     with pytest.raises(DataError, match="refuses"):
@@ -701,7 +703,7 @@ def test_statistics_of_another_model_are_refused() -> None:
     model, other = mlp(), mlp(hidden=(16, 9))
     data = batches(32, (12,), 3)
     groups = discover(model, data[0][0]).groups
-    foreign = reader_statistics(other, data, discover(other, data[0][0]).groups)
+    foreign = consumer_statistics(other, data, discover(other, data[0][0]).groups)
     before = fingerprint(model)
     with pytest.raises(ModelMismatchError, match="of 9 channels, it reads 11"):
         fold(model, random_slice(groups), foreign)
@@ -721,12 +723,12 @@ def test_heads_are_folded_channel_by_channel() -> None:
     if not heads:
         pytest.skip("this version of timm cannot take fewer heads")
     name = heads[0].readers[0].name
-    assert map_positions(model.get_submodule(name), sides_by_reader(groups)[name]) == 1
+    assert map_positions(model.get_submodule(name), sides_by_consumer(groups)[name]) == 1
     critical = Slice({heads[0].name: torch.tensor([True, False, True, True])}, groups)
     whole = model(inputs)
     with critical.masked(model):
         plain = (model(inputs) - whole).square().sum()
-    folded = fold(model, critical, reader_statistics(model, [(inputs, None)], groups))
+    folded = fold(model, critical, consumer_statistics(model, [(inputs, None)], groups))
     assert folded.errors[name][1] < folded.errors[name][0]
     with critical.masked(model):
         assert (model(inputs) - whole).square().sum() < plain

@@ -20,10 +20,11 @@ from nss_prune.adaptation.freezing import (
     train_critical,
     train_others,
 )
-from nss_prune.discovery import discover
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
-from nss_prune.removal import remove, verified
-from nss_prune.slicing import Slice
+from nss_prune.graph.slices import Slice
+from nss_prune.surgery.removal import remove
+from nss_prune.surgery.trial import verified
 
 
 class NormWithActivation(nn.Module):

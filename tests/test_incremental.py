@@ -17,11 +17,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from networks import assert_unchanged, fingerprint, mlp
-from nss_prune.adaptation.batches import parts
-from nss_prune.adaptation.cuts import isolated_part
-from nss_prune.adaptation.incremental import THETAS, IncrementalTrainer, Task
+from nss_prune.adaptation.datasets import parts
+from nss_prune.adaptation.incremental import THETAS, IncrementalTrainer
+from nss_prune.adaptation.isolation import isolated_part
+from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.training import TaskLoss
-from nss_prune.discovery import discover
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import (
     ArgumentError,
     DataError,
@@ -30,9 +31,9 @@ from nss_prune.errors import (
     NothingToPruneError,
     NumericalError,
 )
-from nss_prune.neurons import Member, NeuronGroup
-from nss_prune.profile import profile
-from nss_prune.slicing import Slice
+from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.graph.slices import Slice
+from nss_prune.profiling.run import profile
 
 Batches = list[tuple[Tensor, Tensor]]
 

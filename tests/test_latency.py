@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint
-from nss_prune import NSSPruner, arguments, latency
-from nss_prune.discovery import discover
+from nss_prune import NSSPruner
+from nss_prune.allocation import latency
+from nss_prune.allocation.latency import WIDTHS, Latency, evenly, seconds_by_layer
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError
-from nss_prune.latency import WIDTHS, Latency, evenly, seconds_by_layer
-from nss_prune.removal import remove
-from nss_prune.report import macs_by_module
-from nss_prune.slicing import Slice
+from nss_prune.graph.costs import macs_by_module
+from nss_prune.graph.slices import Slice
+from nss_prune.pruner import arguments
+from nss_prune.surgery.removal import remove
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3)).double()
 OVERHEAD = 500.0  # of a call, whatever is in the model

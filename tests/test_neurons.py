@@ -8,7 +8,9 @@ from torch import nn
 
 from networks import Residual, cnn, mlp
 from nss_prune.errors import ArgumentError, GraphError, NothingToPruneError
-from nss_prune.neurons import NeuronMap, find_neurons, resolve_layers, trace
+from nss_prune.graph.groups import find_neurons
+from nss_prune.graph.neurons import NeuronMap
+from nss_prune.graph.tracing import resolve_layers, trace
 
 
 def neurons_of(model: nn.Module, *shape: int, ignored: tuple[object, ...] = ()) -> NeuronMap:

@@ -26,7 +26,7 @@ from nss_prune.adaptation.freezing import (
     train_critical,
 )
 from nss_prune.adaptation.readapt import ReadaptTrainer, evaluate_attack
-from nss_prune.discovery import discover
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import (
     ArgumentError,
     DataError,
@@ -34,7 +34,7 @@ from nss_prune.errors import (
     ModelMismatchError,
     NumericalError,
 )
-from nss_prune.slicing import Slice
+from nss_prune.graph.slices import Slice
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp
 from nss_prune import NSSPruner
-from nss_prune.discovery import discover
+from nss_prune.compensation.recalibration import kept_statistics, norm_statistics, recalibrate
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NumericalError
-from nss_prune.recalibration import kept_statistics, norm_statistics, recalibrate
-from nss_prune.removal import remove
-from nss_prune.slicing import Slice
+from nss_prune.graph.slices import Slice
+from nss_prune.surgery.removal import remove
 
 
 def two_norms() -> nn.Sequential:

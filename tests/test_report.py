@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from nss_prune.report import Cost, Report, Row, measure
+from nss_prune.graph.costs import Cost, measure
+from nss_prune.pruner.report import Report, Row
 
 
 def test_macs_of_known_models() -> None:

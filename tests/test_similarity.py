@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from nss_prune.errors import ArgumentError
-from nss_prune.similarity import Landscape, LandscapeSums, entry_thresholds, similarity_curve
+from nss_prune.profiling.similarity import (
+    Landscape,
+    LandscapeSums,
+    entry_thresholds,
+    similarity_curve,
+)
 from reference import algorithm_1, landscape_similarity
 
 

@@ -14,8 +14,8 @@ import rq1
 import speed
 import speed_freezing
 import targets
-from nss_prune.contributions import metrics_known
 from nss_prune.errors import ArgumentError, NSSPruneError
+from nss_prune.profiling.contributions.protocol import metrics_known
 from rq1 import Point
 
 

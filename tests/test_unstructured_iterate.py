@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nss_prune.errors import (
-    ArgumentError,
-    FileFormatError,
-    ModelMismatchError,
-    NothingToPruneError,
-)
+from nss_prune.errors import ArgumentError, FileFormatError, ModelMismatchError, NothingToPruneError
 from nss_prune.unstructured import (
     METHODS,
     AccuracyTolerance,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nss_prune.unstructured import make_permanent, sparsify, sparsity_report
-from nss_prune.unstructured.report import LayerSparsity
+from nss_prune.unstructured.sparsity import LayerSparsity
 from reference_unstructured import Tied, convolutional, fresh, perceptron
 
 

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nss_prune import files
+from nss_prune.core import files
+from nss_prune.core.bits import pack, unpack
+from nss_prune.core.files import read_file, write_file
 from nss_prune.errors import FileFormatError, ModelMismatchError, NothingToPruneError
-from nss_prune.files import read_file, write_file
 from nss_prune.unstructured import load_masks, n_m, save_masks, sparsify
-from nss_prune.unstructured.storage import pack, shapes, unpack
+from nss_prune.unstructured.storage import shapes
 from reference_unstructured import (
     Reader,
     Tied,

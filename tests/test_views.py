@@ -13,12 +13,12 @@ from torchvision.transforms.functional import hflip
 
 from networks import batches, cnn, settled
 from nss_prune import Views
-from nss_prune.balance import class_shares
-from nss_prune.discovery import discover
-from nss_prune.divergence import eliminations
+from nss_prune.allocation.elimination import eliminations
+from nss_prune.compensation.balance import class_shares
+from nss_prune.core.views import views_of
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError
-from nss_prune.readers import ReaderSums, reader_statistics
-from nss_prune.views import views_of
+from nss_prune.statistics.consumers import ConsumerSums, consumer_statistics
 
 SHAPE = (3, 12, 12)
 
@@ -82,7 +82,7 @@ def test_what_cannot_be_viewed(data) -> None:
 
 def distinct(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
     groups = discover(model, next(iter(data))[0]).groups
-    sums = ReaderSums(model, groups, views_of(data))
+    sums = ConsumerSums(model, groups, views_of(data))
     for inputs, _ in data:
         with sums.watching(len(inputs)), torch.no_grad():
             model(inputs)
@@ -91,7 +91,7 @@ def distinct(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
 
 def test_a_copy_of_each_sample_is_no_other_observation(model, data) -> None:
     groups = discover(model, data[0][0]).groups
-    once = reader_statistics(model, data, groups)
+    once = consumer_statistics(model, data, groups)
     counted, copied = distinct(model, data), distinct(model, Views(data, same))
     for name, found in once.items():
         assert counted[name] == found.observations

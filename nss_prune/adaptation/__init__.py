@@ -1,7 +1,8 @@
 """Training part of a model: its critical neurons, or all the others."""
 
+from __future__ import annotations
+
 from nss_prune.adaptation.attacks import FGSM, PGD, make_attack
-from nss_prune.adaptation.cuts import isolated_part
 from nss_prune.adaptation.freezing import (
     Freezing,
     critical_channels,
@@ -10,6 +11,7 @@ from nss_prune.adaptation.freezing import (
     train_others,
 )
 from nss_prune.adaptation.incremental import IncrementalTrainer
+from nss_prune.adaptation.isolation import isolated_part
 from nss_prune.adaptation.readapt import ReadaptResult, ReadaptTrainer, evaluate_attack
 from nss_prune.adaptation.tasks import Task
 

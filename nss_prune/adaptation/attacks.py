@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.categories import cross_entropy
+from nss_prune.core.models import evaluation
+from nss_prune.core.outputs import cross_entropy
 from nss_prune.errors import ArgumentError, DataError, NSSPruneError
-from nss_prune.neurons import evaluation
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Function of (model, inputs, labels) that gives adversarial inputs of the same shape."""
+
 
 PerChannel = float | Sequence[float] | Tensor
 """One number, or one for each channel (axis 1 of the inputs)."""

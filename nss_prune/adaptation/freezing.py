@@ -16,17 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from nss_prune.adaptation.bits import Kept, Restorable, together
-from nss_prune.adaptation.norms import running_statistics
+from nss_prune.adaptation.batch_norm import running_statistics
+from nss_prune.adaptation.restore import Kept, Restorable, together
+from nss_prune.core.models import flags_kept, submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
-from nss_prune.neurons import (
-    check_fits,
-    flags_kept,
-    held_channels,
-    parameter_axes,
-    submodule,
-)
-from nss_prune.slicing import Slice
+from nss_prune.graph.axes import check_fits, held_channels, parameter_axes
+from nss_prune.graph.slices import Slice
 
 
 def critical_entries(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
@@ -101,7 +96,7 @@ def train_others(
     Entries whose row and column are both critical are frozen. The rows of critical neurons may
     train on columns of the others: under the mask these read zero. That holds for what the mask
     cuts, which is not checked here; where other paths lead past it, take what
-    :func:`nss_prune.adaptation.cuts.isolated_part` gives in place of the slice.
+    :func:`nss_prune.adaptation.isolation.isolated_part` gives in place of the slice.
 
     Args:
         keep: Layer that makes the output -> True for the outputs that keep their bits,

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 
-from nss_prune.adaptation.batches import (
+from nss_prune.adaptation.checkpoint import Checkpoint
+from nss_prune.adaptation.classifier import find_head, grown, outputs_of
+from nss_prune.adaptation.datasets import (
     Chained,
     Data,
     Moved,
@@ -32,13 +34,11 @@ from nss_prune.adaptation.batches import (
     sampled,
     with_classes,
 )
-from nss_prune.adaptation.compact import treats_entries_apart
-from nss_prune.adaptation.cuts import isolated_part
 from nss_prune.adaptation.freezing import Freezing, critical_channels, critical_entries
-from nss_prune.adaptation.heads import find_head, grown, outputs_of
-from nss_prune.adaptation.resuming import Checkpoint
+from nss_prune.adaptation.isolation import isolated_part
+from nss_prune.adaptation.partial_gradients import treats_entries_apart
+from nss_prune.adaptation.task_weights import check_weights, thinned
 from nss_prune.adaptation.tasks import Task, least_uncertain
-from nss_prune.adaptation.thinning import check_weights, thinned
 from nss_prune.adaptation.training import (
     Objective,
     OptimizerFactory,
@@ -46,18 +46,15 @@ from nss_prune.adaptation.training import (
     make_optimizer,
     one_pass,
 )
-from nss_prune.adaptation.values import undone_on_failure
-from nss_prune.categories import class_scores
-from nss_prune.collector import Loss, device_of, run
-from nss_prune.errors import (
-    ArgumentError,
-    DataError,
-    ModelMismatchError,
-    NothingToPruneError,
-)
-from nss_prune.neurons import check_fits, evaluation, flags_kept, parameter_axes, submodule
-from nss_prune.profile import profile
-from nss_prune.slicing import Slice, check_theta
+from nss_prune.core.models import device_of, evaluation, flags_kept, run, submodule
+from nss_prune.core.outputs import class_scores
+from nss_prune.core.undo import undone_on_failure
+from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NothingToPruneError
+from nss_prune.graph.axes import check_fits, parameter_axes
+from nss_prune.graph.slices import Slice
+from nss_prune.profiling.accumulation import Loss
+from nss_prune.profiling.run import profile
+from nss_prune.profiling.selection import check_theta
 from nss_prune.unstructured.allocation import Allocation, find_method
 
 __all__ = ["THETAS", "IncrementalTrainer", "Objective", "Task", "TaskLoss", "mixed"]
@@ -67,6 +64,7 @@ THETAS = (0.999, 0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0
 
 HELD_OUT = 0.2  # of a task's data: it chooses θ, the rest is profiled
 OF_ENTROPY = 0.05  # by as much outputs may diverge that are unsure anyway
+
 
 Replay = float | Sampler[Any] | Data
 

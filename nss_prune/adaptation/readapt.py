@@ -16,24 +16,19 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from nss_prune.adaptation.attacks import Attack, PerChannel, attacked, make_attack
-from nss_prune.adaptation.batches import Data, Moved, Shuffled, repeatable
-from nss_prune.adaptation.compact import CompactTraining, cut_blocks
+from nss_prune.adaptation.checkpoint import Checkpoint
+from nss_prune.adaptation.datasets import Data, Moved, Shuffled, repeatable
 from nss_prune.adaptation.freezing import Freezing, train_critical
-from nss_prune.adaptation.replicas import agree, average_gradients, total
-from nss_prune.adaptation.resuming import Checkpoint
-from nss_prune.adaptation.training import (
-    OptimizerFactory,
-    count_correct,
-    make_optimizer,
-    one_pass,
-)
-from nss_prune.adaptation.values import copied, put_back, undone_on_failure
-from nss_prune.categories import cross_entropy
-from nss_prune.collector import Loss, device_of, run
-from nss_prune.distributed import processes
+from nss_prune.adaptation.partial_gradients import CompactTraining, cut_blocks
+from nss_prune.adaptation.training import OptimizerFactory, count_correct, make_optimizer, one_pass
+from nss_prune.core.models import device_of, run
+from nss_prune.core.nested import map_tensors
+from nss_prune.core.outputs import cross_entropy
+from nss_prune.core.processes import agree, average_gradients, processes, total
+from nss_prune.core.undo import copied, put_back, undone_on_failure
 from nss_prune.errors import ArgumentError, DataError
-from nss_prune.neurons import map_tensors
-from nss_prune.slicing import Slice
+from nss_prune.graph.slices import Slice
+from nss_prune.profiling.accumulation import Loss
 
 Validation = Data | Callable[[nn.Module], float]
 

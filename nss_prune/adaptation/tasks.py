@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nss_prune.adaptation.thinning import zeroed
-from nss_prune.files import read_file, write_file
-from nss_prune.neurons import input_axis
-from nss_prune.slicing import Slice, decode_slice, encode_slice
-from nss_prune.unstructured.storage import pack, shapes, unpack
+from nss_prune.adaptation.task_weights import zeroed
+from nss_prune.core.bits import pack, unpack
+from nss_prune.core.files import read_file, write_file
+from nss_prune.graph.axes import input_axis
+from nss_prune.graph.slices import Slice, decode_slice, encode_slice
+from nss_prune.unstructured.storage import shapes
 
 KIND = "nss_prune task"
 

@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from nss_prune.adaptation.freezing import Freezing
-from nss_prune.adaptation.replicas import is_first
-from nss_prune.categories import class_scores
-from nss_prune.collector import Loss, as_computed, run
+from nss_prune.core.batches import as_computed
+from nss_prune.core.models import evaluation, run
+from nss_prune.core.outputs import class_scores
+from nss_prune.core.processes import is_first
 from nss_prune.errors import ArgumentError, DataError, NumericalError
-from nss_prune.neurons import evaluation
+from nss_prune.profiling.accumulation import Loss
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Function of the parameters that train, wholly or in part."""

@@ -6,6 +6,8 @@ The first layer of a module makes its representation, the others are redundant: 
 removed, or left out of the training.
 """
 
+from __future__ import annotations
+
 from nss_prune.deeparc.arc import DeepArc
 from nss_prune.deeparc.layers import Layer, find_layers
 

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nss_prune.adaptation.freezing import Freezing, critical_channels, critical_entries
-from nss_prune.collector import check_inputs, pick_samples, run, split_batch
+from nss_prune.core.batches import check_inputs, pick_samples, split_batch
+from nss_prune.core.models import evaluation, run, submodule
+from nss_prune.core.nested import tensors_in
+from nss_prune.core.undo import undone_on_error
+from nss_prune.deeparc.connectors import fit, replace_modules, sewing_layer
+from nss_prune.deeparc.layer_similarity import complete_sums, normalized, unbiased_sums
 from nss_prune.deeparc.layers import Layer, find_layers, is_inside
-from nss_prune.deeparc.sewing import fit, replace_modules, sewing_layer
-from nss_prune.deeparc.similarity import complete_sums, normalized, unbiased_sums
 from nss_prune.errors import ArgumentError, DataError, RemovalError
-from nss_prune.neurons import evaluation, submodule, tensors_in
-from nss_prune.profile import MEMORY_LIMIT
-from nss_prune.removal import undone_on_error
-from nss_prune.slicing import Slice
+from nss_prune.graph.slices import Slice
+from nss_prune.profiling.run import MEMORY_LIMIT
 
 Similarity = Literal["unbiased", "paper"]
-SIMILARITIES = ("unbiased", "paper")
 
+SIMILARITIES = ("unbiased", "paper")
 ROUNDING = 1e-9
 """Similarities this far below the threshold reach it: equal layers reach 1."""
 

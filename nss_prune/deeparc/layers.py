@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nss_prune.collector import run
+from nss_prune.core.models import run
+from nss_prune.core.nested import map_tensors, tensors_in
 from nss_prune.errors import ArgumentError, NothingToPruneError
-from nss_prune.neurons import map_tensors, tensors_in, traceable
+from nss_prune.graph.tracing import traceable
 
 POOLS = (
     nn.modules.pooling._AvgPoolNd,
@@ -28,6 +29,7 @@ POOLS = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
+
 
 Shape = tuple[int, ...]
 

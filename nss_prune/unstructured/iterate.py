@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.bits import pack, unpack
+from nss_prune.core.files import read_file, write_file
 from nss_prune.errors import ArgumentError, ModelMismatchError, NothingToPruneError
-from nss_prune.files import read_file, write_file
 from nss_prune.unstructured.allocation import Allocation, find_method
 from nss_prune.unstructured.masks import masks_of, refresh, set_masks
 from nss_prune.unstructured.sparsify import check_share, keep_best
-from nss_prune.unstructured.storage import match, pack, shapes, unpack
+from nss_prune.unstructured.storage import match, shapes
 from nss_prune.unstructured.weights import (
     IgnoredLayers,
     Layer,

@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Keys = NDArray[np.signedinteger[Any]]
+
+
 Counts = NDArray[np.int64]
+
+
 Floats = NDArray[np.float64]
 
 _BLOCK = 1 << 17  # weights read at once: what the processor's cache holds
@@ -30,7 +34,9 @@ _KEY_TYPES = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+
 _FLOAT_TYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+
 SUPPORTED_TYPES = tuple(_KEY_TYPES)
 
 

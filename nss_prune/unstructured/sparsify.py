@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from nss_prune.errors import ArgumentError, NothingToPruneError
 from nss_prune.unstructured.allocation import Allocation, allocate, find_method
 from nss_prune.unstructured.masks import set_masks
-from nss_prune.unstructured.weights import (
-    IgnoredLayers,
-    Layer,
-    check_finite,
-    prunable_layers,
-)
+from nss_prune.unstructured.weights import IgnoredLayers, Layer, check_finite, prunable_layers
 
 
 def sparsify(

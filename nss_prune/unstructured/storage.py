@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
+from nss_prune.core.bits import pack, unpack
+from nss_prune.core.files import read_file, write_file
 from nss_prune.errors import ModelMismatchError, NothingToPruneError
-from nss_prune.files import read_file, write_file
 from nss_prune.unstructured.masks import masks_of, set_masks
 from nss_prune.unstructured.weights import Layer, readable_layers
 
@@ -73,26 +71,6 @@ def match(masks: Mapping[str, Tensor], layers: list[Layer]) -> dict[Layer, Tenso
                 f"has {found}: load it into the architecture that it was saved from"
             )
     return {by_name[name]: mask.to(by_name[name].weight.device) for name, mask in masks.items()}
-
-
-def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Eight weights to a byte, the first in the lowest bit: uint8 `[ceil(weights / 8)]`."""
-    return {
-        name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
-        for name, mask in masks.items()
-    }
-
-
-def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """The inverse of :func:`pack`."""
-    return {
-        name: torch.from_numpy(
-            np.unpackbits(packed[name].numpy(), count=math.prod(shape), bitorder="little")
-        )
-        .view(torch.bool)
-        .view(shape)
-        for name, shape in shapes.items()
-    }
 
 
 def shapes(masks: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -1,0 +1,1 @@
+"""A profile or a measurement, and a target -> a slice."""

@@ -1,0 +1,177 @@
+"""Budgets and limits: which slice keeps a given share of the cost, by a ranking of the neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.models import call_model, submodule
+from nss_prune.graph.costs import ParameterCount, macs_by_module
+from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.graph.slices import Slice
+
+TOLERANCE = 0.01
+"""A budget counts as met within this share of the whole model's cost."""
+
+
+ShareOf = Callable[[Slice], float]
+
+
+Scores = Callable[[str], Tensor]
+"""Layer -> importance of its neurons, ``[neurons]``."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a slice must keep, whatever else asks for less.
+
+    Attributes:
+        least: Layer -> neurons that stay at least; 1 where it is not named.
+        round_to: Neurons are kept in multiples of this; layers with fewer keep all.
+        unrounded: Layers whose neurons are heads, and not single channels.
+    """
+
+    least: Mapping[str, int] = field(default_factory=dict)
+    round_to: int = 1
+    unrounded: frozenset[str] = frozenset()
+
+    def kept(self, layer: str, size: int, wanted: int) -> int:
+        """How many of ``size`` neurons to keep where ``wanted`` would do."""
+        least = max(1, wanted, self.least.get(layer, 1))
+        step = 1 if layer in self.unrounded else self.round_to
+        return min(size, -(-least // step) * step)
+
+
+def limited(critical: Slice, limits: Limits, scores: Scores) -> Slice:
+    """A slice and, where the limits or a reader ask for more, the best of the neurons outside."""
+    kept = {}
+    for name, mask in critical.kept.items():
+        count = limits.kept(name, len(mask), int(mask.sum()))
+        kept[name] = mask if count == int(mask.sum()) else _best(mask, scores(name), count)
+    return _readable(Slice(kept, critical.groups), scores, _partial_members(critical.groups))
+
+
+def _partial_members(groups: Sequence[NeuronGroup]) -> list[tuple[str, Member]]:
+    """Group and member, for the members that see only a part of the neurons of their group."""
+    return [
+        (group.name, member)
+        for group in groups
+        for member in group.members
+        if len(member.neurons) < group.size or len(member.neurons.unique()) < group.size
+    ]
+
+
+def _readable(critical: Slice, scores: Scores, partial: Sequence[tuple[str, Member]]) -> Slice:
+    """A slice that leaves every member of a group a neuron."""
+    kept = dict(critical.kept)
+    for name, member in partial:
+        if name in kept and not kept[name][member.neurons].any():
+            best = member.neurons[scores(name)[member.neurons].argmax()]
+            kept[name] = kept[name].index_fill(0, best, True)
+    return Slice(kept, critical.groups)
+
+
+def _best(first: Tensor, scores: Tensor, count: int) -> Tensor:
+    """True for ``count`` neurons: those of ``first``, then by score."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[first[order].long().argsort(descending=True, stable=True)]
+    return torch.zeros_like(first).index_fill(0, order[:count], True)
+
+
+def parameter_share(groups: Sequence[NeuronGroup], model: nn.Module, whole: int) -> ShareOf:
+    """The parameters that a slice of some groups keeps, as a share of ``whole``."""
+    count = ParameterCount(groups, model)
+    return lambda critical: sum(count.left(critical.kept).values()) / whole
+
+
+def mac_share(
+    groups: Sequence[NeuronGroup],
+    model: nn.Module,
+    whole: int,
+    example_inputs: Any,
+    forward: Any = call_model,
+) -> ShareOf:
+    """The multiply-accumulates of one call that a slice keeps, as a share of ``whole``.
+
+    Those of a layer shrink as its weight does, the products of attention with its heads, and
+    what else has no weight stays as it is.
+    """
+    by_module = macs_by_module(model, example_inputs, forward)
+    count = ParameterCount(groups, model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    counted = {
+        f"{name}.weight".lstrip("."): macs
+        for name, macs in by_module.items()
+        if f"{name}.weight".lstrip(".") in sizes
+    }
+    products = {
+        group.name: (group.size, _own_macs(model, group.name.rpartition(".")[0], by_module))
+        for group in groups
+        if not group.has_channels
+    }
+
+    def share(critical: Slice) -> float:
+        left = count.left(critical.kept)
+        gone = sum(macs * (1 - left[name] / sizes[name]) for name, macs in counted.items())
+        for name, (size, macs) in products.items():
+            gone += macs * (1 - int(critical.kept[name].sum()) / size)
+        return (by_module[""] - gone) / whole
+
+    return share
+
+
+def _own_macs(model: nn.Module, name: str, by_module: Mapping[str, int]) -> int:
+    """What a module computes besides its children."""
+    children = (
+        f"{name}.{child}".lstrip(".") for child, _ in submodule(model, name).named_children()
+    )
+    return by_module.get(name, 0) - sum(by_module.get(child, 0) for child in children)
+
+
+def solve(
+    groups: tuple[NeuronGroup, ...], scores: Scores, budget: float, share: ShareOf, limits: Limits
+) -> tuple[Slice, float]:
+    """The slice that keeps the best neurons of all layers together within a budget.
+
+    With the scores of semantic slicing this is a search for θ, neuron by neuron: the entry
+    thresholds are its steps, and their ties are broken by the contribution.
+
+    Args:
+        budget: Share of the cost to keep, in (0, 1].
+        share: The share that a slice keeps.
+
+    Returns:
+        The slice, and the share that it keeps: the largest within the budget, or the least that
+        the limits allow.
+    """
+    by_layer = {group.name: scores(group.name) for group in groups}
+    owners = torch.cat([torch.full((group.size,), i) for i, group in enumerate(groups)])
+    order = torch.cat(list(by_layer.values())).argsort(stable=True)
+    owners = owners[order]
+    rankings = {
+        name: values.argsort(descending=True, stable=True) for name, values in by_layer.items()
+    }
+    partial = _partial_members(groups)
+
+    def without(count: int) -> Slice:
+        gone = torch.bincount(owners[:count], minlength=len(groups))
+        kept = {}
+        for group, removed in zip(groups, gone.tolist(), strict=True):
+            stay = limits.kept(group.name, group.size, group.size - removed)
+            best = rankings[group.name][:stay]
+            kept[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, best, True)
+        return _readable(Slice(kept, groups), by_layer.__getitem__, partial)
+
+    fewest, most = 0, len(owners)
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if share(without(middle)) <= budget:
+            most = middle
+        else:
+            fewest = middle + 1
+    critical = without(fewest)
+    return critical, share(critical)

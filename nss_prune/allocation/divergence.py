@@ -1,0 +1,110 @@
+"""Allocate a budget over layers by the output divergence it causes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nss_prune.allocation.budget import Limits, ShareOf, solve
+from nss_prune.allocation.elimination import Elimination
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.slices import Slice
+
+ALLOCATIONS = 4
+
+
+def slopes(divergence: Tensor) -> Tensor:
+    """What each neuron of an elimination adds on the lower convex hull of D, ``[neurons]``.
+
+    A budget can only be met at the corners of the hull; between them all neurons count alike.
+    """
+    values = [0.0, *divergence.tolist()]
+    corners: list[int] = []
+    for here in range(len(values)):
+        while len(corners) > 1 and _is_above(values, corners[-2], corners[-1], here):
+            corners.pop()
+        corners.append(here)
+    steps = torch.empty_like(divergence)
+    for left, right in itertools.pairwise(corners):
+        steps[left:right] = (values[right] - values[left]) / (right - left)
+    return steps
+
+
+def _is_above(values: Sequence[float], left: int, middle: int, right: int) -> bool:
+    """Whether the middle one of three points is on or above the line through the others."""
+    rise = (values[right] - values[left]) * (middle - left)
+    return (values[middle] - values[left]) * (right - left) >= rise
+
+
+def allocate(
+    groups: tuple[NeuronGroup, ...],
+    found: Mapping[str, Elimination],
+    budget: float,
+    share: ShareOf,
+    limits: Limits,
+) -> tuple[Slice, float]:
+    """The slice of least divergence within a budget, layers added up.
+
+    Removing what adds least for each unit of cost, of all layers together, minimises the sum under
+    the budget, whose Lagrange multiplier is the threshold. What a neuron costs depends on how many
+    are left around it, so the costs are those at the last solution, and the best of some rounds is
+    taken.
+
+    Args:
+        found: Layer -> its elimination; layers without one are left alone.
+        budget: Share of the cost to keep, in (0, 1].
+        share: The share that a slice keeps.
+
+    Returns:
+        As :func:`nss_prune.allocation.budget.solve`.
+    """
+    current = Slice({group.name: torch.ones(group.size).bool() for group in groups}, groups)
+    found = {group.name: found[group.name] for group in groups if group.name in found}
+    solutions = []
+    for _ in range(ALLOCATIONS):
+        values = scores(groups, found, _costs(current, found, share))
+        current, reached = solve(groups, values.__getitem__, budget, share, limits)
+        solutions.append((reached > budget, predicted(current, found), current, reached))
+    _, _, best, reached = min(solutions, key=lambda solution: solution[:2])
+    return best, reached
+
+
+def predicted(critical: Slice, found: Mapping[str, Elimination]) -> float:
+    """Σ D of a slice that follows the eliminations, in nats a sample."""
+    removed = {name: len(neurons) for name, neurons in critical.removed.items()}
+    return sum(float(found[name].divergence[n - 1]) for name, n in removed.items())
+
+
+def _costs(current: Slice, found: Mapping[str, Elimination], share: ShareOf) -> dict[str, float]:
+    """Layer -> what one of its neurons costs, by sparing the next tenth of those left."""
+    whole = share(current)
+    costs = {}
+    for name, elimination in found.items():
+        kept = current.kept[name].clone()
+        left = elimination.order.cpu()[kept[elimination.order.cpu()]]
+        spared = left[: max(1, len(left) // 10)]
+        kept[spared] = False
+        without = Slice({**current.kept, name: kept}, current.groups) if kept.any() else current
+        costs[name] = (whole - share(without)) / len(spared)
+    return costs
+
+
+def scores(
+    groups: Sequence[NeuronGroup], found: Mapping[str, Elimination], costs: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Layer -> divergence for each unit of cost that a neuron saves, all different, ``[neurons]``.
+
+    Args:
+        costs: Layer -> what one of its neurons costs.
+    """
+    least = torch.finfo(torch.float64).tiny
+    result = {group.name: torch.full((group.size,), torch.inf).double() for group in groups}
+    for name, elimination in found.items():
+        by_rank = slopes(elimination.divergence).cpu() / max(costs[name], least)
+        ranks = torch.arange(len(by_rank))
+        distinct = by_rank * (1 + 1e-9 * ranks) + least * ranks
+        result[name][elimination.order.cpu()] = distinct
+    return result

@@ -1,0 +1,169 @@
+"""Backward elimination of the neurons of one group, cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.allocation.sensitivity import Sensitivity, sensitivities
+from nss_prune.errors import NumericalError
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.statistics.consumers import ConsumerSums
+from nss_prune.statistics.moments import ConsumerStatistics
+
+TOO_WIDE = 4  # neurons for each independent observation: their covariances are noise
+LEAST_SHRINKAGE = 1e-8  # a neuron that is dead, or said by others, has no precision otherwise
+ROUNDS = 16  # a round eliminates as many neurons as are left, divided by this
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The neurons of a group in the order in which they can best be spared.
+
+    Attributes:
+        order: Neurons, the first to go first, ``[neurons]``.
+        divergence: D after each of them, in nats a sample, ``[neurons]``, float64.
+        growth: How much larger errors are on new samples than on those that the neurons that stay
+            were fitted to, ``[neurons]``; None for as large.
+    """
+
+    order: Tensor
+    divergence: Tensor
+    growth: Tensor | None = None
+
+
+def eliminations(
+    model: nn.Module,
+    data: Iterable[Any],
+    groups: Sequence[NeuronGroup],
+    *,
+    seed: int = 0,
+    reads: ConsumerSums | None = None,
+    progress: bool | None = None,
+) -> dict[str, Elimination]:
+    """Layer -> its elimination, from one pass over the data; the model is left as found.
+
+    Args:
+        data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
+            must be class scores.
+        seed: For what is drawn at random.
+        reads: To add what the readers read to, in the same pass.
+        progress: Show a progress bar; None for only on a terminal.
+
+    Raises:
+        DataError: The data is empty, or the model refuses it or gives no class scores.
+        NumericalError: A reader reads NaN or infinite values, or gets such gradients.
+    """
+    found = sensitivities(model, data, groups, seed=seed, reads=reads, progress=progress)
+    return {name: eliminated(name, sums) for name, sums in found.items()}
+
+
+def eliminated(name: str, sums: Sensitivity) -> Elimination:
+    """The elimination of one group.
+
+    Raises:
+        NumericalError: Its sums are NaN or infinite.
+    """
+    statistics = sums.read.statistics(name, (), None)
+    if not torch.isfinite(sums.information.sum() + sums.effects.sum()):
+        raise NumericalError(
+            f"the gradients of what reads {name} are NaN or infinite; check the data and the "
+            "model's weights"
+        )
+    apart = statistics.covariance.diagonal() * sums.information.diagonal() / statistics.samples
+    effects = _effects_alone(sums, statistics)
+    if len(apart) > TOO_WIDE * statistics.observations:
+        return independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
+    # Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
+    # Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
+    weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
+    information = weights[:, None] * (sums.information / statistics.samples) * weights
+    found = eliminate(shrunk(statistics.covariance, statistics.observations), information)
+    growth = _on_new_samples(found.divergence, sums.read.distinct(name))
+    return replace(found, divergence=found.divergence * growth**2, growth=growth)
+
+
+def _on_new_samples(divergence: Tensor, observations: float) -> Tensor:
+    """What errors grow by where the neurons that stay were fitted to so many observations.
+
+    They have at most half as many effective parameters, see
+    :func:`nss_prune.compensation.ridge.ridge`.
+    """
+    left = torch.arange(len(divergence) - 1, -1, -1).to(divergence)
+    parameters = (left + 1).clamp(max=observations / 2)
+    return 1 / (1 - parameters / observations)
+
+
+def independent(costs: Tensor) -> Elimination:
+    """Of neurons of which too little is known to fold one into others."""
+    order = costs.argsort(stable=True)
+    return Elimination(order, costs[order].cumsum(0) / 2)
+
+
+def _effects_alone(sums: Sensitivity, statistics: ConsumerStatistics) -> Tensor:
+    """2 D of each neuron that goes alone and leaves its mean, ``[neurons]``."""
+    mean = statistics.mean
+    first, mixed, second = sums.effects / statistics.samples
+    effects: Tensor = first - 2 * mean * mixed + mean**2 * second
+    return effects.clamp(min=0)
+
+
+def shrunk(covariance: Tensor, observations: float) -> Tensor:
+    """A covariance that can be inverted: oracle approximating shrinkage.
+
+    Chen, Wiesel, Eldar, Hero (2010), IEEE Transactions on Signal Processing 58(10), eq. 23.
+    """
+    size = len(covariance)
+    trace, square = float(covariance.trace()), float(covariance.square().sum())
+    numerator = (1 - 2 / size) * square + trace**2
+    denominator = (observations + 1 - 2 / size) * (square - trace**2 / size)
+    share = 1.0 if denominator <= 0 else min(1.0, max(LEAST_SHRINKAGE, numerator / denominator))
+    smoothed = (1 - share) * covariance
+    smoothed.diagonal().add_(share * trace / size + torch.finfo(torch.float64).tiny)
+    return smoothed
+
+
+def eliminate(covariance: Tensor, information: Tensor) -> Elimination:
+    """Backward elimination, see the module's text.
+
+    Args:
+        covariance: Σ, positive definite float64 ``[neurons, neurons]``.
+        information: Γ of one sample, ``[neurons, neurons]``.
+    """
+    precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    root = _root(information)
+    alive = torch.arange(len(covariance), device=covariance.device)
+    order, added = [], []
+    while len(alive):
+        costs = root.square().sum(0) / precision.diagonal()
+        count = max(1, len(alive) // ROUNDS)
+        out = costs.argsort(stable=True)[:count]
+        # Within a round one by one as well: the Cholesky factor eliminates in the order given.
+        factor = torch.linalg.cholesky(precision[out][:, out])
+        scaled = torch.linalg.solve_triangular(factor, root[:, out].T, upper=False)
+        added.append(scaled.square().sum(1) / 2)
+        order.append(alive[out])
+        stay = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
+        stay[out] = False
+        reach = torch.linalg.solve_triangular(factor, precision[out][:, stay], upper=False)
+        root = root[:, stay] - scaled.T @ reach
+        precision = precision[stay][:, stay] - reach.T @ reach
+        alive = alive[stay]
+    return Elimination(torch.cat(order), torch.cat(added).cumsum(0))
+
+
+def _root(information: Tensor) -> Tensor:
+    """W with WᵀW = Γ, to the rounding error with which Γ was summed."""
+    unit = torch.eye(len(information)).to(information) * information.trace()
+    for noise in (torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps):
+        factor, failed = torch.linalg.cholesky_ex(information + noise * unit)
+        if not failed:
+            upper: Tensor = factor.T
+            return upper
+    variances, directions = torch.linalg.eigh(information)
+    root: Tensor = variances.clamp(min=0).sqrt()[:, None] * directions.T
+    return root

@@ -1,0 +1,249 @@
+"""The classes, balanced as the whole model balances them: a shift of the scores, without labels.
+
+A model that lost many neurons leans towards some classes. It gives them more probability than the
+whole model did, and others lose most of their samples. A shift b of the scores makes up for that,
+and lies in the biases of the head, the layer that makes them:
+
+    minimise  mean log Σ_c exp(z_c + b_c) − Σ_c p̄_c b_c + ½ λ Σ_c b_c²,
+
+where z are the smaller model's scores, and p̄ the mean probabilities of the classes by the whole
+model, on the same data. Up to a constant and the penalty, this is the mean Kullback-Leibler
+divergence of the shifted outputs from those of the whole model. It is convex, and without the
+penalty the mean probability of every class becomes what it was.
+
+λ is chosen by cross-validation on samples left out, and where no shift helps there, none is made:
+a thousand classes are not balanced by the few samples that there are of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from nss_prune.core.batches import counted_batches
+from nss_prune.core.models import evaluation, run
+from nss_prune.core.outputs import class_scores, scores_by_place
+from nss_prune.core.views import views_of
+from nss_prune.errors import ModelMismatchError, NumericalError
+
+FOLDS = 5
+PENALTIES = tuple(10.0**-power for power in range(1, 6))
+MOST_VALUES = 2**26  # scores that are kept, 512 MiB
+
+
+@dataclass(frozen=True)
+class ClassShares:
+    """What a model gives each class of some data.
+
+    Attributes:
+        sums: Σ of the probabilities over samples and positions, float64 ``[folds, classes]``; a
+            sample is in the fold of its number, modulo the folds, with all its views.
+        counts: Samples × positions, ``[folds]``.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def mean(self, folds: Tensor | None = None) -> Tensor:
+        """The mean probability of each class, ``[classes]``, of all data.
+
+        Args:
+            folds: Of the data in some folds alone, True for these, ``[folds]``.
+        """
+        chosen = slice(None) if folds is None else folds
+        return self.sums[chosen].sum(0) / self.counts[chosen].sum()
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """What was balanced.
+
+    Attributes:
+        head: The layer with the new bias; None where nothing was changed.
+        shift: What was added to the scores, float64 ``[classes]``.
+        note: Why nothing was changed; "" where something was.
+    """
+
+    head: str | None
+    shift: Tensor
+    note: str = ""
+
+
+def class_shares(
+    model: nn.Module, data: Iterable[Any], *, progress: bool | None = None
+) -> ClassShares:
+    """What the model gives each class, from one pass over the data; the model stays as it is.
+
+    Args:
+        data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
+            must be class scores, of which softmax makes probabilities. Samples beyond
+            :data:`MOST_VALUES` scores are not needed.
+        progress: Show a progress bar; None for only on a terminal.
+
+    Raises:
+        DataError: The data is empty, or the model refuses it or gives no class scores.
+        NumericalError: Scores are NaN or infinite.
+    """
+    scores, folds = _scores(model, data, progress)
+    return _shares(scores.softmax(1), folds)
+
+
+def balance(
+    model: nn.Module, data: Iterable[Any], whole: ClassShares, *, progress: bool | None = None
+) -> Balanced:
+    """Shift the scores in place so that the classes get what the whole model gave them.
+
+    The head is the last linear layer or convolution whose bias moves the scores by as much, which
+    is tried. It gets a new bias, and nothing is written to the old one.
+
+    Args:
+        data: The same as of ``whole``.
+        whole: By :func:`class_shares` of the model before neurons were removed.
+        progress: Show a progress bar; None for only on a terminal.
+
+    Raises:
+        ModelMismatchError: ``whole`` is of other classes.
+        DataError, NumericalError: As :func:`class_shares`. In every case the model is as before.
+    """
+    scores, folds = _scores(model, data, progress)
+    none = torch.zeros(scores.shape[1], dtype=torch.float64)
+    if whole.sums.shape[1] != len(none):
+        raise ModelMismatchError(
+            f"the whole model has {whole.sums.shape[1]} classes, this one {len(none)}; give the "
+            "class_shares of the same model before neurons were removed"
+        )
+    head = _head(model, data)
+    if head is None:
+        why = "no layer's bias alone moves the class scores"
+        return Balanced(None, none, f"the classes are not balanced: {why}")
+    shift = _fitted(scores, folds, whole)
+    if shift is None:
+        why = "no shift of their scores helps on samples left out"
+        return Balanced(None, none, f"the classes are not balanced: {why}")
+    module: Any = model.get_submodule(head)
+    module.bias = _moved(module, shift)
+    return Balanced(head, shift)
+
+
+@torch.no_grad()
+def _scores(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tuple[Tensor, Tensor]:
+    """Scores, float64 ``[places, classes]``, and the fold of each, both on the CPU."""
+    found: list[Tensor] = []
+    folds: list[Tensor] = []
+    seen = values = 0
+    with evaluation(model):
+        for by_place, samples in scores_by_place(model, data, progress, "balance"):
+            fold = torch.arange(seen, seen + samples) // views_of(data) % FOLDS
+            folds.append(fold.repeat_interleave(len(by_place) // samples))
+            found.append(by_place.cpu().double())
+            seen += samples
+            values += by_place.numel()
+            if values >= MOST_VALUES:
+                break
+    together = torch.cat(found)
+    if not torch.isfinite(together.sum()):
+        raise NumericalError(
+            "the class scores are NaN or infinite; check the data and the model's weights"
+        )
+    return together, torch.cat(folds)
+
+
+def _shares(probabilities: Tensor, folds: Tensor) -> ClassShares:
+    sums = probabilities.new_zeros(FOLDS, probabilities.shape[1]).index_add(0, folds, probabilities)
+    return ClassShares(sums, torch.bincount(folds, minlength=FOLDS))
+
+
+def _fitted(scores: Tensor, folds: Tensor, whole: ClassShares) -> Tensor | None:
+    """The shift by the penalty that does best on samples left out; None where none does better."""
+    used = [fold for fold in range(FOLDS) if (folds == fold).any() and whole.counts[fold]]
+    if len(used) < 2:
+        return None
+    gains = torch.zeros(len(PENALTIES), dtype=torch.float64)
+    for fold in used:
+        out, left_out = folds == fold, torch.arange(FOLDS) == fold
+        held_out, wanted = scores[out], whole.mean(left_out)
+        before = _divergence(held_out, wanted, torch.zeros_like(wanted))
+        for position, shift in enumerate(_shifts(scores[~out], whole.mean(~left_out))):
+            after = _divergence(held_out, wanted, shift)
+            gains[position] += float(before - after) * len(held_out)
+    best = int(gains.argmax())
+    if not gains[best] > 0:
+        return None
+    *_, shift = _shifts(scores, whole.mean(), PENALTIES[: best + 1])
+    return shift
+
+
+def _shifts(
+    scores: Tensor, wanted: Tensor, penalties: Iterable[float] = PENALTIES
+) -> Iterator[Tensor]:
+    """The best shift for each penalty, from the largest down."""
+    shift = torch.zeros_like(wanted)
+    for penalty in penalties:
+        shift = _minimum(scores, wanted, penalty, shift)
+        yield shift
+
+
+def _minimum(scores: Tensor, wanted: Tensor, penalty: float, start: Tensor) -> Tensor:
+    shift = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [shift], max_iter=200, tolerance_grad=1e-8, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = _divergence(scores, wanted, shift) + penalty / 2 * shift.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[arg-type]
+    return shift.detach()
+
+
+def _divergence(scores: Tensor, wanted: Tensor, shift: Tensor) -> Tensor:
+    """That of the shifted outputs from the whole model's, up to a constant."""
+    return (scores + shift).logsumexp(1).mean() - wanted @ shift
+
+
+def _head(model: nn.Module, data: Iterable[Any]) -> str | None:
+    """The last layer whose bias moves the scores by as much, or None."""
+    with evaluation(model), torch.no_grad():
+        for number, inputs, _ in counted_batches(model, data, False, "balance"):
+            before = class_scores(run(model, inputs, number))
+            break
+        named: list[tuple[str, nn.Module]] = list(model.named_modules())
+        for name, module in reversed(named):
+            made = getattr(module, "out_features", getattr(module, "out_channels", None))
+            if not isinstance(module, (nn.Linear, _ConvNd)) or made != before.shape[1]:
+                continue
+            size = max(1.0, float(before.abs().max()))
+            shift = torch.linspace(-size, size, made).to(before)
+            with _shifted(module, shift):
+                moved = class_scores(run(model, inputs, number)) - before
+            missed = moved.movedim(1, -1) - shift
+            if float(missed.abs().max()) <= 32 * torch.finfo(before.dtype).eps * size:
+                return name
+    return None
+
+
+@contextlib.contextmanager
+def _shifted(module: Any, shift: Tensor) -> Iterator[None]:
+    before = module.bias
+    module.bias = _moved(module, shift)
+    try:
+        yield
+    finally:
+        module.bias = before
+
+
+def _moved(module: Any, shift: Tensor) -> nn.Parameter:
+    """The bias of a layer, moved; a new one where it has none."""
+    like = module.weight if module.bias is None else module.bias
+    old = 0.0 if module.bias is None else module.bias.detach().cpu().double()
+    return nn.Parameter((old + shift.cpu().double()).to(like), like.requires_grad)

@@ -1,0 +1,1 @@
+"""Torch tools that know nothing of neurons."""

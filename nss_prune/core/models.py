@@ -1,0 +1,176 @@
+"""Call a model, copy it, and set its modes for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.nested import tensors_in
+from nss_prune.errors import DataError, ModelMismatchError, NSSPruneError
+
+Forward = Callable[[nn.Module, Any], Any]
+"""Function of (model, inputs) that gives the outputs."""
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` as a batch asks for: a tensor, a sequence of arguments, or keywords."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def clone(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy with children of its own, without hooks, and with ``copied`` of every tensor.
+
+    What is shared inside stays shared. Not a deep copy: that fails on attributes that hold a part
+    of an autograd graph.
+    """
+    made: nn.Module = _clone(module, copied, {})
+    return made
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model without values: it takes no memory, and calling it computes nothing."""
+    return clone(model, without_values)
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and type on torch's "meta" device."""
+    return torch.empty_like(tensor, device="meta", requires_grad=False)
+
+
+def _clone(module: nn.Module, copied: Callable[[Tensor], Tensor], known: dict[int, Any]) -> Any:
+    if id(module) in known:
+        return known[id(module)]
+    made = known[id(module)] = copy.copy(module)
+    own = vars(made)
+    own.update({name: value.copy() for name, value in own.items() if isinstance(value, dict)})
+    for name in [name for name in own if name.endswith("_hooks")]:
+        own[name] = type(own[name])()
+    for held in (made._parameters, made._buffers):
+        tensors: dict[str, Any] = {name: value for name, value in held.items() if value is not None}
+        for value in tensors.values():
+            if id(value) not in known:
+                known[id(value)] = _like(value, copied(value))
+        held.update((name, known[id(value)]) for name, value in tensors.items())
+    children = made._modules.items()
+    own["_modules"] = {
+        name: None if child is None else _clone(child, copied, known) for name, child in children
+    }
+    return made
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+
+
+@contextlib.contextmanager
+def flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Put training modes and requires_grad flags back as they were, whatever the body does.
+
+    The parameters are what it gives: to walk through a deep model takes as long as a layer.
+    """
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    gradients = [
+        (parameter, parameter.requires_grad)
+        for module in modules
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
+    try:
+        yield [parameter for parameter, _ in gradients]
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with frozen parameters inside, everything as it was outside."""
+    with flags_kept(model) as parameters:
+        model.eval()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the context, a GPU does not round the factors of float32 products to TF32.
+
+    Where torch's newer interface (``fp32_precision``) was used, what it says holds.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):
+            products = torch.get_float32_matmul_precision()
+            stack.callback(torch.set_float32_matmul_precision, products)
+            torch.set_float32_matmul_precision("highest")
+            convolutions = torch.backends.cudnn.allow_tf32
+            stack.callback(setattr, torch.backends.cudnn, "allow_tf32", convolutions)
+            torch.backends.cudnn.allow_tf32 = False
+        yield
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """``model.get_submodule(name)``.
+
+    Raises:
+        ModelMismatchError: The model does not have it.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelMismatchError(
+            f"the model has no layer {name!r}; use the model (or a copy of the same structure) "
+            "that was profiled"
+        ) from error
+
+
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; statistics, modes and random numbers as they were outside."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with flags_kept(model), torch.random.fork_rng():
+            model.train()
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, content in buffers:
+                buffer.copy_(content)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU where there is none."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def run(model: nn.Module, inputs: Any, number: int) -> Any:
+    """The model's outputs.
+
+    Raises:
+        DataError: The model refuses the inputs.
+    """
+    try:
+        return call_model(model, inputs)
+    except NSSPruneError:
+        raise
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
+        raise DataError(
+            f"the model refuses batch {number} with inputs of shape {shapes}: {error}; give data "
+            "of the shape that the model takes"
+        ) from error

@@ -1,0 +1,192 @@
+"""Claims of adapters, each tried on its module before it is believed.
+
+A structure may look like attention and mix its heads, order its channels otherwise, or tie the
+number of heads to something else. So each claim is tried on a copy of its module, with the inputs
+that the module gets in one call of the model: the neurons must be independent, and the smaller
+module must run and give what the masked one gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.models import clone, evaluation, full_precision
+from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.discovery.calls import Call, copied, look
+from nss_prune.discovery.claims import Claim, joined
+from nss_prune.errors import RemovalError
+from nss_prune.graph.axes import input_axis, parameter_axes
+from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap
+from nss_prune.graph.slices import Slice
+from nss_prune.structures.protocol import Adapter
+from nss_prune.surgery.check import check_outputs
+from nss_prune.surgery.execute import execute
+from nss_prune.surgery.metadata import apply_changes, planned_changes
+from nss_prune.surgery.plan import plan_removal
+
+
+def adapted_on_trial(
+    model: nn.Module,
+    neurons: NeuronMap,
+    claimed: Sequence[Claim],
+    calls: Mapping[nn.Module, Call],
+) -> NeuronMap:
+    """The map with the neurons that adapters claim and a trial confirms; the model stays.
+
+    Of several claims on a module the first that stands is taken. Where none does, its channels are
+    left alone, and the map says why. Modules that look the same, such as those of
+    repeated blocks, are tried once.
+
+    Args:
+        claimed: By :func:`nss_prune.discovery.claims.claims`.
+        calls: Module -> what it is called with in one call of the model.
+    """
+    verdicts: dict[Any, str | None] = {}
+    taken: dict[nn.Module, tuple[NeuronGroup, ...]] = {}
+    reasons: dict[nn.Module, dict[str, tuple[str, int]]] = {}
+    for module, adapter, groups in claimed:
+        call = calls.get(module)
+        seen = (adapter, *look(module, call))
+        if module in taken:
+            continue
+        if seen not in verdicts:
+            verdicts[seen] = refusal(module, adapter, call)
+        if (reason := verdicts[seen]) is None:
+            taken[module] = groups
+        else:
+            roots = {group.name: (reason, group.members[0].width) for group in groups}
+            reasons.setdefault(module, roots)  # of several reasons the first
+    refused: dict[str, tuple[str, int]] = {}
+    for module, roots in reasons.items():
+        refused.update({} if module in taken else roots)
+    result = joined(model, neurons, [group for groups in taken.values() for group in groups])
+    # What fails by whole heads fails by their channels too, which would cost many trials to see.
+    result = result.without({name: reason for name, (reason, _) in refused.items()})
+    known = {group.name for group in result.groups}
+    left = {name: why for name, why in refused.items() if name not in known}
+    return replace(
+        result,
+        left_alone={**result.left_alone, **{name: why for name, (why, _) in left.items()}},
+        left_alone_sizes={
+            **{name: size for name, (_, size) in left.items()},
+            **result.left_alone_sizes,
+        },
+    )
+
+
+def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | None:
+    """Why the neurons that an adapter claims in a module cannot go one by one, or None.
+
+    Args:
+        call: What the module is called with; None where it is not.
+    """
+    if call is None:
+        return "the heads cannot be tried, because the module is not called"
+    groups = adapter.groups("", module)
+    try:
+        halves = {group.name: torch.arange(group.size) % 2 == 0 for group in groups}
+        reason = _removal_failure(clone(module, copied), Slice(halves, groups), adapter, call)
+        if reason is None and not all(independent(module, group, call) for group in groups):
+            reason = "the heads depend on each other, or are not told apart"
+    except Exception as error:
+        reason = f"the heads cannot be tried alone: {first_line(error)}"
+    return reason
+
+
+@full_precision()
+def _removal_failure(
+    module: nn.Module, critical: Slice, adapter: Adapter, call: Call
+) -> str | None:
+    """Cut a slice out of a module; what is wrong with the result, or None."""
+    with critical.masked(module):
+        expected = tensors_in(_run(module, call))
+    changes = planned_changes(module, critical, (adapter,))
+    try:
+        execute(module, plan_removal(critical, module), {})
+        apply_changes(changes)
+        check_outputs(expected, tensors_in(_run(module, call)))
+    except RemovalError:
+        return "with fewer heads it computes something else"
+    except Exception as error:
+        return f"with fewer heads it does not run: {first_line(error)}"
+    return None
+
+
+def independent(module: nn.Module, group: NeuronGroup, call: Call) -> bool:
+    """Whether no neuron reaches the channels of another one.
+
+    Some neurons are made NaN, and what reads the others must not see any. Any two neurons differ
+    in a binary digit of their number, so it takes two calls for each digit to try them all.
+    """
+    numbers = torch.arange(group.size)
+    for digit in range((group.size - 1).bit_length()):
+        for value in (0, 1):
+            poisoned = (numbers >> digit) % 2 == value
+            part = clone(module, copied)
+            _poison(part, group, poisoned)
+            with _watched(part, group, ~poisoned) as clean:
+                _run(part, call)
+            if not (clean and all(clean)):
+                return False
+    return True
+
+
+def _poison(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> None:
+    """Make all that some neurons come from NaN, in place."""
+    parameters = dict(module.named_parameters())
+    for member in group.members:
+        if member.side != "out":
+            continue
+        channels = member.channels[neurons[member.neurons]]
+        if member.axis is not None:
+            axes = {member.name: member.axis}
+        else:
+            layer = module.get_submodule(member.name)
+            axes = {f"{member.name}.{key}": out for key, (out, _) in parameter_axes(layer).items()}
+        for name, axis in axes.items():
+            value = parameters[name].data
+            value.index_fill_(axis, channels.to(value.device), torch.nan)
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> Iterator[list[bool]]:
+    """Collect whether some neurons arrive without NaN, and take all NaN away there.
+
+    They are looked at before the norms over all neurons, which mix them on purpose.
+    """
+    clean: list[bool] = []
+
+    def hook(member: Member) -> Any:
+        channels = member.channels[neurons[member.neurons]]
+
+        def look(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            inputs: Tensor = arguments[0]
+            seen = inputs.index_select(input_axis(layer), channels.to(inputs.device))
+            clean.append(not seen.isnan().any())
+            return (inputs.nan_to_num(), *arguments[1:])
+
+        return look
+
+    with contextlib.ExitStack() as stack:
+        for member in group.members:
+            layer = None if member.axis is not None else module.get_submodule(member.name)
+            if layer is not None and (member.side == "in" or isinstance(layer, nn.LayerNorm)):
+                stack.callback(layer.register_forward_pre_hook(hook(member)).remove)
+        yield clean
+
+
+def _run(module: nn.Module, call: Call) -> Any:
+    with evaluation(module), torch.no_grad():
+        # Clones, because a module may work in place.
+        arguments, keywords = map_tensors(copied, (call.arguments, call.keywords))
+        return module(*arguments, **keywords)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,63 @@
+"""The neurons of a model, traced whole if that works and in parts if not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from nss_prune.core.models import Forward, call_model
+from nss_prune.discovery.calls import recording
+from nss_prune.discovery.claims import claims
+from nss_prune.discovery.parts import discover_parts
+from nss_prune.discovery.trial import adapted_on_trial
+from nss_prune.errors import GraphError
+from nss_prune.graph.deadline import deadline
+from nss_prune.graph.groups import find_neurons
+from nss_prune.graph.neurons import NeuronMap
+from nss_prune.graph.tracing import trace
+from nss_prune.structures.known import ADAPTERS
+from nss_prune.structures.protocol import Adapter
+
+TIMEOUT = 60.0
+"""Seconds that torch-pruning may take to follow a model, unless ``timeout`` says otherwise."""
+
+WHOLE_SHARE = 1 / 3  # of the time: for the model as a whole, the rest for its parts
+
+
+def discover(
+    model: nn.Module,
+    example_inputs: Any,
+    ignored: Sequence[nn.Module | nn.Parameter] = (),
+    *,
+    timeout: float = TIMEOUT,
+    forward: Forward = call_model,
+    adapters: Sequence[Adapter] = ADAPTERS,
+) -> NeuronMap:
+    """The neurons of a model; it is left as found.
+
+    Args:
+        example_inputs: Inputs of one call.
+        ignored: Modules whose output channels must stay.
+        timeout: Seconds for the whole model and its parts together.
+        forward: Function of (model, example_inputs) that gives the outputs.
+        adapters: The structures in which neurons are more than channels.
+
+    Raises:
+        ArgumentError: Weights are masked or parametrized.
+        GraphError: The model does not run, or no part of it can be traced.
+        NothingToPruneError: No group is left.
+    """
+    claimed = list(claims(model, adapters, ignored))
+    with recording({module for module, _, _ in claimed}) as calls:
+        try:
+            with deadline(WHOLE_SHARE * timeout, model):
+                graph, output_nodes = trace(model, example_inputs)
+                found = find_neurons(model, graph, output_nodes, ignored)
+        except GraphError as error:
+            rest = (1 - WHOLE_SHARE) * timeout
+            found = discover_parts(
+                model, example_inputs, ignored, error, timeout=rest, forward=forward
+            )
+    return adapted_on_trial(model, found, claimed, calls)

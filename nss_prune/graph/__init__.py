@@ -1,0 +1,1 @@
+"""A model -> its neurons, as plain data."""

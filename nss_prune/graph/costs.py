@@ -1,0 +1,165 @@
+"""Parameters and multiply-accumulates, of a model and of what a slice keeps of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nss_prune.core.models import (
+    Forward,
+    call_model,
+    evaluation,
+    meta_copy,
+    submodule,
+    without_values,
+)
+from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.graph.axes import check_fits, parameter_axes
+from nss_prune.graph.neurons import Member, NeuronGroup
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model: parameters, and multiply-accumulates for the example inputs."""
+
+    parameters: int
+    macs: int
+
+
+def measure(model: nn.Module, example_inputs: Any, forward: Forward = call_model) -> Cost:
+    """Count the parameters, and the multiply-accumulates of one call."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, macs_by_module(model, example_inputs, forward)[""])
+
+
+def macs_by_module(
+    model: nn.Module, example_inputs: Any, forward: Forward = call_model
+) -> dict[str, int]:
+    """Module -> multiply-accumulates of one call, its children's included; "" is the model.
+
+    Half the floating-point operations that torch counts in convolutions, matrix products and
+    attention, whatever the modules are called. Where the model runs on tensors without values,
+    nothing is computed.
+    """
+    try:
+        inputs = map_tensors(without_values, example_inputs)
+        return _counted(meta_copy(model), inputs, forward)
+    except Exception:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            device = next((tensor.device for tensor in tensors_in(example_inputs)), "cpu")
+            model = model.to_empty(device=device)
+        return _counted(model, example_inputs, forward)
+
+
+def _counted(model: nn.Module, example_inputs: Any, forward: Forward) -> dict[str, int]:
+    counter = FlopCounterMode(display=False)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # The fused kernels of attention are not counted on every device, their parts are.
+        with evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            forward(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    root = f"{type(model).__name__}."
+    found = {
+        name.removeprefix(root): sum(operations.values()) // 2
+        for name, operations in counter.get_flop_counts().items()
+    }
+    return {**found, "": counter.get_total_flops() // 2}
+
+
+def parameters_left(
+    groups: Sequence[NeuronGroup], kept: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, int]:
+    """Parameter -> number of its entries after the removal.
+
+    Raises:
+        ModelMismatchError: The model does not have the layers of the slice.
+    """
+    return ParameterCount(groups, model).left(kept)
+
+
+class ParameterCount:
+    """What slices leave of the parameters of a model, without a look at it for each.
+
+    Raises:
+        ModelMismatchError: The model does not have the layers of the groups.
+
+    Attributes:
+        shapes: Parameter -> its shape.
+    """
+
+    def __init__(self, groups: Sequence[NeuronGroup], model: nn.Module) -> None:
+        check_fits(groups, model)
+        self.shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        self._shrinking: dict[str, set[int]] = {}
+        self._members: dict[tuple[str, int], list[tuple[str, Member, int | None]]] = {}
+        first_names = _first_names(model)
+        for group in groups:
+            for member in group.members:
+                entry = (group.name, member, _repeats(member, group.size))
+                for name, axis in axes_of(member, model):
+                    parameter = first_names[name]
+                    axis %= len(self.shapes[parameter])
+                    self._shrinking.setdefault(parameter, set()).add(axis)
+                    known = self._members.setdefault((parameter, axis), [])
+                    # A layer that the model holds under two names shrinks once.
+                    if not known or known[0][1].name == member.name:
+                        known.append(entry)
+
+    def left(self, kept: Mapping[str, Tensor]) -> dict[str, int]:
+        """Parameter -> number of its entries after the removal of all that is not kept.
+
+        Args:
+            kept: Layer -> True where a neuron stays, bool ``[neurons]``.
+        """
+        gone = {name: ~stays for name, stays in kept.items()}
+        counts = {name: int(mask.sum()) for name, mask in gone.items()}
+        left = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        for parameter, axes in self._shrinking.items():
+            shape = list(self.shapes[parameter])
+            for axis in axes:
+                share = 0.0
+                for name, member, repeats in self._members[parameter, axis]:
+                    if not counts.get(name):
+                        continue
+                    if repeats is None:
+                        share += int(gone[name][member.neurons].sum()) / member.width
+                    else:
+                        share += counts[name] * repeats / member.width
+                if shape[axis] > 1:
+                    shape[axis] -= round(shape[axis] * share)
+            left[parameter] = math.prod(shape)
+        return left
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> the first one."""
+    first = {id(value): name for name, value in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(value)] for name, value in everything}
+
+
+def _repeats(member: Member, size: int) -> int | None:
+    """How often each neuron of a group comes on a side, where that is the same for all."""
+    counts = torch.bincount(member.neurons, minlength=size)
+    return int(counts[0]) if bool((counts == counts[0]).all()) else None
+
+
+def axes_of(member: Member, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """The parameters, and the axis of each, that shrink with a member."""
+    if member.axis is not None:
+        yield member.name, member.axis
+        return
+    for parameter, (made, read) in parameter_axes(submodule(model, member.name)).items():
+        axis = read if member.side == "in" else made
+        if axis is not None:
+            yield f"{member.name}.{parameter}" if member.name else parameter, axis

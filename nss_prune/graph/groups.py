@@ -1,0 +1,211 @@
+"""The dependency groups of a traced model -> neuron groups, or why one is left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from nss_prune.errors import GraphError, NothingToPruneError
+from nss_prune.graph.axes import side_width
+from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap, Side
+
+GRAPH_OPERATIONS = frozenset(
+    {
+        tp.ops.OPTYPE.CONCAT,
+        tp.ops.OPTYPE.SPLIT,
+        tp.ops.OPTYPE.ELEMENTWISE,
+        tp.ops.OPTYPE.RESHAPE,
+        tp.ops.OPTYPE.UNBIND,
+        tp.ops.OPTYPE.EXPAND,
+        tp.ops.OPTYPE.SLICE,
+        tp.ops.OPTYPE.OUTPUT,
+    }
+)
+
+MAKES_THE_OUTPUT = "makes the model's output"
+UNSUPPORTED = {
+    tp.ops.OPTYPE.MHA: "nn.MultiheadAttention ties its heads",
+    tp.ops.OPTYPE.LSTM: "nn.LSTM ties its gates",
+    tp.ops.OPTYPE.CUSTOMIZED: "a customized layer has no known parameter axes",
+}
+
+
+def find_neurons(
+    model: nn.Module,
+    graph: tp.DependencyGraph,
+    output_nodes: set[Any],
+    ignored: Sequence[nn.Module | nn.Parameter] = (),
+    root_module_types: Sequence[type] = (nn.modules.conv._ConvNd, nn.Linear),
+) -> NeuronMap:
+    """Read the groups of a traced model.
+
+    Args:
+        ignored: Modules whose output channels must stay; their submodules count too.
+
+    Raises:
+        GraphError: torch-pruning fails on a group.
+        NothingToPruneError: No group is left.
+    """
+    ignored_modules = {
+        child for module in ignored if isinstance(module, nn.Module) for child in module.modules()
+    }
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    groups: list[NeuronGroup] = []
+    left_alone: dict[str, tuple[str, int]] = {}
+    for group in _all_groups(model, graph, root_module_types):
+        name = graph._module2name[group[0].dep.target.module]
+        reason = reason_to_leave(graph, group, output_nodes, ignored_modules)
+        members: tuple[Member, ...] = ()
+        size, ties = len(group[0].idxs), _ties(group)
+        if reason is None:
+            members, reason = _members(graph, group, size // ties)
+        if reason is None:
+            groups.append(NeuronGroup(name, size // ties, members, ties))
+        else:
+            left_alone[name] = (reason, size)
+    if not groups:
+        raise NothingToPruneError(
+            "no layer is left to prune: "
+            + ("; ".join(f"{name}: {why}" for name, (why, _) in left_alone.items()) or "no groups")
+            + ". Ignore fewer layers, or give a model with at least one hidden layer"
+        )
+    left_alone = dict(sorted(left_alone.items(), key=lambda item: order[item[0]]))
+    return NeuronMap(
+        groups=tuple(sorted(groups, key=lambda group: order[group.name])),
+        left_alone={name: reason for name, (reason, _) in left_alone.items()},
+        left_alone_sizes={name: size for name, (_, size) in left_alone.items()},
+    )
+
+
+def _all_groups(
+    model: nn.Module, graph: tp.DependencyGraph, root_module_types: Sequence[type]
+) -> list[Any]:
+    try:
+        return list(graph.get_all_groups(ignored_layers=[], root_module_types=root_module_types))
+    except Exception as error:
+        raise GraphError(
+            f"torch-pruning could not find the groups of {type(model).__name__}: "
+            f"{type(error).__name__}: {error}; name the layer in ignored_layers"
+        ) from error
+
+
+def reason_to_leave(
+    graph: tp.DependencyGraph, group: Any, output_nodes: set[Any], ignored: set[nn.Module]
+) -> str | None:
+    """Why a whole group must stay, or None."""
+    makers = readers = 0
+    size, ties = len(group[0].idxs), _ties(group)
+    for dependency, channels in group:
+        node, handler = dependency.target, dependency.handler
+        makes = graph.is_out_channel_pruning_fn(handler)
+        reads = graph.is_in_channel_pruning_fn(handler)
+        makers += makes and not reads
+        readers += reads and not makes
+        if node.module in ignored and makes:
+            return "ignored"
+        if makes and (node.grad_fn in output_nodes or node.type == tp.ops.OPTYPE.OUTPUT):
+            return MAKES_THE_OUTPUT
+        if node.type in UNSUPPORTED:
+            return UNSUPPORTED[node.type]
+        groups = _channel_groups(node.module, node.type)
+        if groups > 1 and (size % ties or not _can_be_tied(node.module, channels, size)):
+            return f"{graph._module2name.get(node.module)} ties channels in {groups} groups"
+    if not makers:
+        return "made outside of what is traced"
+    return None if readers else "nothing reads it"
+
+
+def _channel_groups(module: Any, kind: Any) -> int:
+    """Channel groups whose sizes must stay equal; 1 where channels are independent."""
+    if kind == tp.ops.OPTYPE.CONV:
+        return int(module.groups)
+    if kind == tp.ops.OPTYPE.DEPTHWISE_CONV:
+        return 1 if module.groups == module.in_channels else int(module.groups)
+    if kind == tp.ops.OPTYPE.GN:
+        return int(module.num_groups)
+    return 1
+
+
+def _ties(group: Any) -> int:
+    """Channels that must go together so that all channel groups stay of equal size."""
+    return math.lcm(*(_channel_groups(dep.target.module, dep.target.type) for dep, _ in group))
+
+
+def _can_be_tied(module: Any, channels: Sequence[int], size: int) -> bool:
+    """Whether a layer with channel groups sees all channels of the root, in their order."""
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels:
+        return False  # several channels from each that is read
+    return list(channels) == list(range(size))
+
+
+def _members(
+    graph: tp.DependencyGraph, group: Any, neurons_in_group: int
+) -> tuple[tuple[Member, ...], str | None]:
+    """Members of a group, or the inconsistency that forbids to use it."""
+    size = len(group[0].idxs)
+    if list(group[0].idxs) != list(range(size)):
+        return (), "its root does not hold all of its channels"
+    members = []
+    for item in group:
+        node = item.dep.target
+        if node.type in GRAPH_OPERATIONS:
+            continue
+        name = _name(graph, node)
+        width = side_width(node.module, _side(graph, item.dep), node.pruning_dim)
+        if width is None:  # a PReLU with a single weight serves any number of channels
+            continue
+        if len(item.idxs) != len(item.root_idxs) or None in item.root_idxs:
+            return (), f"{name} cannot be mapped back to the root"
+        channels = torch.tensor(item.idxs, dtype=torch.long)
+        neurons = torch.tensor(item.root_idxs, dtype=torch.long)
+        tied_here = _channel_groups(node.module, node.type) > 1
+        if tied_here and not torch.equal(neurons, channels):
+            return (), f"{name} ties channels that come in another order"
+        if len(channels.unique()) != len(channels) or _outside(channels, width):
+            return (), f"{name} has {width} channels but is asked for others"
+        if _outside(neurons, size):
+            return (), f"{name} maps to neurons that the root does not have"
+        members.append(_member(graph, item.dep, name, channels, neurons % neurons_in_group, width))
+    return tuple(members), None
+
+
+def _outside(positions: Tensor, size: int) -> bool:
+    """Whether some positions are not among 0 .. size - 1."""
+    return bool(len(positions)) and not 0 <= int(positions.min()) <= int(positions.max()) < size
+
+
+def _name(graph: tp.DependencyGraph, node: Any) -> str:
+    if node.type == tp.ops.OPTYPE.PARAMETER:
+        return str(graph._param_to_name[node.module])
+    return str(graph._module2name[node.module])
+
+
+def _side(graph: tp.DependencyGraph, dependency: Any) -> Side:
+    makes = graph.is_out_channel_pruning_fn(dependency.handler)
+    reads = graph.is_in_channel_pruning_fn(dependency.handler)
+    return "both" if makes and reads else "out" if makes else "in"
+
+
+def _member(
+    graph: tp.DependencyGraph,
+    dependency: Any,
+    name: str,
+    channels: Tensor,
+    neurons: Tensor,
+    width: int,
+) -> Member:
+    is_parameter = dependency.target.type == tp.ops.OPTYPE.PARAMETER
+    order = (neurons * width + channels).argsort()
+    return Member(
+        name=name,
+        side=_side(graph, dependency),
+        channels=channels[order],
+        neurons=neurons[order],
+        width=width,
+        axis=dependency.target.pruning_dim if is_parameter else None,
+    )

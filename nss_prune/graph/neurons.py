@@ -1,0 +1,96 @@
+"""Neurons, the groups they are removed in, and where their channels lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Side = Literal["out", "in", "both"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of a module (or a bare parameter) on which the neurons of a group lie.
+
+    Attributes:
+        name: Qualified name of the module, or of the parameter.
+        side: ``out`` makes the neurons, ``in`` reads them, ``both`` passes them on
+            (norms, depthwise convolutions, activations with weights).
+        channels: Positions on that side, ``[positions]``.
+        neurons: The neuron at each of these positions, ``[positions]``. A flattened feature
+            map repeats a neuron, a split leaves some out.
+        width: Number of positions on that side, those of other groups included.
+        axis: For a bare parameter, the axis that carries the neurons; None for a module.
+    """
+
+    name: str
+    side: Side
+    channels: Tensor
+    neurons: Tensor
+    width: int
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class NeuronGroup:
+    """Neurons that torch-pruning couples: removed together or not at all.
+
+    Attributes:
+        name: Qualified name of the root layer.
+        size: Number of neurons.
+        members: All that must shrink when neurons go.
+        ties: Channels of the root layer in each neuron: neuron n is its channels n, n + size,
+            n + 2 size ...
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    ties: int = 1
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether a neuron is ``ties`` channels of the root layer; more make up a head."""
+        root = next((member for member in self.members if member.name == self.name), None)
+        return root is None or len(root.channels) == self.size * self.ties
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """Members that read the neurons; their inputs are the neurons' activations."""
+        return tuple(member for member in self.members if member.side == "in")
+
+
+@dataclass(frozen=True)
+class NeuronMap:
+    """All neurons of a model.
+
+    Attributes:
+        groups: In the order of ``model.named_modules()``.
+        left_alone: Root layer -> why its group must not be pruned.
+        left_alone_sizes: Root layer -> number of its channels.
+        notes: What a reader of the report should know about how they were found.
+    """
+
+    groups: tuple[NeuronGroup, ...]
+    left_alone: dict[str, str] = field(default_factory=dict)
+    left_alone_sizes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def without(self, reasons: Mapping[str, str]) -> NeuronMap:
+        """The map with some groups left alone, for ``reasons`` by their names."""
+        gone = {group.name: group.size for group in self.groups if group.name in reasons}
+        return NeuronMap(
+            groups=tuple(group for group in self.groups if group.name not in gone),
+            left_alone={**self.left_alone, **{name: reasons[name] for name in gone}},
+            left_alone_sizes={**self.left_alone_sizes, **gone},
+            notes=self.notes,
+        )
+
+
+def covering(name: str, side: Side, neurons: Tensor, axis: int | None = None) -> Member:
+    """A member all of whose channels belong to neurons, in the order of the neurons."""
+    channels = neurons.argsort(stable=True)
+    return Member(name, side, channels, neurons[channels], len(neurons), axis)

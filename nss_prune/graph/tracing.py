@@ -1,0 +1,132 @@
+"""Trace a model with torch-pruning; the model is left as found."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from nss_prune.core.models import flags_kept
+from nss_prune.core.nested import tensors_in
+from nss_prune.errors import ArgumentError, GraphError
+
+
+@contextlib.contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after."""
+    hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
+    with flags_kept(model) as parameters, torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+        model.eval()
+        for parameter in parameters:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for module, before in hooks:
+                for key in set(module._forward_hooks) - set(before):
+                    del module._forward_hooks[key]
+
+
+def resolve_layers(
+    model: nn.Module, layers: Iterable[nn.Module | nn.Parameter | type | str] | None
+) -> list[nn.Module | nn.Parameter]:
+    """Modules and parameters meant by modules, types or qualified names.
+
+    Raises:
+        ArgumentError: A name or module that ``model`` does not have.
+    """
+    named = dict(model.named_modules())
+    present: set[Any] = {*named.values(), *model.parameters()}
+    found: list[nn.Module | nn.Parameter] = []
+    for layer in layers or ():
+        if isinstance(layer, str):
+            if layer not in named:
+                raise ArgumentError(
+                    f"ignored_layers names {layer!r}, which the model does not have; "
+                    "use a name from dict(model.named_modules())"
+                )
+            found.append(named[layer])
+        elif isinstance(layer, type):
+            found.extend(named[name] for name in named if isinstance(named[name], layer))
+        elif layer in present:
+            found.append(layer)
+        else:
+            raise ArgumentError(
+                f"ignored_layers has a {type(layer).__name__} that is not in the model; "
+                "pass its own modules, types or names (of the model given, not of a copy)"
+            )
+    return found
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    forward_fn: Callable[..., Any] | None = None,
+    output_transform: Callable[..., Any] | None = None,
+    **graph_arguments: Any,
+) -> tuple[tp.DependencyGraph, set[Any]]:
+    """Build torch-pruning's dependency graph; the model is left as found.
+
+    Returns:
+        The graph, and the autograd nodes that made the model's outputs.
+
+    Raises:
+        GraphError: torch-pruning could not follow the model.
+    """
+    refuse_reparametrised(model)
+    recorder = OutputRecorder(output_transform)
+    with traceable(model):
+        try:
+            graph = tp.DependencyGraph().build_dependency(
+                model,
+                as_arguments(example_inputs),
+                forward_fn=forward_fn,
+                output_transform=recorder,
+                verbose=False,
+                **graph_arguments,
+            )
+        except Exception as error:
+            raise GraphError(
+                f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
+                "model(*example_inputs) runs and that its layers are connected by autograd"
+            ) from error
+    return graph, recorder.nodes
+
+
+def as_arguments(example_inputs: Any) -> Any:
+    """Positional arguments of one call; torch-pruning unpacks a bare tensor along its batch."""
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+
+
+class OutputRecorder:
+    """An ``output_transform`` that remembers which autograd nodes made the outputs."""
+
+    def __init__(self, output_transform: Callable[..., Any] | None = None) -> None:
+        self.output_transform = output_transform
+        self.nodes: set[Any] = set()
+
+    def __call__(self, outputs: Any) -> list[Tensor]:
+        if self.output_transform is not None:
+            outputs = self.output_transform(outputs)
+        tensors = [tensor for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
+        self.nodes.update(tensor.grad_fn for tensor in tensors)
+        return tensors
+
+
+def refuse_reparametrised(model: nn.Module) -> None:
+    """Raise on weights that hooks or parametrizations recompute from others."""
+    for name, module in model.named_modules():
+        masked = hasattr(module, "weight_orig") or hasattr(module, "weight_mask")
+        if masked or hasattr(module, "parametrizations"):
+            raise ArgumentError(
+                f"{name} computes its weight from others (a mask or a parametrization); make it "
+                "permanent first: torch.nn.utils.prune.remove(module, 'weight') or "
+                "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            )

@@ -1,0 +1,1 @@
+"""Categories, contributions and similarity of every neuron."""

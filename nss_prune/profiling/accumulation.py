@@ -1,0 +1,293 @@
+"""Batches in, sums out: what one pass adds up to for every group and category."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.batches import as_computed, check_inputs
+from nss_prune.core.models import run
+from nss_prune.core.nested import tensors_in
+from nss_prune.core.outputs import cross_entropy, predictions
+from nss_prune.errors import NumericalError
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.profiling.categories import Categories, assign
+from nss_prune.profiling.contributions.deeplift import (
+    count_references,
+    difference,
+    target_scores,
+    with_reference,
+)
+from nss_prune.profiling.contributions.protocol import Contribution, needs_reference
+from nss_prune.profiling.contributions.rescale import RescaleRule
+from nss_prune.profiling.similarity import Landscape, LandscapeSums
+from nss_prune.profiling.sums import CategorySums, GroupSums
+from nss_prune.statistics.capture import Reading, Watcher
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+Beside = Callable[[int], contextlib.AbstractContextManager[None]]
+
+
+def alone(samples: int) -> contextlib.AbstractContextManager[None]:
+    """A context in which nothing else is done."""
+    return contextlib.nullcontext()
+
+
+class Collector:
+    """Streams batches into sums; holds no batch longer than it is worked on.
+
+    Args:
+        groups: The neurons.
+        metrics: Contribution metrics.
+        landscape: How observations are made of activations.
+        categories: Which category a sample counts for.
+        loss: Function of (outputs, labels); cross entropy by default.
+        device: Where the sums are kept: that of the model.
+        baseline: The reference of metrics that compare with one.
+        beside: Function of the number of samples that gives a context, in which each batch is run
+            for the first time.
+
+    Attributes:
+        sums: Category -> its sums.
+        counts_as: Category -> the one under which its samples are summed, where they differ.
+        uncovered: Functions that kept their plain gradient where a multiplier was wanted.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[NeuronGroup],
+        metrics: Sequence[Contribution],
+        landscape: Landscape,
+        categories: Categories,
+        loss: Loss | None = None,
+        device: torch.device | str = "cpu",
+        baseline: Any = "zeros",
+        beside: Beside = alone,
+    ) -> None:
+        self.groups = groups
+        self.beside = beside
+        self.metrics = metrics
+        self.landscape = landscape
+        self.categories = categories
+        self.loss = loss
+        self.device = torch.device(device)
+        self.sums: dict[int, CategorySums] = {}
+        self.counts_as: dict[int, int] = {}
+        self.baseline = baseline
+        self.uncovered: set[str] = set()
+        self._used: list[CategorySums] = []
+
+    def reuse(self, sums: CategorySums) -> None:
+        """Take back sums that are no longer needed, for the next category.
+
+        To allocate the large ones anew for each category leaves the heap in pieces, which costs
+        more memory than the sums themselves.
+        """
+        self._used.append(sums)
+
+    def empty(self) -> CategorySums:
+        """Sums of a category without samples."""
+        if self._used:
+            return self._used.pop().clear()
+        statistics = {
+            metric.name: metric.per_sample(torch.zeros(1, 1, 1), 1).shape[0]
+            for metric in self.metrics
+        }
+        return CategorySums(
+            groups={
+                group.name: GroupSums(
+                    LandscapeSums.zeros(group.size, self.device),
+                    {
+                        name: torch.zeros(
+                            count, group.size, dtype=torch.float64, device=self.device
+                        )
+                        for name, count in statistics.items()
+                    },
+                )
+                for group in self.groups
+            }
+        )
+
+    def add(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        labels: Any,
+        number: int,
+        admitted: Collection[int] | None = None,
+    ) -> None:
+        """Run one batch and add what it shows.
+
+        Args:
+            number: Of the batch, for messages.
+            admitted: Categories to add to; all by default.
+
+        Raises:
+            DataError, NumericalError: The batch cannot be used.
+        """
+        samples = check_inputs(model, inputs, number)
+        compared = [metric for metric in self.metrics if needs_reference(metric)]
+        with_gradient = [
+            metric for metric in self.metrics if metric.needs_gradient and metric not in compared
+        ]
+        gathered = BatchStatistics(with_gradient)
+        watcher = Watcher(self.groups, samples, gathered.add if with_gradient else None)
+        with watcher.attached(model), torch.set_grad_enabled(bool(with_gradient)):
+            with self.beside(samples):
+                outputs = run(model, inputs, number)
+            membership = assign(self.categories, inputs, labels, outputs, samples)
+            if admitted is not None:
+                membership = {c: membership[c] for c in membership if c in admitted}
+            membership = self._joined(membership)
+            for category in membership:
+                if category not in self.sums:
+                    self.sums[category] = self.empty()
+            self._add_landscapes(watcher.readings, membership)
+            self._add_statistics(self._ungraded(watcher.readings), membership)
+            if with_gradient:
+                watcher.readings.clear()
+                self._loss(outputs, labels).backward()
+                self._add_statistics(gathered, membership)
+        if compared:
+            targets = self._targets(outputs, labels)
+            differences = self._against_reference(model, inputs, targets, compared, number)
+            self._add_statistics(differences, membership)
+        for category, indices in membership.items():
+            self.sums[category].samples += len(indices)
+
+    def join(self, part: Sequence[int]) -> None:
+        """Sum all categories of a part under its first from now on, those summed so far too."""
+        first = part[0]
+        self.counts_as.update(dict.fromkeys(part[1:], first))
+        for category in part[1:]:
+            if category in self.sums:
+                other = self.sums.pop(category)
+                self.sums[first] = self.sums[first] + other if first in self.sums else other
+
+    def _joined(self, membership: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        found: dict[int, list[Tensor]] = {}
+        for category, indices in membership.items():
+            found.setdefault(self.counts_as.get(category, category), []).append(indices)
+        return {category: torch.cat(parts) for category, parts in found.items()}
+
+    def _targets(self, outputs: Any, labels: Any) -> Any:
+        """The classes that metrics with a reference explain; None for all outputs together."""
+        if self.loss is None:
+            return predictions(outputs) if labels is None else labels
+        is_class = labels is not None and not torch.as_tensor(labels).is_floating_point()
+        return labels if is_class else None
+
+    def _against_reference(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Any,
+        metrics: Sequence[Contribution],
+        number: int,
+    ) -> BatchStatistics:
+        """Differences and multipliers of the batch against its references."""
+        samples = len(tensors_in(inputs)[0])
+        gathered = BatchStatistics(metrics)
+
+        def gather(reading: Reading, gradient: Tensor) -> None:
+            differences = Reading(reading.group, difference(reading.activation, samples))
+            gathered.add(differences, gradient[:samples])
+
+        references = count_references(inputs, self.baseline)
+        watcher = Watcher(self.groups, samples + references, gather)
+        rule = RescaleRule(samples, references)
+        with watcher.attached(model), torch.enable_grad(), rule:
+            outputs = run(model, with_reference(inputs, self.baseline, references), number)
+            watcher.readings.clear()
+            target_scores(outputs, targets, samples).backward()
+        self.uncovered |= rule.uncovered
+        return gathered
+
+    def _ungraded(self, readings: Sequence[Reading]) -> BatchStatistics:
+        statistics = BatchStatistics([m for m in self.metrics if not m.needs_gradient])
+        for reading in readings:
+            statistics.add(reading, None)
+        return statistics
+
+    def _loss(self, outputs: Any, labels: Any) -> Tensor:
+        if labels is None and self.loss is None:
+            labels = predictions(outputs)
+        value = (self.loss or cross_entropy)(outputs, labels).sum()
+        if not torch.isfinite(value):
+            raise NumericalError(
+                f"the loss is {value.item()}; check the data and the model's weights for NaN"
+            )
+        return value
+
+    def _add_landscapes(
+        self, readings: Sequence[Reading], membership: Mapping[int, Tensor]
+    ) -> None:
+        by_group: dict[str, list[Tensor]] = {group.name: [] for group in self.groups}
+        for reading in readings:
+            values = self.landscape.observations(as_computed(reading.activation))
+            if not torch.isfinite(values.sum(dtype=torch.float64)):
+                raise NumericalError(
+                    f"what reads {reading.group} reads NaN or infinite values; check the data "
+                    "and the model's weights"
+                )
+            by_group[reading.group].append(values)
+        for group in self.groups:
+            observed = by_group[group.name]
+            for category, indices in membership.items():
+                sums = self.sums[category].groups[group.name]
+                sums.landscape.add(self.landscape, [_of_samples(v, indices) for v in observed])
+
+    def _add_statistics(self, gathered: BatchStatistics, membership: Mapping[int, Tensor]) -> None:
+        for metric in gathered.metrics:
+            for group in self.groups:
+                values = gathered.per_sample(metric, group.name)
+                if values is None:  # no gradient reached what reads the group
+                    continue
+                if not torch.isfinite(values.sum()):
+                    raise NumericalError(
+                        f"{metric.name} of {group.name} is NaN or infinite; check the data, the "
+                        "loss and the model's weights"
+                    )
+                for category, indices in membership.items():
+                    sums = self.sums[category].groups[group.name].statistics
+                    sums[metric.name] += values[:, indices.to(values.device)].sum(1)
+
+
+class BatchStatistics:
+    """What a batch contributes, gathered over all readers before it counts by sample."""
+
+    def __init__(self, metrics: Sequence[Contribution]) -> None:
+        self.metrics = metrics
+        self._gathered: dict[tuple[Any, str], Tensor] = {}
+        self._positions: dict[str, int] = {}
+        # Metrics that share a gather function (average, variance, ensemble) share its result.
+        self._gathers = {type(metric).gather: metric.gather for metric in metrics}
+
+    def add(self, reading: Reading, gradient: Tensor | None) -> None:
+        """Gather one reading with its gradient, both ``[samples, neurons, positions]``."""
+        activation = as_computed(reading.activation)
+        gradient = None if gradient is None else as_computed(gradient)
+        for function, gather in self._gathers.items():
+            key = (function, reading.group)
+            values = gather(activation, gradient)
+            known = self._gathered.get(key)
+            self._gathered[key] = values if known is None else known + values
+        seen = self._positions.get(reading.group, 0)
+        self._positions[reading.group] = seen + activation.shape[2]
+
+    def per_sample(self, metric: Contribution, group: str) -> Tensor | None:
+        """``[statistics, samples, neurons]``, or None where nothing was gathered."""
+        gathered = self._gathered.get((type(metric).gather, group))
+        return None if gathered is None else metric.per_sample(gathered, self._positions[group])
+
+
+def _of_samples(observed: Tensor, indices: Tensor) -> Tensor:
+    if len(indices) == observed.shape[1]:
+        return observed
+    return observed.index_select(1, indices.to(observed.device))

@@ -1,0 +1,1 @@
+"""NSSPruner and everything around it."""

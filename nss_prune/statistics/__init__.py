@@ -1,0 +1,1 @@
+"""What consumers receive: hooks -> sums."""

@@ -1,0 +1,188 @@
+"""Capture the inputs of consumers, and the gradients by them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.models import run, submodule
+from nss_prune.errors import DataError
+from nss_prune.graph.axes import input_axis
+from nss_prune.graph.neurons import Member, NeuronGroup
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One input of one reader.
+
+    Attributes:
+        group: Name of the neuron group.
+        activation: ``[samples, neurons, positions]``, detached.
+    """
+
+    group: str
+    activation: Tensor
+
+
+GradientCallback = Callable[[Reading, Tensor], None]
+
+
+class Watcher:
+    """Collects the readings of one forward pass, and their gradients in the backward pass.
+
+    Args:
+        groups: The neurons to watch.
+        samples: Number of samples in the batch. Readers that fold more into their first axis
+            (windows, tokens) get the surplus as positions.
+        on_gradient: Called in the backward pass with a reading and its gradient
+            ``[samples, neurons, positions]``, which flows through that reader alone.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[NeuronGroup],
+        samples: int,
+        on_gradient: GradientCallback | None = None,
+    ) -> None:
+        self.groups = groups
+        self.samples = samples
+        self.on_gradient = on_gradient
+        self.readings: list[Reading] = []
+
+    @contextlib.contextmanager
+    def attached(self, model: nn.Module) -> Iterator[Watcher]:
+        """Hook the readers of ``model``; the hooks leave even when the body raises."""
+        readers: dict[str, list[tuple[NeuronGroup, Member]]] = {}
+        for group in self.groups:
+            for member in group.readers:
+                readers.setdefault(member.name, []).append((group, member))
+        with contextlib.ExitStack() as stack:
+            for name, entries in readers.items():
+                module = submodule(model, name)
+                handle = module.register_forward_pre_hook(self._hook(name, entries))
+                stack.callback(handle.remove)
+            yield self
+
+    def _hook(self, name: str, entries: list[tuple[NeuronGroup, Member]]) -> Any:
+        def read(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            inputs: Tensor = arguments[0]
+            axis = input_axis(module)
+            if inputs.shape[0] % self.samples:
+                raise DataError(
+                    f"{name} reads {tuple(inputs.shape)} for {self.samples} samples; the first "
+                    "axis of its input must hold the samples"
+                )
+            readings = [
+                Reading(group.name, self._select(inputs.detach(), group, member, axis))
+                for group, member in entries
+            ]
+            self.readings.extend(readings)
+            if self.on_gradient is None:
+                return None
+            tap = _tap(inputs)
+            tap.register_hook(self._gradient_hook(entries, readings, axis))
+            return (tap, *arguments[1:])
+
+        return read
+
+    def _gradient_hook(
+        self, entries: list[tuple[NeuronGroup, Member]], readings: list[Reading], axis: int
+    ) -> Callable[[Tensor], None]:
+        def pass_on(gradient: Tensor) -> None:
+            assert self.on_gradient is not None
+            for (group, member), reading in zip(entries, readings, strict=True):
+                self.on_gradient(reading, self._select(gradient, group, member, axis))
+
+        return pass_on
+
+    def _select(self, values: Tensor, group: NeuronGroup, member: Member, axis: int) -> Tensor:
+        """The part of ``values`` that belongs to a group, ``[samples, neurons, positions]``."""
+        by_channel = values.movedim(axis, 1)
+        channels = by_channel.shape[1]
+        by_channel = by_channel.reshape(self.samples, -1, channels, *by_channel.shape[2:])
+        flat = by_channel.movedim(1, 2).flatten(2)
+        if channels == group.size and _is_identity(member, channels):
+            return flat
+        picked = flat.index_select(1, member.channels.to(flat.device))
+        return _by_neuron(picked, member.neurons, group.size)
+
+
+def _tap(inputs: Tensor) -> Tensor:
+    """An alias of ``inputs`` whose gradient is what flows through one reader only."""
+    if inputs.requires_grad:
+        return inputs.view_as(inputs)
+    return inputs.detach().requires_grad_()
+
+
+def _is_identity(member: Member, channels: int) -> bool:
+    return len(member.channels) == channels and torch.equal(member.channels, member.neurons)
+
+
+def _by_neuron(picked: Tensor, neurons: Tensor, size: int) -> Tensor:
+    """``[samples, positions of the side, positions]`` -> ``[samples, neurons, positions]``.
+
+    A neuron that fills several positions of the side (a flattened map) gets them all as
+    positions; one that the reader does not read gets zeros.
+    """
+    counts = torch.bincount(neurons, minlength=size)
+    repeats = int(counts.max())
+    starts = counts.cumsum(0) - counts
+    slots = neurons * repeats + torch.arange(len(neurons)) - starts[neurons]
+    result = picked.new_zeros(picked.shape[0], size * repeats, picked.shape[2])
+    result.index_copy_(1, slots.to(picked.device), picked)
+    return result.reshape(picked.shape[0], size, repeats * picked.shape[2])
+
+
+@contextlib.contextmanager
+def watched(
+    model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see`` with the name and the input of every reader that is called inside."""
+
+    def hook(name: str) -> Any:
+        return lambda module, arguments: see(name, arguments[0].detach())
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.callback(submodule(model, name).register_forward_pre_hook(hook(name)).remove)
+        yield
+
+
+def by_sample(name: str, read: Tensor, module: nn.Module, samples: int) -> Tensor:
+    """What a reader reads as ``[samples, channels, positions]``.
+
+    Raises:
+        DataError: Its first axis does not hold the samples.
+    """
+    if read.shape[0] % samples:
+        raise DataError(
+            f"{name} reads {tuple(read.shape)} for {samples} samples; the first axis of its input "
+            "must hold the samples"
+        )
+    by_channel = read.movedim(input_axis(module), 1)
+    channels = by_channel.shape[1]
+    split = by_channel.reshape(samples, -1, channels, *by_channel.shape[2:])
+    return split.movedim(1, 2).flatten(2)
+
+
+class _Reached(BaseException):
+    """Leaves a forward pass when it has come far enough; no Exception, so nothing handles it."""
+
+
+def readings(model: nn.Module, name: str, inputs: Any, number: int, calls: int) -> list[Tensor]:
+    """What a reader reads in its first ``calls`` calls; the model runs no further."""
+    found: list[Tensor] = []
+
+    def see(_: str, read: Tensor) -> None:
+        found.append(read.clone())
+        if len(found) == calls:
+            raise _Reached
+
+    with watched(model, [name], see), contextlib.suppress(_Reached):
+        run(model, inputs, number)
+    return found

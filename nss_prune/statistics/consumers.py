@@ -1,0 +1,120 @@
+"""Mean and covariance of every consumer's input, from one pass over the data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nss_prune.core.batches import counted_batches
+from nss_prune.core.models import evaluation, run, submodule
+from nss_prune.graph.axes import check_fits, map_positions, sides_by_consumer
+from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.statistics.capture import by_sample, watched
+from nss_prune.statistics.moments import ConsumerStatistics, Moments
+from nss_prune.statistics.survey import survey
+
+WIDEST_MAP = 2048  # channels of a flattened map with a full covariance, which takes 32 MiB then
+
+
+def consumer_statistics(
+    model: nn.Module,
+    data: Iterable[Any],
+    groups: Sequence[NeuronGroup],
+    *,
+    progress: bool | None = None,
+) -> dict[str, ConsumerStatistics]:
+    """Mean and covariance of what every reader of the groups reads, in one forward-only pass.
+
+    Takes 8 C² bytes for a reader of C channels. The model is left as found.
+
+    Args:
+        data: Batches as :func:`nss_prune.profile` takes them; labels are not used.
+        progress: Show a progress bar; None for only on a terminal.
+
+    Returns:
+        Reader -> its statistics; a reader that is never called is missing.
+
+    Raises:
+        DataError: The data is empty, or the model refuses it.
+        NumericalError: A reader reads NaN or infinite values.
+        ModelMismatchError: The model does not have the groups.
+    """
+    check_fits(groups, model)
+    sums = ConsumerSums(model, groups)
+    norms: dict[str, str] = {}
+    with evaluation(model), torch.no_grad():
+        for number, inputs, samples in counted_batches(model, data, progress, "folding"):
+            with sums.watching(samples):
+                if number == 0:
+                    norms = survey(model, sums.readers, inputs).norms
+                else:
+                    run(model, inputs, number)
+    return sums.statistics(norms)
+
+
+class ConsumerSums:
+    """Adds up what the readers of a model read, whoever runs it.
+
+    Args:
+        views: Of each sample, see :class:`nss_prune.core.views.Views`.
+
+    Attributes:
+        readers: Reader -> its sides, one for each group that it reads.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], views: int = 1) -> None:
+        self.readers = sides_by_consumer(groups)
+        self._model = model
+        self._views = views
+        self._moments: dict[str, Moments] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    @contextlib.contextmanager
+    def watching(self, samples: int) -> Iterator[None]:
+        """Add what is read inside, where the model is run once on ``samples`` samples."""
+
+        def add(name: str, read: Tensor) -> None:
+            module = submodule(self._model, name)
+            if name not in self._moments:
+                repeats = summed_positions(module, self.readers[name])
+                self._moments[name] = Moments(repeats, self._views)
+            self._moments[name].add(by_sample(name, read, module, samples))
+            self._shapes[name] = tuple(read.shape[1:])
+
+        with watched(self._model, self.readers, add):
+            yield
+
+    def moments(self, reader: str) -> Moments:
+        """What was added up of one reader."""
+        return self._moments[reader]
+
+    def surveyed(self, example_inputs: Any) -> dict[str, ConsumerStatistics]:
+        """:meth:`statistics`, with the norms that one more call of the model shows."""
+        if not any(isinstance(module, _BatchNorm) for module in self._model.modules()):
+            return self.statistics({})
+        with evaluation(self._model), torch.no_grad():
+            return self.statistics(survey(self._model, self.readers, example_inputs).norms)
+
+    def statistics(self, norms: Mapping[str, str]) -> dict[str, ConsumerStatistics]:
+        """Reader -> its statistics; one that was never called is missing.
+
+        Args:
+            norms: See :class:`Survey`.
+
+        Raises:
+            NumericalError: A reader read NaN or infinite values.
+        """
+        return {
+            name: moments.statistics(name, self._shapes[name], norms.get(name))
+            for name, moments in self._moments.items()
+        }
+
+
+def summed_positions(module: nn.Module, members: Sequence[Member]) -> int:
+    """Channels that each row of a covariance stands for while it is summed."""
+    return 1 if members[0].width <= WIDEST_MAP else map_positions(module, members)

@@ -1,0 +1,1 @@
+"""Neurons that are more than channels: one structure a file."""

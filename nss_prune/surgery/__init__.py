@@ -1,0 +1,1 @@
+"""A slice -> the smaller model, or the model as it was."""

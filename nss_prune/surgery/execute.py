@@ -1,0 +1,82 @@
+"""Carry a removal plan out with torch-pruning's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from nss_prune.core.models import submodule
+from nss_prune.graph.neurons import Member
+from nss_prune.surgery.plan import Step
+
+Pruners = Mapping[Any, Any]
+
+
+class LayerNormPruner(tp.pruner.function.LayernormPruner):  # type: ignore[misc]
+    """torch-pruning's, with the kept weights in their order.
+
+    Its own takes them in the order in which a Python set lists them, which is not ascending for
+    sparse sets of large numbers.
+    """
+
+    def prune_out_channels(self, layer: nn.LayerNorm, idxs: list[int]) -> nn.LayerNorm:
+        """Keep all channels but ``idxs`` along the last normalized axis."""
+        gone = set(idxs)
+        kept = [i for i in range(layer.normalized_shape[-1]) if i not in gone]
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, self._prune_parameter_and_grad(parameter, kept, -1))
+        layer.normalized_shape = (*layer.normalized_shape[:-1], len(kept))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+def _pruning_function(module: nn.Module, customized: Pruners) -> Any:
+    """torch-pruning's functions for one module, the caller's own first."""
+    if module in customized:
+        return customized[module]
+    if type(module) in customized:
+        return customized[type(module)]
+    kind = tp.ops.module2type(module)
+    if kind == tp.ops.OPTYPE.LN:
+        return LayerNormPruner()
+    return tp.pruner.function.PrunerBox[kind]
+
+
+def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> None:
+    """Carry a plan out. On an error the model is left half done: see ``undone_on_error``."""
+    # Chosen before anything shrinks: a grouped convolution may come to look like a depthwise one.
+    functions = {
+        step.member.name: _pruning_function(submodule(model, step.member.name), customized)
+        for step in steps
+        if step.member.axis is None
+    }
+    for step in steps:
+        name, indices = step.member.name, step.channels.tolist()
+        if step.member.axis is not None:
+            _shrink_parameter(model, step.member, indices)
+            continue
+        module = submodule(model, name)
+        flags = {key: value.requires_grad for key, value in module.named_parameters()}
+        function = functions[name]
+        if step.member.side == "in":
+            function.prune_in_channels(module, indices)
+        else:
+            function.prune_out_channels(module, indices)
+        for key, value in module.named_parameters():
+            value.requires_grad_(flags[key])
+
+
+def _shrink_parameter(model: nn.Module, member: Member, indices: list[int]) -> None:
+    parent_name, _, name = member.name.rpartition(".")
+    parent = submodule(model, parent_name)
+    parameter = getattr(parent, name)
+    keep = torch.ones(parameter.shape[member.axis or 0], dtype=torch.bool)
+    keep[indices] = False
+    where = keep.nonzero().flatten().to(parameter.device)
+    smaller = parameter.detach().index_select(member.axis or 0, where)
+    setattr(parent, name, nn.Parameter(smaller, parameter.requires_grad))

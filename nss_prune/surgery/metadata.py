@@ -1,0 +1,51 @@
+"""Attributes that follow when neurons go, such as a module's number of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.slices import Slice
+from nss_prune.structures.known import ADAPTERS
+from nss_prune.structures.protocol import Adapter, Change
+
+
+def planned_changes(
+    model: nn.Module, critical: Slice, adapters: Sequence[Adapter] = ADAPTERS
+) -> tuple[Change, ...]:
+    """What must change besides the channels when a slice is cut out of a model.
+
+    Ask before the removal, then :func:`apply_changes`.
+    """
+    removed = critical.removed
+    going = {group.name: group for group in critical.groups if group.name in removed}
+    if not going:
+        return ()
+    return tuple(
+        change
+        for name, module in model.named_modules()
+        for adapter in adapters
+        for group in adapter.groups(name, module)
+        if group.name in going and _same(group, going[group.name])
+        for change in adapter.changes(module, group, critical.kept[group.name])
+    )
+
+
+def apply_changes(changes: Iterable[Change]) -> None:
+    """Set the attributes."""
+    for change in changes:
+        setattr(change.module, change.name, change.value)
+
+
+def _same(group: NeuronGroup, other: NeuronGroup) -> bool:
+    """Whether two groups have the same neurons on the same sides."""
+    if (group.size, len(group.members)) != (other.size, len(other.members)):
+        return False
+    return all(
+        (mine.name, mine.side, mine.axis, mine.width) == (its.name, its.side, its.axis, its.width)
+        and mine.channels.equal(its.channels)
+        and mine.neurons.equal(its.neurons)
+        for mine, its in zip(group.members, other.members, strict=True)
+    )

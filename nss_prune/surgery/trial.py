@@ -1,0 +1,131 @@
+"""Which groups can be removed: each is tried before it is trusted."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.models import Forward, call_model
+from nss_prune.core.undo import undone_on_error
+from nss_prune.errors import NothingToPruneError, RemovalError
+from nss_prune.graph.neurons import NeuronGroup, NeuronMap
+from nss_prune.graph.slices import Slice
+from nss_prune.structures.known import ADAPTERS
+from nss_prune.structures.protocol import Adapter
+from nss_prune.surgery.check import is_finite
+from nss_prune.surgery.execute import Pruners
+from nss_prune.surgery.removal import remove
+
+
+def verified(
+    model: nn.Module,
+    neurons: NeuronMap,
+    example_inputs: Any,
+    *,
+    customized_pruners: Pruners | None = None,
+    forward: Forward = call_model,
+    adapters: Sequence[Adapter] = ADAPTERS,
+) -> NeuronMap:
+    """The neurons whose removal can be trusted; the model is left as found.
+
+    About half of the neurons of all groups, drawn at random and an odd number, are removed on
+    trial: what only works for multiples of something must not pass. If that fails the check of
+    :func:`remove`, the groups to blame are searched for, and left alone with the reason.
+
+    Raises:
+        NothingToPruneError: No group can be trusted.
+    """
+    halves = _random_halves(neurons)
+
+    def failure(names: Sequence[str]) -> str | None:
+        """Why these groups cannot be halved together, or None."""
+        chosen = {name: kept for name, kept in halves.items() if name in names}
+        critical = Slice(chosen, neurons.groups)
+        return trial(model, critical, example_inputs, customized_pruners, forward, adapters)
+
+    blamed = _blamed(neurons.groups, failure)
+    if len(blamed) < len(neurons.groups):
+        return neurons.without(blamed)
+    if not is_finite(model, example_inputs, forward):
+        return neurons  # NaN compares with nothing; what profiles the model refuses it
+    all_reasons = {**neurons.left_alone, **blamed}
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in all_reasons.items())
+    raise NothingToPruneError(f"no layer is left to prune on trial: {reasons}")
+
+
+def _random_halves(neurons: NeuronMap) -> dict[str, Tensor]:
+    """Layer -> True for the neurons that stay on trial, an odd number."""
+    generator = torch.Generator().manual_seed(0)
+    halves = {}
+    for group in neurons.groups:
+        kept = torch.zeros(group.size, dtype=torch.bool)
+        count = group.size // 2 | 1
+        kept[torch.randperm(group.size, generator=generator)[:count]] = True
+        halves[group.name] = kept
+    return halves
+
+
+def _blamed(
+    groups: Sequence[NeuronGroup], failure: Callable[[Sequence[str]], str | None]
+) -> dict[str, str]:
+    """The groups that fail by themselves, or only with others that do not, and why.
+
+    Halves are tried, then quarters, and so on. Groups at the same place of repeated blocks stay
+    together, and where the first of them fails alone, all are taken to: with a dozen blocks of
+    attention, trying each would take a dozen times as long.
+    """
+    good: list[str] = []
+    blamed: dict[str, str] = {}
+
+    def sort_out(alike: Sequence[Sequence[str]]) -> None:
+        reason = failure([*good, *itertools.chain(*alike)])
+        if reason is None:
+            good.extend(itertools.chain(*alike))
+        elif len(alike) > 1:
+            middle = len(alike) // 2
+            sort_out(alike[:middle])
+            sort_out(alike[middle:])
+        elif len(alike[0]) > 1 and failure([*good, alike[0][0]]) is None:
+            sort_out([[name] for name in alike[0]])
+        else:
+            blamed.update(dict.fromkeys(alike[0], reason))
+
+    by_place: dict[Any, list[str]] = {}
+    for group in groups:
+        sides = tuple(sorted(member.side for member in group.members))
+        by_place.setdefault((re.sub(r"\d+", "#", group.name), sides), []).append(group.name)
+    sort_out(list(by_place.values()))
+    return blamed
+
+
+class _TrialOver(Exception):
+    """Leaves a trial that went well, so that it is undone."""
+
+
+def trial(
+    model: nn.Module,
+    critical: Slice,
+    example_inputs: Any,
+    customized_pruners: Pruners | None = None,
+    forward: Forward = call_model,
+    adapters: Sequence[Adapter] = ADAPTERS,
+) -> str | None:
+    """Why a removal would fail, or None; the model is left as found either way."""
+    try:
+        with undone_on_error(model):
+            remove(
+                model,
+                critical,
+                example_inputs,
+                customized_pruners=customized_pruners,
+                forward=forward,
+                adapters=adapters,
+            )
+            raise _TrialOver
+    except RemovalError as error:
+        return None if isinstance(error.__cause__, _TrialOver) else str(error)
