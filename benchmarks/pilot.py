@@ -23,9 +23,8 @@ from torch import Tensor, nn
 import results
 import targets
 from data import Data, Split, load
-from nss_prune import Profile, Slice
+from nss_prune import Profile, Slice, profile
 from nss_prune.errors import NSSPruneError
-from nss_prune import profile
 from nss_prune.profiling.similarity import ranked
 from options import add_metrics, checked_seeds, common, usable_device
 from results import Cell, Column, spread

@@ -41,10 +41,9 @@ import results
 import targets
 from data import Data, Split, load
 from figures import save_figure
-from nss_prune import Profile, Slice
+from nss_prune import Profile, Slice, profile
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import NSSPruneError
-from nss_prune import profile
 from options import add_metrics, checked_seeds, common, usable_device
 from results import Cell, Column, spread
 from settings import SIMILAR, Setting, chosen

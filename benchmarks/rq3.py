@@ -58,7 +58,7 @@ import results
 import targets_adaptation as targets
 from data import SOURCES, Data, Split, load
 from figures import save_figure
-from nss_prune import Profile, Slice
+from nss_prune import Profile, Slice, profile
 from nss_prune.adaptation import (
     FGSM,
     PGD,
@@ -70,7 +70,6 @@ from nss_prune.adaptation import (
 from nss_prune.adaptation.attacks import Attack
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NSSPruneError
-from nss_prune import profile
 from options import add_resume, checked_seeds, common, named, usable_device
 from results import Cell, Column, spread
 from settings import SIMILAR, Setting, chosen

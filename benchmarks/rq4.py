@@ -79,7 +79,7 @@ import targets_adaptation as targets
 from data import Data, Split, load
 from figures import save_figure
 from hat import HardAttention
-from nss_prune import Slice
+from nss_prune import Slice, profile
 from nss_prune.adaptation import Freezing
 from nss_prune.adaptation.datasets import mixed
 from nss_prune.adaptation.incremental import IncrementalTrainer
@@ -87,7 +87,6 @@ from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.training import Objective, TaskLoss
 from nss_prune.deeparc import DeepArc
 from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
-from nss_prune import profile
 from options import add_resume, checked_seeds, common, named, usable_device
 from packnet import PackNet
 from results import Cell, Column, spread

@@ -43,13 +43,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import models
 import results
-from nss_prune import NSSPruner, Slice
+from nss_prune import NSSPruner, Slice, profile
 from nss_prune.core.models import evaluation
 from nss_prune.errors import ArgumentError, NSSPruneError
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import trace
-from nss_prune import profile
 from nss_prune.profiling.contributions.deeplift import (
     DeepLift,
     difference,

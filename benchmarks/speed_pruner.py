@@ -11,8 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nss_prune import NSSPruner, Profile
-from nss_prune import profile
+from nss_prune import NSSPruner, Profile, profile
 from recipe import attention_heads
 from results import Column
 from timing import COLUMNS, Rows, in_turn, ratio_row, seconds, show

@@ -20,7 +20,8 @@ from nss_prune.allocation.elimination import (
     shrunk,
 )
 from nss_prune.compensation.folding import fold
-from nss_prune.core.outputs import drawn_loss
+from nss_prune.core.draws import Draws
+from nss_prune.core.outputs import outputs_of
 from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.graph.neurons import NeuronGroup
@@ -90,7 +91,8 @@ def test_the_least_neuron_alone_costs_what_its_effect_is() -> None:
         effects[reading.group] = (centred * gradient).sum(2).square().mean(0) / 2
 
     with Watcher(groups, 200, see).attached(model):
-        drawn_loss(model(inputs).float(), torch.Generator().manual_seed(3)).backward()
+        described = outputs_of(model, [(inputs, None)])
+        described.drawn_loss(model(inputs), Draws(inputs, 3)).backward()
     for name, found in sums.items():
         first, mixed, second = found.effects / 200
         mean = found.read.statistics(name, (), None).mean
@@ -155,13 +157,85 @@ def test_labels_are_not_used_and_the_seed_decides() -> None:
         assert not torch.equal(found.divergence, other[name].divergence)
 
 
-def test_outputs_that_are_no_class_scores_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1), nn.Flatten(0))
+def test_outputs_without_a_meaning_are_refused() -> None:
+    class Deciding(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs).argmax(1)
+
+    model = Deciding(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     inputs = torch.randn(8, 4)
-    groups = discover(model[:3], inputs).groups
-    with pytest.raises(DataError, match="class scores"):
+    groups = discover(nn.Sequential(*model), inputs).groups
+    with pytest.raises((DataError, ArgumentError), match="outputs"):
         eliminations(model, [(inputs, None)], groups)
     assert not model[2]._forward_pre_hooks
+
+
+class Split(nn.Module):
+    """Neurons that one layer consumes, or several that share its outputs or its inputs."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.consumers = nn.ModuleList(nn.Conv2d(16, 12 // parts, 1) for _ in range(parts))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).relu()
+        found = torch.cat([consumer(hidden) for consumer in self.consumers], 1)
+        return found.tanh().mean((2, 3))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_one_function_whose_consumer_is_split_diverges_as_much(parts: int) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(300, 3, 12, 12).double()
+    data = [(part, None) for part in inputs.split(100)]
+    one = Split(1).double()
+    other = Split(parts).double()
+    other.first.load_state_dict(one.first.state_dict())
+    for rows, consumer in enumerate(other.consumers):
+        for name in ("weight", "bias"):
+            value = getattr(one.consumers[0], name).chunk(parts)[rows]
+            getattr(consumer, name).data.copy_(value)
+    found, slices = [], []
+    for model in (one, other):
+        groups = discover(model, inputs[:2]).groups
+        found.append(eliminations(model, data, groups)["first"])
+        batches = [(x, torch.arange(100) % 12) for x, _ in data]
+        pruner = NSSPruner(model, inputs[:2], data=batches, params_budget=0.6, progress=False)
+        slices.append(pruner.slice.kept["first"])
+    assert found[1].order.equal(found[0].order)
+    torch.testing.assert_close(found[1].divergence, found[0].divergence, rtol=1e-6, atol=0)
+    assert slices[1].equal(slices[0])
+
+
+def test_two_consumers_of_different_activations_of_the_same_neurons() -> None:
+    """A map and its average: Γ is the sum of both, of one sample each."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.map, self.pooled = (
+                nn.Conv2d(3, 5, 3),
+                nn.Conv2d(5, 4, 1),
+                nn.Linear(5, 4),
+            )
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.first(inputs).tanh()
+            return self.map(hidden).tanh().mean((2, 3)) + self.pooled(hidden.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, inputs = Both().double(), torch.randn(50, 3, 8, 8).double()
+    groups = discover(model, inputs[:2]).groups
+    sums = sensitivities(model, [(inputs, None)], groups, seed=1)["first"]
+    maps = model.first(inputs).tanh().detach().requires_grad_()
+    pooled = maps.detach().mean((2, 3)).requires_grad_()
+    scores = model.map(maps).tanh().mean((2, 3)) + model.pooled(pooled)
+    outputs_of(model, [(inputs, None)]).drawn_loss(scores, Draws(inputs, 1)).backward()
+    expected = torch.einsum("nahw,nbhw->ab", maps.grad, maps.grad) + pooled.grad.T @ pooled.grad
+    torch.testing.assert_close(sums.information, expected, rtol=1e-9, atol=1e-12)
+    assert sums.samples == 50
+    assert sums.inputs_per_sample == 2
 
 
 def test_shrinkage_vanishes_with_the_observations_and_always_inverts() -> None:

@@ -13,10 +13,9 @@ import results
 import rq3
 import targets_adaptation as targets
 from data import Data, load
-from nss_prune import Profile
+from nss_prune import Profile, profile
 from nss_prune.adaptation import FGSM, PGD
 from nss_prune.errors import ArgumentError
-from nss_prune import profile
 from rq3 import Course, Outcome, Subject
 from settings import SETTINGS
 from training import initialised, trained

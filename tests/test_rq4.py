@@ -16,8 +16,8 @@ import results
 import rq4
 import targets_adaptation as targets
 from hat import HardAttention
-from nss_prune.errors import ArgumentError, NothingToPruneError
 from nss_prune import profile
+from nss_prune.errors import ArgumentError, NothingToPruneError
 from packnet import PackNet
 from rq4 import Course, Outcome
 from settings import SETTINGS

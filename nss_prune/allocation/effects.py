@@ -1,54 +1,47 @@
-"""The divergence that sparing neurons of a layer causes, measured.
+"""How far the outputs really move for some numbers of neurons that go, from one more pass.
 
-Sparing k neurons of a layer and folding them into those that stay changes the weights of their
-readers by Δ(k). To first order the scores z then move by JΔ, and to second order the outputs
-diverge by
-
-    D(k) ≈ ½ E[e(k)²],    e(k) = vᵀ J Δ(k),
-
-where v is drawn with covariance diag(p) − p pᵀ: the Fisher information of the change itself. Unlike
-the sum over positions and readers that :mod:`nss_prune.allocation.divergence` foresees, what
-several readers of the same neurons do in the same direction adds up before it is squared, and so
-does what neighbouring positions of a map do; and Δ is what the fold really is. The e of a few
-numbers of neurons come from one pass, forward and backward; between these, what is more than
-predicted is interpolated. Where less is measured than predicted, D is as predicted: what cancels
-over the positions of a map, or in the samples at hand, need not cancel when other layers change
-too.
+What is predicted of a group (:mod:`nss_prune.allocation.elimination`) leaves out that errors of
+neighbouring positions are alike, and that large gradients meet large errors. Here the change of
+every input of a consumer is multiplied by its gradient and summed over a sample, e = Σ g Δ, and
+½ E[e²] is the divergence of the outputs in the same second order. All groups are measured together
+in a forward and a backward pass at :data:`LEVELS` numbers of neurons each; between these, what is
+more than predicted is interpolated. Where less is measured than predicted, D is as predicted: what
+cancels over the positions of a map, or in the samples at hand, need not cancel when other layers
+change too.
 
 A norm over the neurons of a layer, as on the trunk of a transformer, normalises what stays by other
-statistics when some go, which no change of its readers says. There D is the divergence of the
-outputs themselves, with the layer masked and folded, in a forward pass for each number of neurons.
+statistics when some go. What this changes is measured in the same way, at the norm's output.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nss_prune.allocation.elimination import Elimination
-from nss_prune.compensation.folding import apply, folding
-from nss_prune.compensation.solve import ConsumerFold
+from nss_prune.allocation.changes import NORMS, ConsumerChange, NormChange, mixings, ordered
+from nss_prune.allocation.elimination import Elimination, shrunk
+from nss_prune.compensation.eligible import reason_to_leave, shared_weights
 from nss_prune.core.batches import as_computed, counted_batches, split_batch
-from nss_prune.core.models import evaluation, run, submodule
+from nss_prune.core.draws import Draws
+from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
-from nss_prune.core.outputs import class_scores, drawn_loss, scores_by_place
-from nss_prune.graph.axes import input_axis
-from nss_prune.graph.neurons import NeuronGroup
-from nss_prune.graph.slices import Slice
+from nss_prune.core.outputs import Outputs, outputs_of
+from nss_prune.graph.axes import map_positions, sides_by_consumer
+from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.statistics.capture import by_sample
 from nss_prune.statistics.moments import ConsumerStatistics
 
 LEVELS = 8  # numbers of neurons of a layer that are measured, evenly spaced
 LEAST_SAMPLES = 100  # an average of fewer squares is mostly noise
 MOST_SAMPLES = 2000  # more of them cost time and change little
-MOST_VALUES = 2**27  # of folds that are kept at once, 1 GiB
+MOST_VALUES = 2**28  # of folds that are kept at once, 1 GiB
 
 
 def measured(
@@ -59,48 +52,69 @@ def measured(
     statistics: Mapping[str, ConsumerStatistics] | None,
     *,
     seed: int = 0,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
     progress: bool | None = None,
 ) -> dict[str, Elimination]:
     """Eliminations with at least the divergence measured, on at most :data:`MOST_SAMPLES` samples.
 
     It takes a forward and a backward pass, and another one for every :data:`MOST_VALUES` values
-    that the folds mix with; and :data:`LEVELS` forward passes for each layer with a norm over its
-    neurons. The model is left as found.
+    that the folds mix with. The model is left as found.
 
     Args:
         data: Batches that can be iterated again.
-        found: As :func:`nss_prune.allocation.sensitivity.eliminations` finds them.
-        statistics: What the readers read, to fold with; None where nothing is folded.
+        found: By :func:`nss_prune.allocation.elimination.eliminations`.
+        statistics: Of the consumers' inputs, to fold with; None where nothing is folded.
         seed: For what is drawn at random.
+        outputs: What the outputs mean; found from the first batch by default.
+        forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
 
     Returns:
         What was found where there are fewer than :data:`LEAST_SAMPLES` samples.
 
     Raises:
-        DataError: The data is empty, or the model refuses it or gives no class scores.
+        ArgumentError: It is not certain what the outputs mean; give ``outputs``.
+        DataError: The data is empty, or the model refuses it.
     """
     counts = {group.name: _counts(group.size) for group in groups if group.name in found}
     counts = {name: levels for name, levels in counts.items() if len(levels)}
     known = dict(found)
     if not counts or not _suffices(data):
         return known
-    normed = {name: counts.pop(name) for name in _normed(model, groups) if name in counts}
-    if normed:
-        slices = itertools.chain.from_iterable(
-            _slices(groups, name, found[name].order.cpu(), levels)
-            for name, levels in normed.items()
-        )
-        divergences = _divergences(model, data, slices, statistics, progress)
-        by_layer = divergences.split([len(levels) for levels in normed.values()])
-        for (name, levels), divergence in zip(normed.items(), by_layer, strict=True):
-            known[name] = _scaled(found[name], levels, divergence)
-    for changes in _parts(model, groups, found, counts, statistics):
-        squares = changes.effects(data, seed, progress).square().mean(0) / 2
-        by_layer = squares.split([len(counts[name]) for name in changes.layers])
-        for name, divergence in zip(changes.layers, by_layer, strict=True):
-            known[name] = _scaled(found[name], counts[name], divergence)
+    outputs = outputs or outputs_of(model, data, forward=forward, progress=progress)
+    plan = _Plan(model, groups, statistics)
+    part = _Part(model)
+    for group in groups:
+        if group.name not in counts:
+            continue
+        order, levels = found[group.name].order.cpu(), counts[group.name].tolist()
+        part.add(group.name, *plan.changes(group, order, levels))
+        if part.values >= MOST_VALUES:
+            known.update(_measured(part, found, counts, data, seed, outputs, forward, progress))
+            part = _Part(model)
+    if part.layers:
+        known.update(_measured(part, found, counts, data, seed, outputs, forward, progress))
     return known
+
+
+def _measured(
+    part: _Part,
+    found: Mapping[str, Elimination],
+    counts: Mapping[str, Tensor],
+    data: Iterable[Any],
+    seed: int,
+    outputs: Outputs,
+    forward: Forward,
+    progress: bool | None,
+) -> dict[str, Elimination]:
+    """Layer -> its elimination, of all layers of a part."""
+    squares = part.squared_effects(data, seed, outputs, forward, progress) / 2
+    by_layer = squares.split([len(counts[name]) for name in part.layers])
+    return {
+        name: _scaled(found[name], counts[name], divergence)
+        for name, divergence in zip(part.layers, by_layer, strict=True)
+    }
 
 
 def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination:
@@ -108,7 +122,7 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination
 
     Args:
         counts: Those numbers, ascending, ``[levels]``.
-        measured: D on the samples that the readers were folded with, ``[levels]``.
+        measured: D on the samples that the consumers were folded with, ``[levels]``.
     """
     predicted = found.divergence.cpu()
     growth = torch.ones_like(predicted) if found.growth is None else found.growth.cpu()
@@ -125,86 +139,97 @@ def _suffices(data: Iterable[Any]) -> bool:
     return any(seen >= LEAST_SAMPLES for seen in samples)
 
 
-def _normed(model: nn.Module, groups: Sequence[NeuronGroup]) -> list[str]:
-    """Layers with a norm over their neurons."""
-    norms = (nn.LayerNorm, nn.GroupNorm)
-    return [
-        group.name
-        for group in groups
-        if any(isinstance(submodule(model, member.name), norms) for member in group.members)
-    ]
-
-
-def _divergences(
-    model: nn.Module,
-    data: Iterable[Any],
-    slices: Iterable[Slice],
-    statistics: Mapping[str, ConsumerStatistics] | None,
-    progress: bool | None,
-) -> Tensor:
-    """D of the outputs with each slice masked and folded, float64 ``[slices]``."""
-    whole, samples = _answers(model, data, progress)
-    found = []
-    for critical in slices:
-        folded = copy.deepcopy(model)
-        if statistics is not None:
-            apply(folded, folding(model, critical, statistics))
-        with critical.masked(folded):
-            answers, _ = _answers(folded, data, progress)
-        found.append((whole.exp() * (whole - answers)).sum().double().cpu() / samples)
-    return torch.stack(found)
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tuple[Tensor, int]:
-    """Logarithms of probabilities, ``[places, classes]``, and the number of samples."""
-    answers: list[Tensor] = []
-    seen = 0
-    with evaluation(model):
-        for scores, samples in scores_by_place(model, data, progress, "divergence"):
-            answers.append(scores.log_softmax(1))
-            seen += samples
-            if seen >= MOST_SAMPLES or sum(a.numel() for a in answers) >= MOST_VALUES:
-                break
-    return torch.cat(answers), seen
-
-
 def _counts(size: int) -> Tensor:
     """Numbers of neurons that go, up to all but one."""
     counts: Tensor = torch.linspace(0, size - 1, LEVELS + 1).round().long().unique()
     return counts[1:]
 
 
-def _parts(
-    model: nn.Module,
-    groups: Sequence[NeuronGroup],
-    found: Mapping[str, Elimination],
-    counts: Mapping[str, Tensor],
-    statistics: Mapping[str, ConsumerStatistics] | None,
-) -> Iterator[_Changes]:
-    """The changes of all layers, in parts that may be kept at once, a layer at least."""
-    part = _Changes(model)
-    for name, numbers in counts.items():
-        part.add(name, _slices(groups, name, found[name].order.cpu(), numbers), statistics)
-        if part.values >= MOST_VALUES:
-            yield part
-            part = _Changes(model)
-    if part.layers:
-        yield part
+Changes = tuple[dict[str, ConsumerChange], dict[str, NormChange]]
+"""Consumers and norms by name, and how they change."""
 
 
-def _slices(
-    groups: Sequence[NeuronGroup], name: str, order: Tensor, counts: Tensor
-) -> Iterator[Slice]:
-    """Slices that lack the first so many neurons of a layer, and no others."""
-    every = {group.name: torch.ones(group.size, dtype=torch.bool) for group in groups}
-    for count in counts.tolist():
-        kept = every[name].index_fill(0, order[:count], False)
-        yield Slice({**every, name: kept}, tuple(groups))
+class _Plan:
+    """How consumers and norms change when the neurons of one group go.
+
+    Args:
+        statistics: Of the consumers' inputs; None where nothing is folded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[NeuronGroup],
+        statistics: Mapping[str, ConsumerStatistics] | None,
+    ) -> None:
+        self._model = model
+        self._sides = sides_by_consumer(groups)
+        self._statistics = statistics or {}
+        self._shared = shared_weights(model)
+        self._precisions: dict[str, Tensor] = {}
+
+    def changes(self, group: NeuronGroup, order: Tensor, counts: Sequence[int]) -> Changes:
+        """Of one group.
+
+        Args:
+            order: Neurons, the first to go first, ``[neurons]``.
+            counts: Neurons that have gone at each level.
+        """
+        ranks = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
+        consumers, norms = {}, {}
+        for member in group.members:
+            if member.axis is not None:
+                continue
+            module = submodule(self._model, member.name)
+            when = torch.full((member.width,), -1)
+            when[member.channels] = ranks[member.neurons]
+            if member.side == "in":
+                consumers[member.name] = self._consumer(member, module, when, counts)
+            elif isinstance(module, NORMS):
+                kept = torch.stack([(when < 0) | (when >= count) for count in counts])
+                norms[member.name] = NormChange(module, kept)
+        return consumers, norms
+
+    def _consumer(
+        self, member: Member, module: nn.Module, ranks: Tensor, counts: Sequence[int]
+    ) -> ConsumerChange:
+        found = self._statistics.get(member.name)
+        if found is None or reason_to_leave(module, found, self._shared):
+            return ConsumerChange(*ordered(ranks, counts))
+        repeats = map_positions(module, self._sides[member.name])
+        if found.observations < 2 * member.width:
+            found = found.by_neuron(repeats)
+        units = len(found.covariance)
+        order, gone = ordered(ranks.view(units, -1)[:, 0], counts)
+        precision = self._precision(member.name, module, found)
+        mixing = mixings(precision, order.to(precision.device), gone) if max(gone) else ()
+        return ConsumerChange(order, gone, found.mean, mixing)
+
+    def _precision(self, name: str, module: nn.Module, found: ConsumerStatistics) -> Tensor:
+        """Inverse of the shrunk covariance of an input, without that between channel groups."""
+        if name in self._precisions:
+            return self._precisions[name]
+        covariance = found.covariance
+        groups = getattr(module, "groups", 1)
+        if groups > 1:
+            block = torch.arange(len(covariance), device=covariance.device) * groups
+            block = block // len(covariance)
+            covariance = covariance * (block[:, None] == block)
+        factor = torch.linalg.cholesky(shrunk(covariance, found.observations))
+        precision = torch.cholesky_inverse(factor)
+        if len(self._sides[name]) > 1:
+            self._keep(name, precision)
+        return precision
+
+    def _keep(self, name: str, precision: Tensor) -> None:
+        """Keep one for the next group of its consumer, the latest ones where there are many."""
+        self._precisions[name] = precision
+        while sum(known.numel() for known in self._precisions.values()) > MOST_VALUES // 2:
+            self._precisions.pop(next(iter(self._precisions)))
 
 
-class _Changes:
-    """How readers change when neurons of single layers go, and what that does to the scores.
+class _Part:
+    """Groups that are measured in the same pass.
 
     Attributes:
         layers: In the order added.
@@ -215,138 +240,81 @@ class _Changes:
         self.model = model
         self.layers: list[str] = []
         self.levels = self.values = 0
-        self.by_reader: dict[str, list[tuple[int, _Change]]] = {}
+        self.consumers: dict[str, list[tuple[slice, ConsumerChange]]] = {}
+        self.norms: dict[str, list[tuple[slice, NormChange]]] = {}
 
     def add(
         self,
         layer: str,
-        slices: Iterable[Slice],
-        statistics: Mapping[str, ConsumerStatistics] | None,
+        consumers: Mapping[str, ConsumerChange],
+        norms: Mapping[str, NormChange],
     ) -> None:
-        """Add a layer, a level for each slice."""
+        """Add the changes of a group, which all have the same levels."""
+        levels = next(len(change.gone) for change in consumers.values())
+        where = slice(self.levels, self.levels + levels)
+        for name, change in consumers.items():
+            self.consumers.setdefault(name, []).append((where, change))
+            self.values += change.values
+        for name, norm_change in norms.items():
+            self.norms.setdefault(name, []).append((where, norm_change))
         self.layers.append(layer)
-        for critical in slices:
-            folds = {} if statistics is None else folding(self.model, critical, statistics)
-            for (name, side), (member, channels) in critical.removed_channels().items():
-                if side == "in" and member.axis is None:
-                    change = _change(folds.get(name, ConsumerFold()), channels, member.width)
-                    self.by_reader.setdefault(name, []).append((self.levels, change))
-                    self.values += sum(block.mixing.numel() for block in change.blocks)
-            self.levels += 1
+        self.levels = where.stop
 
-    def effects(self, data: Iterable[Any], seed: int, progress: bool | None) -> Tensor:
-        """e of every level for each sample, float64 ``[samples, levels]``."""
-        generator = torch.Generator().manual_seed(seed)
-        found: list[Tensor] = []
+    def squared_effects(
+        self,
+        data: Iterable[Any],
+        seed: int,
+        outputs: Outputs,
+        forward: Forward,
+        progress: bool | None,
+    ) -> Tensor:
+        """Mean of e² over the samples, float64 ``[levels]``."""
+        total = torch.zeros(self.levels, dtype=torch.float64)
+        seen = 0
         with evaluation(self.model), torch.enable_grad():
-            for number, inputs, samples in counted_batches(
-                self.model, data, progress, "divergence"
-            ):
-                found.append(torch.zeros(samples, self.levels, dtype=torch.float64))
-                with self._watched(found[-1]):
-                    scores = class_scores(run(self.model, inputs, number)).float()
-                    drawn_loss(scores, generator).backward()
-                if sum(map(len, found)) >= MOST_SAMPLES:
+            for number, inputs, samples in counted_batches(self.model, data, progress, "effects"):
+                effects = torch.zeros(self.levels, samples, dtype=torch.float64)
+                with self._watched(effects):
+                    given = run(self.model, inputs, number, forward)
+                    outputs.drawn_loss(given, Draws(inputs, seed)).backward()
+                total += effects.square().sum(1)
+                seen += samples
+                if seen >= MOST_SAMPLES:
                     break
-        effects: Tensor = torch.cat(found)
-        return effects
+        return total / seen
 
     @contextlib.contextmanager
     def _watched(self, effects: Tensor) -> Iterator[None]:
+        """Add e of each level and sample to ``effects``, ``[levels, samples]``, inside."""
         with contextlib.ExitStack() as stack:
-            for name, changes in self.by_reader.items():
+            for name, changes in self.consumers.items():
                 module = submodule(self.model, name)
-                axis = input_axis(module)
-                read = _input_hook(changes, axis, effects)
-                stack.callback(module.register_forward_pre_hook(read).remove)
-                constants = {level: c.constant for level, c in changes if c.constant is not None}
-                if constants:
-                    written = _output_hook(constants, axis, effects)
-                    stack.callback(module.register_forward_hook(written).remove)
+                hook = _input_hook(name, changes, effects)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            for name, norm_changes in self.norms.items():
+                module = submodule(self.model, name)
+                norm_hook = _norm_hook(norm_changes, effects)
+                stack.callback(module.register_forward_hook(norm_hook).remove)
             yield
 
 
-@dataclass(frozen=True)
-class _Block:
-    """What a reader reads otherwise in one of its channel groups.
-
-    Units are channels, or the neurons of a flattened map, of all channel groups together.
-
-    Attributes:
-        gone: Units that are not read any more.
-        staying: Units that are read more in their place.
-        mixing: How much of them, ``[gone, staying]``.
-    """
-
-    gone: Tensor
-    staying: Tensor
-    mixing: Tensor
-
-    def moved(self, inputs: Tensor) -> Tensor:
-        """What the units that go are replaced by less what they were, ``[gone, values]``.
-
-        Args:
-            inputs: ``[units, values]``.
-        """
-        device = inputs.device
-        said = self.mixing.to(inputs) @ inputs[self.staying.to(device)]
-        return said.sub_(inputs[self.gone.to(device)])
-
-
-@dataclass(frozen=True)
-class _Change:
-    """How a reader changes when channels of its input go.
-
-    Attributes:
-        units: How many it reads.
-        blocks: Of its channel groups that change.
-        constant: What is added to its output, ``[outputs]``, or None.
-    """
-
-    units: int
-    blocks: tuple[_Block, ...]
-    constant: Tensor | None
-
-    def effect(self, inputs: Tensor, gradient: Tensor) -> Tensor:
-        """Σ gradient · change over the channels; all are ``[channels, places]`` or ``[places]``."""
-        places = inputs.shape[1]
-        by_unit, slope = inputs.view(self.units, -1), gradient.view(self.units, -1)
-        total = inputs.new_zeros(by_unit.shape[1])
-        for block in self.blocks:
-            total += (slope[block.gone.to(slope.device)] * block.moved(by_unit)).sum(0)
-        return total.view(-1, places).sum(0)
-
-
-def _change(fold: ConsumerFold, channels: Tensor, width: int) -> _Change:
-    """How a reader of ``width`` channels changes when ``channels`` go."""
-    if fold.mixing is None:
-        block = _Block(channels, channels[:0], torch.zeros(len(channels), 0))
-        return _Change(width, (block,), fold.constant)
-    groups, units, _ = fold.mixing.shape
-    gone = torch.zeros(groups * units, dtype=torch.bool)
-    gone[channels * groups * units // width] = True
-    blocks = []
-    for group, out in enumerate(gone.view(groups, units)):
-        lost, staying = out.nonzero().flatten(), (~out).nonzero().flatten()
-        mixing = fold.mixing[group].cpu()[lost][:, staying]
-        blocks.append(_Block(lost + group * units, staying + group * units, mixing))
-    return _Change(groups * units, tuple(blocks), fold.constant)
-
-
-def _input_hook(changes: Sequence[tuple[int, _Change]], axis: int, effects: Tensor) -> Any:
-    """A forward pre-hook of a reader: what its changes do is added up in the backward pass."""
+def _input_hook(name: str, changes: Sequence[tuple[slice, ConsumerChange]], effects: Tensor) -> Any:
+    """A forward pre-hook of a consumer that adds e in the backward pass."""
+    samples = effects.shape[1]
 
     def read(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        # A copy: what follows may write to the original, and the gradient is this reader's alone.
+        # A copy: what follows may write to the original, and the gradient is this consumer's alone.
         tap = arguments[0].clone()
-        inputs = _by_channel(tap.detach(), axis)
+        inputs = tap.detach()
         if not tap.requires_grad:
             tap.requires_grad_()
 
         def add(gradient: Tensor) -> None:
-            slope = _by_channel(gradient, axis)
-            for level, change in changes:
-                _add(effects, level, change.effect(inputs, slope))
+            values = as_computed(by_sample(name, inputs, module, samples))
+            slope = as_computed(by_sample(name, gradient, module, samples))
+            for levels, change in changes:
+                if max(change.gone):
+                    effects[levels] += change.effects(values, slope).double().cpu()
 
         tap.register_hook(add)
         return (tap, *arguments[1:])
@@ -354,28 +322,19 @@ def _input_hook(changes: Sequence[tuple[int, _Change]], axis: int, effects: Tens
     return read
 
 
-def _output_hook(constants: Mapping[int, Tensor], axis: int, effects: Tensor) -> Any:
-    """A forward hook of a reader: the same for the constants added to its output.
+def _norm_hook(changes: Sequence[tuple[slice, NormChange]], effects: Tensor) -> Any:
+    """A forward hook of a norm that adds e in the backward pass."""
 
-    Args:
-        constants: Level -> constant, ``[outputs]``.
-    """
+    def normed(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        tap = output if output.requires_grad else output.detach().requires_grad_().clone()
+        inputs = arguments[0].detach().clone()
 
-    def written(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            slope = _by_channel(gradient, axis)
-            for level, constant in constants.items():
-                _add(effects, level, constant.to(slope) @ slope)
+            for levels, change in changes:
+                found = change.effects(inputs, gradient, effects.shape[1])
+                effects[levels] += found.double().cpu()
 
-        output.register_hook(add)
+        tap.register_hook(add)
+        return tap
 
-    return written
-
-
-def _by_channel(values: Tensor, axis: int) -> Tensor:
-    """``[channels, places]``, the places of a sample one after the other."""
-    return as_computed(values).movedim(axis, 0).flatten(1).contiguous()
-
-
-def _add(effects: Tensor, level: int, by_place: Tensor) -> None:
-    effects[:, level] += by_place.view(len(effects), -1).sum(1).double().cpu()
+    return normed

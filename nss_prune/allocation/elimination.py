@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.allocation.sensitivity import Sensitivity, sensitivities
+from nss_prune.core.models import Forward, call_model
+from nss_prune.core.outputs import Outputs
 from nss_prune.errors import NumericalError
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.statistics.consumers import ConsumerSums
@@ -43,22 +45,29 @@ def eliminations(
     *,
     seed: int = 0,
     reads: ConsumerSums | None = None,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
     progress: bool | None = None,
 ) -> dict[str, Elimination]:
     """Layer -> its elimination, from one pass over the data; the model is left as found.
 
     Args:
-        data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
-            must be class scores.
+        data: Batches as :func:`nss_prune.profile` takes them; labels are not used.
         seed: For what is drawn at random.
         reads: To add what the readers read to, in the same pass.
+        outputs: What the outputs mean; found from the first batch by default.
+        forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
 
     Raises:
-        DataError: The data is empty, or the model refuses it or gives no class scores.
+        ArgumentError: It is not certain what the outputs mean; give ``outputs``.
+        DataError: The data is empty, or the model refuses it.
         NumericalError: A reader reads NaN or infinite values, or gets such gradients.
     """
-    found = sensitivities(model, data, groups, seed=seed, reads=reads, progress=progress)
+    found = sensitivities(
+        model, data, groups, seed=seed, reads=reads, outputs=outputs, forward=forward,
+        progress=progress,
+    )  # fmt: skip
     return {name: eliminated(name, sums) for name, sums in found.items()}
 
 
@@ -74,16 +83,17 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
             f"the gradients of what reads {name} are NaN or infinite; check the data and the "
             "model's weights"
         )
-    apart = statistics.covariance.diagonal() * sums.information.diagonal() / statistics.samples
+    observations = statistics.observations / sums.inputs_per_sample
+    apart = statistics.covariance.diagonal() * sums.information.diagonal() / sums.samples
     effects = _effects_alone(sums, statistics)
-    if len(apart) > TOO_WIDE * statistics.observations:
+    if len(apart) > TOO_WIDE * observations:
         return independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
     # Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
     # Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
     weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
-    information = weights[:, None] * (sums.information / statistics.samples) * weights
-    found = eliminate(shrunk(statistics.covariance, statistics.observations), information)
-    growth = _on_new_samples(found.divergence, sums.read.distinct(name))
+    information = weights[:, None] * (sums.information / sums.samples) * weights
+    found = eliminate(shrunk(statistics.covariance, observations), information)
+    growth = _on_new_samples(found.divergence, sums.read.distinct(name) / sums.inputs_per_sample)
     return replace(found, divergence=found.divergence * growth**2, growth=growth)
 
 
@@ -107,7 +117,7 @@ def independent(costs: Tensor) -> Elimination:
 def _effects_alone(sums: Sensitivity, statistics: ConsumerStatistics) -> Tensor:
     """2 D of each neuron that goes alone and leaves its mean, ``[neurons]``."""
     mean = statistics.mean
-    first, mixed, second = sums.effects / statistics.samples
+    first, mixed, second = sums.effects / sums.samples
     effects: Tensor = first - 2 * mean * mixed + mean**2 * second
     return effects.clamp(min=0)
 

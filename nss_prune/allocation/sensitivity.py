@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import as_computed, counted_batches
-from nss_prune.core.models import evaluation, run
-from nss_prune.core.outputs import class_scores, drawn_loss
+from nss_prune.core.batches import as_computed, counted_batches, first_batch
+from nss_prune.core.draws import Draws
+from nss_prune.core.models import Forward, call_model, evaluation, run
+from nss_prune.core.outputs import Outputs, outputs_of
 from nss_prune.core.views import views_of
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.profiling.accumulation import alone
 from nss_prune.statistics.capture import Reading, Watcher
 from nss_prune.statistics.consumers import ConsumerSums
-from nss_prune.statistics.moments import Moments, spaced
+from nss_prune.statistics.moments import Moments
+from nss_prune.statistics.positions import by_size
 
 
 @dataclass
@@ -25,15 +28,23 @@ class Sensitivity:
     """What one pass adds up for a group.
 
     Attributes:
-        read: Mean and covariance of what its readers read.
-        information: Σ over samples and positions of g gᵀ, ``[neurons, neurons]``, float64.
+        read: Mean and covariance of the inputs of its consumers.
+        information: Σ over samples and positions of g gᵀ, ``[neurons, neurons]``, float64, where g
+            is the gradient by an activation, of all consumers of this activation together.
         effects: Σ over samples of e², e f and f², where e = Σ g x and f = Σ g over positions and
-            readers, float64 ``[3, neurons]``.
+            consumers, float64 ``[3, neurons]``.
+        samples: Number of samples, each of their augmented copies counted.
     """
 
     read: Moments
     information: Tensor
     effects: Tensor
+    samples: int = 0
+
+    @property
+    def inputs_per_sample(self) -> float:
+        """Different activations that consumers receive from one sample."""
+        return self.read.samples / self.samples
 
 
 def sensitivities(
@@ -43,43 +54,113 @@ def sensitivities(
     *,
     seed: int = 0,
     reads: ConsumerSums | None = None,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
     progress: bool | None = None,
 ) -> dict[str, Sensitivity]:
     """Layer -> its sums, see :func:`nss_prune.allocation.elimination.eliminations`."""
-    found: dict[str, Sensitivity] = {}
-    sizes = {group.name: group.size for group in groups}
-    effects: dict[str, Tensor] = {}
+    views = views_of(data)
+    if outputs is None:
+        first, data = first_batch(data)
+        shown = [first] if isinstance(data, Iterator) else data
+        outputs = outputs_of(model, shown, forward=forward, progress=progress)
+    found = {group.name: _nothing(group.size, views) for group in groups}
     added = {} if reads is None else {g.name: name for g in groups if (name := _sole_consumer(g))}
-
-    def add(reading: Reading, gradient: Tensor) -> None:
-        name = reading.group
-        if name not in found:
-            zeros = torch.zeros(
-                sizes[name] + 3, sizes[name], dtype=torch.float64, device=gradient.device
-            )
-            found[name] = Sensitivity(Moments(views=views), zeros[3:], zeros[:3])
-        activation, gradient = as_computed(reading.activation), as_computed(gradient)
-        if name not in added:
-            found[name].read.add(activation)
-        _add_information(found[name].information, gradient)
-        # Of all readers before they are squared: what a neuron does, it does in all of them.
-        effects[name] = effects.get(name, 0) + _effects(activation, gradient)
-
-    beside, views = alone if reads is None else reads.watching, views_of(data)
-    generator = torch.Generator().manual_seed(seed)
+    beside = alone if reads is None else reads.watching
     with evaluation(model), torch.enable_grad():
-        for number, inputs, samples in counted_batches(model, data, progress, "divergence"):
-            with Watcher(groups, samples, add).attached(model), beside(samples):
-                scores = class_scores(run(model, inputs, number)).float()
-                drawn_loss(scores, generator).backward()
-            for name, (effect, total) in effects.items():
-                squares = torch.stack([effect**2, effect * total, total**2])
-                found[name].effects += squares.sum(1)
-            effects.clear()
+        for number, inputs, samples in counted_batches(model, data, progress, "sensitivity"):
+            draws = Draws(inputs, seed)
+            batch = _Batch(draws)
+            watcher = Watcher(groups, samples, batch.add)
+            with watcher.attached(model), beside(samples):
+                given = run(model, inputs, number, forward)
+                batch.expect(watcher.readings)
+                outputs.drawn_loss(given, draws).backward()
+            for name in batch.reached:
+                batch.pour(name, found[name], samples, add_read=name not in added)
+    found = {name: sums for name, sums in found.items() if sums.samples}
     if reads is not None:
-        for name, reader in added.items():
-            found[name].read = reads.moments(reader)
+        for name, consumer in added.items():
+            if name in found:
+                found[name].read = reads.moments(consumer)
     return found
+
+
+def _nothing(neurons: int, views: int) -> Sensitivity:
+    zeros = torch.zeros(neurons + 3, neurons, dtype=torch.float64)
+    return Sensitivity(Moments(views=views), zeros[3:], zeros[:3])
+
+
+class _Batch:
+    """The gradients of one batch, of consumers of the same activation together.
+
+    What a neuron does, it does in all consumers at once: their gradients are added up before they
+    are squared. Where consumers receive different activations of it, such as a map and its
+    average, each activation has a gradient of its own.
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+        self.reached: dict[str, list[Tensor]] = {}
+        self._source: dict[int, int] = {}
+        self._missing: Counter[int] = Counter()
+        self._activations: dict[int, Reading] = {}
+        self._gradients: dict[int, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._inputs: dict[str, list[int]] = {}
+
+    def expect(self, readings: Sequence[Reading]) -> None:
+        """Find the readings that are of the same activation; their gradients are still to come."""
+        known: dict[tuple[Any, ...], list[int]] = {}
+        for position, reading in enumerate(readings):
+            values = reading.activation
+            print_of = (reading.group, reading.shape, float(values.sum(dtype=torch.float64)))
+            same = (i for i in known.get(print_of, ()) if _equal(readings[i].activation, values))
+            source = next(same, position)
+            if source == position:
+                known.setdefault(print_of, []).append(position)
+                self._activations[position] = reading
+            self._source[id(reading)] = source
+            self._missing[source] += 1
+
+    def add(self, reading: Reading, gradient: Tensor) -> None:
+        """Add the gradient of one consumer, ``[samples, neurons, positions]``."""
+        source, gradient = self._source[id(reading)], as_computed(gradient)
+        known = self._gradients.pop(source, None)
+        total = gradient if known is None else known + gradient
+        self._missing[source] -= 1
+        if self._missing[source]:
+            self._gradients[source] = total
+        else:
+            self._finish(source, total)
+
+    def _finish(self, source: int, gradient: Tensor) -> None:
+        reading = self._activations[source]
+        activation, name = as_computed(reading.activation), reading.group
+        effect = (activation * gradient).sum(2).double()
+        sums = torch.stack([effect, gradient.sum(2).double()])
+        self.reached.setdefault(name, []).append(sums)
+        rows = by_size(gradient, self.draws).transpose(0, 1).flatten(1)
+        self._rows.setdefault(name, []).append(rows)
+        self._inputs.setdefault(name, []).append(source)
+
+    def pour(self, name: str, into: Sensitivity, samples: int, *, add_read: bool) -> None:
+        """Add the batch to the sums of a group."""
+        effect, total = torch.stack(self.reached[name]).sum(0)
+        into.effects = into.effects.to(effect.device)
+        into.information = into.information.to(effect.device)
+        into.effects += torch.stack([effect**2, effect * total, total**2]).sum(1)
+        for rows in self._rows.pop(name):
+            into.information += rows @ rows.T
+        for source in self._inputs.pop(name):
+            reading = self._activations.pop(source)
+            if add_read:
+                into.read.add(as_computed(reading.activation), reading.shape)
+        into.samples += samples
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and bool(torch.equal(first, second))
 
 
 def _sole_consumer(group: NeuronGroup) -> str | None:
@@ -90,17 +171,3 @@ def _sole_consumer(group: NeuronGroup) -> str | None:
     neurons = torch.arange(group.size)
     alike = reader.width == group.size and reader.channels.equal(neurons)
     return reader.name if alike and reader.neurons.equal(neurons) else None
-
-
-def _add_information(total: Tensor, gradient: Tensor) -> None:
-    """Add Σ g gᵀ over the samples and positions of ``[samples, neurons, positions]``."""
-    seen = spaced(gradient, 2)
-    by_neuron = seen.transpose(0, 1).flatten(1)
-    total.add_(by_neuron @ by_neuron.T, alpha=gradient.shape[2] / seen.shape[2])
-
-
-def _effects(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Σ_positions g x and Σ_positions g, ``[2, samples, neurons]``; the arguments are
-    ``[samples, neurons, positions]``."""
-    effect = (activation * gradient).sum(2).double()
-    return torch.stack([effect, gradient.sum(2).double()])

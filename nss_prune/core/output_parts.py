@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nss_prune.core.batches import as_computed
+from nss_prune.core.draws import Draws
 from nss_prune.core.nested import Path, at_path, tensors_in
 from nss_prune.errors import ArgumentError, DataError, NumericalError
 
@@ -102,11 +103,12 @@ class Part:
         last = tensor.unsqueeze(-1) if self.axis is None else tensor.movedim(self.axis, -1)
         return last.reshape(len(tensor), -1, self.size)
 
-    def drawn(self, outputs: Any, generator: torch.Generator) -> Tensor:
+    def drawn(self, outputs: Any, draws: Draws, stream: int) -> Tensor:
         """Sum whose gradient by the entries is the random vector of :meth:`_draw`, a scalar."""
         entries = self.entries(outputs)
-        signs = torch.randint(2, entries.shape, generator=generator).to(entries) * 2 - 1
-        return (entries * self._draw(entries.detach(), signs)).sum() * self.weight**0.5
+        signs = draws.signs(entries, stream)
+        total: Tensor = (entries * self._draw(entries.detach(), signs)).sum() * self.weight**0.5
+        return total
 
     def _draw(self, entries: Tensor, signs: Tensor) -> Tensor:
         """Vectors whose covariance over random signs is the Fisher information of the entries.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import as_computed, counted_batches, labelled_batches
+from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.output_inference import Found, Labels, found_in, parts_of
 from nss_prune.core.output_parts import Part, Spread, check_range
@@ -51,7 +52,7 @@ class Outputs:
         """Whether a part is measured in units of its variance."""
         return any(part.kind == "values" for part in self.parts)
 
-    def drawn_loss(self, outputs: Any, generator: torch.Generator) -> Tensor:
+    def drawn_loss(self, outputs: Any, draws: Draws) -> Tensor:
         """A scalar whose gradient by the outputs has their Fisher information as covariance.
 
         Summed over samples, positions and parts, whose information counts by their weights. What is
@@ -61,7 +62,8 @@ class Outputs:
             DataError: The outputs are not those described.
         """
         nest = self._selected(outputs)
-        return torch.stack([part.drawn(nest, generator) for part in self.parts]).sum()
+        terms = [part.drawn(nest, draws, stream) for stream, part in enumerate(self.parts)]
+        return torch.stack(terms).sum()
 
     def divergence(self, whole: Any, other: Any) -> Tensor:
         """KL divergence of the other outputs' distribution from that of the whole ones.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ class Collector:
         gathered = BatchStatistics(metrics)
 
         def gather(reading: Reading, gradient: Tensor) -> None:
-            differences = Reading(reading.group, difference(reading.activation, samples))
+            differences = replace(reading, activation=difference(reading.activation, samples))
             gathered.add(differences, gradient[:samples])
 
         references = count_references(inputs, self.baseline)
@@ -230,7 +231,7 @@ class Collector:
     ) -> None:
         by_group: dict[str, list[Tensor]] = {group.name: [] for group in self.groups}
         for reading in readings:
-            values = self.landscape.observations(as_computed(reading.activation))
+            values = self.landscape.observations(as_computed(reading.activation), reading.shape)
             if not torch.isfinite(values.sum(dtype=torch.float64)):
                 raise NumericalError(
                     f"what reads {reading.group} reads NaN or infinite values; check the data "

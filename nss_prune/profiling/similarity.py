@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nss_prune.errors import ArgumentError
-from nss_prune.statistics.positions import evenly_spaced
+from nss_prune.statistics.positions import positions
 
 Features = Literal["pixel", "pooled", "flat"]
 
@@ -33,8 +33,8 @@ class Landscape:
             features, compared within each batch (paper, Eq. 1).
         centered: Centre the observations (CKA as Kornblith et al., 2019); False is the paper's
             Eq. 2 to the letter. With "flat" each batch is centred by itself.
-        positions: "pixel" looks at this many evenly spaced positions of a map at most, because
-            neighbours say nearly the same; None for all.
+        positions: "pixel" looks at this many positions of a map at most, spread evenly over all of
+            its axes, because neighbours say nearly the same; None for all.
     """
 
     features: Features = "pixel"
@@ -47,15 +47,19 @@ class Landscape:
         if self.positions is not None and self.positions < 1:
             raise ArgumentError(f"positions is {self.positions}; give at least 1, or None for all")
 
-    def observations(self, activation: Tensor) -> Tensor:
-        """What is observed of ``[samples, neurons, positions]``: ``[neurons, samples, seen]``."""
+    def observations(self, activation: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """What is observed of ``[samples, neurons, positions]``: ``[neurons, samples, seen]``.
+
+        Args:
+            shape: Of the map whose positions these are; one axis where it is not known.
+        """
         by_neuron = activation.transpose(0, 1)
         if self.features == "pooled":
             return by_neuron.mean(2, keepdim=True)
-        available = by_neuron.shape[2]
-        if self.features == "flat" or self.positions is None or available <= self.positions:
+        if self.features == "flat":
             return by_neuron.contiguous()
-        return by_neuron[:, :, evenly_spaced(available, self.positions).to(activation.device)]
+        chosen = positions(shape or by_neuron.shape[2:], self.positions)
+        return by_neuron[:, :, chosen.to(activation.device)]
 
 
 class LandscapeSums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,12 @@ class Reading:
     Attributes:
         group: Name of the neuron group.
         activation: ``[samples, neurons, positions]``, detached.
+        shape: Of the map that the positions are of; their number is its product.
     """
 
     group: str
     activation: Tensor
+    shape: tuple[int, ...]
 
 
 GradientCallback = Callable[[Reading, Tensor], None]
@@ -78,8 +81,7 @@ class Watcher:
                     "axis of its input must hold the samples"
                 )
             readings = [
-                Reading(group.name, self._select(inputs.detach(), group, member, axis))
-                for group, member in entries
+                self._reading(inputs.detach(), group, member, axis) for group, member in entries
             ]
             self.readings.extend(readings)
             if self.on_gradient is None:
@@ -99,6 +101,12 @@ class Watcher:
                 self.on_gradient(reading, self._select(gradient, group, member, axis))
 
         return pass_on
+
+    def _reading(self, values: Tensor, group: NeuronGroup, member: Member, axis: int) -> Reading:
+        activation = self._select(values, group, member, axis)
+        shape = map_shape(values, axis, self.samples)
+        repeats = activation.shape[2] // max(1, math.prod(shape))
+        return Reading(group.name, activation, (repeats, *shape))
 
     def _select(self, values: Tensor, group: NeuronGroup, member: Member, axis: int) -> Tensor:
         """The part of ``values`` that belongs to a group, ``[samples, neurons, positions]``."""
@@ -151,6 +159,13 @@ def watched(
         for name in names:
             stack.callback(submodule(model, name).register_forward_pre_hook(hook(name)).remove)
         yield
+
+
+def map_shape(values: Tensor, axis: int, samples: int) -> tuple[int, ...]:
+    """The axes that positions are flattened from, see :func:`by_sample`; channels left out."""
+    others = list(values.shape[1:])
+    del others[axis % values.dim() - 1]
+    return (values.shape[0] // samples, *others)
 
 
 def by_sample(name: str, read: Tensor, module: nn.Module, samples: int) -> Tensor:

@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nss_prune.core.batches import counted_batches
 from nss_prune.core.models import evaluation, run, submodule
-from nss_prune.graph.axes import check_fits, map_positions, sides_by_consumer
+from nss_prune.graph.axes import check_fits, input_axis, map_positions, sides_by_consumer
 from nss_prune.graph.neurons import Member, NeuronGroup
-from nss_prune.statistics.capture import by_sample, watched
+from nss_prune.statistics.capture import by_sample, map_shape, watched
 from nss_prune.statistics.moments import ConsumerStatistics, Moments
 from nss_prune.statistics.survey import survey
 
@@ -83,7 +83,8 @@ class ConsumerSums:
             if name not in self._moments:
                 repeats = summed_positions(module, self.readers[name])
                 self._moments[name] = Moments(repeats, self._views)
-            self._moments[name].add(by_sample(name, read, module, samples))
+            shape = map_shape(read, input_axis(module), samples)
+            self._moments[name].add(by_sample(name, read, module, samples), shape)
             self._shapes[name] = tuple(read.shape[1:])
 
         with watched(self._model, self.readers, add):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nss_prune.errors import NumericalError
-from nss_prune.statistics.positions import evenly_spaced
-
-POSITIONS = 64  # of a map that are looked at, as in nss_prune.profiling.similarity.Landscape
+from nss_prune.statistics.positions import spaced
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,13 @@ class Moments:
         self._shift: Tensor | None = None
         self._found: ConsumerStatistics | None = None
 
-    def add(self, values: Tensor) -> None:
-        """Add ``[samples, channels, positions]``."""
-        seen = spaced(values, 2).double()
+    def add(self, values: Tensor, shape: Sequence[int] | None = None) -> None:
+        """Add ``[samples, channels, positions]``.
+
+        Args:
+            shape: Of the map whose positions these are; one axis where it is not known.
+        """
+        seen = spaced(values, 2, shape).double()
         samples, channels, positions = seen.shape
         seen = seen.reshape(samples, channels // self.repeats, self.repeats, positions)
         if self._shift is None:
@@ -143,14 +146,6 @@ class Moments:
             observations=independent(self.samples, rows, float(covariance.trace()), between),
             shape=(),
         )
-
-
-def spaced(values: Tensor, axis: int) -> Tensor:
-    """At most ``POSITIONS`` evenly spaced entries along an axis."""
-    available = values.shape[axis]
-    if available <= POSITIONS:
-        return values
-    return values.index_select(axis, evenly_spaced(available, POSITIONS).to(values.device))
 
 
 def _variance(averages: Tensor) -> float:

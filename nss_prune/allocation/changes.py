@@ -1,0 +1,164 @@
+"""How a layer's inputs change when the first neurons of an elimination go, level by level.
+
+A level is a number of neurons that go. To first order the loss changes by e = Σ g Δ, the products
+of gradients g and changes Δ over the channels and positions of a sample. Here e is computed for all
+levels of a group together, at two kinds of places:
+
+- At a consumer, Δ of a channel that goes is what the others explain of it less what it was:
+  Δ_P = B (x_S − μ_S) − (x_P − μ_P) with B = Σ_PS Σ_SS⁻¹. With Ω = Σ⁻¹ this is B = −Ω_PP⁻¹ Ω_PS, and
+  with the channels in the order in which they go, Ω_PP of every level is a leading block: one
+  Cholesky factor serves all levels.
+- At the output of a norm over the neurons, those that stay are normalised by the mean and variance
+  of fewer channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.batches import as_computed
+
+Norm = nn.LayerNorm | nn.GroupNorm
+NORMS = (nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class ConsumerChange:
+    """How the input of one consumer changes.
+
+    Units are its channels, or the neurons of a flattened map.
+
+    Attributes:
+        order: Units, first those that go at the last level, in the order in which they go,
+            ``[units]``.
+        gone: How many of them have gone at each level.
+        mean: Of each channel, ``[channels]``; None where nothing is folded.
+        mixing: B of each level, ``[gone, units - gone]``; () where nothing is folded.
+    """
+
+    order: Tensor
+    gone: tuple[int, ...]
+    mean: Tensor | None = None
+    mixing: tuple[Tensor, ...] = ()
+
+    @property
+    def values(self) -> int:
+        """Values that B of all levels has."""
+        return sum(matrix.numel() for matrix in self.mixing)
+
+    def effects(self, inputs: Tensor, gradient: Tensor) -> Tensor:
+        """e of each level and sample, ``[levels, samples]``.
+
+        Args:
+            inputs: ``[samples, channels, positions]``, and so is ``gradient``.
+        """
+        if self.mean is not None:
+            inputs = inputs - self.mean.to(inputs)[:, None]
+        most, samples = max(self.gone), len(inputs)
+        order = self.order.to(inputs.device)
+        values = inputs.reshape(samples, len(order), -1)[:, order]
+        slope = gradient.reshape(samples, len(order), -1)[:, order[:most]]
+        lost = nn.functional.pad((values[:, :most] * slope).sum(2).cumsum(1), (1, 0))
+        effects = -lost[:, list(self.gone)].T
+        if not self.mixing:
+            return effects
+        if self.values > 2 * most * len(order) and values.shape[2] > 1:
+            return effects + self._by_product(values, slope)
+        return effects + self._by_place(values, slope)
+
+    def _by_product(self, values: Tensor, slope: Tensor) -> Tensor:
+        """Explained by the others, from Σ_positions g xᵀ of each sample: few channels go."""
+        products = slope @ values.transpose(1, 2)
+        levels = zip(self.gone, self.mixing, strict=True)
+        return torch.stack(
+            [(products[:, :n, n:] * mixing.to(products)).sum((1, 2)) for n, mixing in levels]
+        )
+
+    def _by_place(self, values: Tensor, slope: Tensor) -> Tensor:
+        """The same, position by position."""
+        samples = len(values)
+        by_unit, slopes = (t.transpose(0, 1).flatten(1) for t in (values, slope))
+        levels = zip(self.gone, self.mixing, strict=True)
+        explained = [
+            ((mixing.to(by_unit) @ by_unit[n:]) * slopes[:n]).sum(0) for n, mixing in levels
+        ]
+        return torch.stack(explained).view(len(self.gone), samples, -1).sum(2)
+
+
+def ordered(ranks: Tensor, counts: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """Units in the order in which they go, and how many have gone at each level.
+
+    Args:
+        ranks: When each unit goes, in neurons; -1 for one that is of another group, ``[units]``.
+        counts: Neurons that have gone at each level.
+    """
+    never = int(ranks.max()) + 1
+    order = ranks.where(ranks >= 0, never).argsort(stable=True)
+    gone = tuple(int(((ranks >= 0) & (ranks < count)).sum()) for count in counts)
+    return order, gone
+
+
+def mixings(precision: Tensor, order: Tensor, gone: Sequence[int]) -> tuple[Tensor, ...]:
+    """B of each level, float32 ``[gone, units - gone]``.
+
+    Args:
+        precision: Ω, positive definite float64 ``[units, units]``.
+        order: As of :class:`ConsumerChange`.
+    """
+    most = max(gone)
+    leading = precision[order[:most]][:, order]
+    factor = torch.linalg.cholesky(leading[:, :most])
+    rest = torch.linalg.solve_triangular(factor, leading[:, most:], upper=False)
+    upper = torch.cat([factor.T, rest], 1)
+    return tuple(
+        -torch.linalg.solve_triangular(upper[:n, :n], upper[:n, n:], upper=True).float()
+        for n in gone
+    )
+
+
+@dataclass(frozen=True)
+class NormChange:
+    """How the output of a norm changes in the channels that stay.
+
+    Attributes:
+        norm: LayerNorm or GroupNorm.
+        kept: True for the channels that stay at each level, ``[levels, channels]``.
+    """
+
+    norm: Norm
+    kept: Tensor
+
+    def effects(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
+        """e of each level and sample, ``[levels, samples]``.
+
+        Args:
+            inputs: Of the norm, and ``gradient`` by its output, of the shape of it.
+        """
+        values, slope = self._arranged(as_computed(inputs)), self._arranged(as_computed(gradient))
+        weight = self.norm.weight
+        if weight is not None:
+            slope = slope * as_computed(weight).view(1, *values.shape[1:3], 1)
+        values = values - values.mean((2, 3), keepdim=True)
+        sums = torch.stack([values, values.square(), slope * values, slope]).sum(4)
+        kept = self.kept.to(sums).view(len(self.kept), *values.shape[1:3])
+        channels = kept.sum(2)[:, None]
+        shift, square, first, second = torch.einsum("lgc,zrgc->zlrg", kept, sums)
+        count = (channels * values.shape[3]).clamp(min=1)
+        shift, square = shift / count, square / count
+        before = (values.square().mean((2, 3)) + self.norm.eps).rsqrt()
+        after = ((square - shift.square()).clamp(min=0) + self.norm.eps).rsqrt()
+        effects = first * (after - before) - second * shift * after
+        return effects.sum(2).view(len(kept), samples, -1).sum(2)
+
+    def _arranged(self, values: Tensor) -> Tensor:
+        """``[rows, channel groups, channels, positions]``; a row is normalised by itself."""
+        if isinstance(self.norm, nn.GroupNorm):
+            groups = self.norm.num_groups
+            return values.reshape(len(values), groups, values.shape[1] // groups, -1)
+        width = self.norm.normalized_shape[-1]
+        last = values if values.shape[-1] == width else values.movedim(1, -1)
+        return last.reshape(-1, 1, width, 1)
