@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.outputs import LEAST_SAMPLES, Outputs, Part, outputs_of, resolve_outputs
+from nss_prune.core.output_parts import Part
+from nss_prune.core.outputs import LEAST_SAMPLES, Outputs, outputs_of, resolve_outputs
 from nss_prune.errors import ArgumentError, DataError, NumericalError
 
 DRAWS = 20_000
