@@ -333,3 +333,41 @@ def test_a_forward_function_of_the_users_own() -> None:
         model, [(inputs, classes(N))], forward=lambda model, batch: {"s": model(batch["pixels"])}
     )
     assert [(part.path, part.kind) for part in found.parts] == [(("s",), "classes")]
+
+
+def test_what_is_explained_is_what_the_labels_name() -> None:
+    scores = torch.randn(N + 2, 4, 3).double()
+    labels = torch.randint(4, (N, 3))
+    labels[0] = -100
+    described = resolve_outputs(None, scores[:N], labels)
+    wanted = 0.0
+    for sample in range(N):
+        for place in range(3):
+            if labels[sample, place] != -100:
+                wanted += float(scores[sample, int(labels[sample, place]), place])
+    assert float(described.explained(scores, labels, N)) == pytest.approx(wanted)
+
+    scores, labels = torch.randn(N + 1, 3).double(), torch.randint(2, (N, 3))
+    labels[0], labels[1] = 0, 1
+    described = resolve_outputs(None, scores[:N], labels)
+    wanted = 0.0
+    for row, named in zip(scores[:N].tolist(), labels.tolist(), strict=True):
+        chosen = [score for score, label in zip(row, named, strict=True) if label]
+        wanted += sum(chosen) if chosen else -sum(row)
+    assert float(described.explained(scores, labels, N)) == pytest.approx(wanted)
+
+    values, target = torch.randn(N, 2).double(), torch.rand(N, 2)
+    units = variances(values.tolist())
+    wanted = sum(v / u**0.5 for row in values.tolist() for v, u in zip(row, units, strict=True))
+    described = resolve_outputs(None, values, target)
+    assert float(described.explained(values, target, N)) == pytest.approx(wanted)
+
+
+def test_labels_nested_otherwise_than_the_outputs_are_refused() -> None:
+    outputs = {"a": torch.randn(N, 5), "b": torch.randn(N, 4)}
+    described = resolve_outputs("classes", outputs)
+    with pytest.raises(DataError, match="nested otherwise"):
+        described.loss(outputs, {"boxes": classes(N)})
+    for labels in (torch.rand(N), classes(N + 1), classes(N, 7)):
+        with pytest.raises(DataError, match="class indices are needed"):
+            described.loss(outputs, labels)

@@ -8,6 +8,7 @@ and for the loss of labels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -92,14 +93,13 @@ class Part:
     def arranged(self, tensor: Tensor) -> Tensor:
         """Its tensor as ``[samples, positions, size]``."""
         last = tensor.unsqueeze(-1) if self.axis is None else tensor.movedim(self.axis, -1)
-        arranged: Tensor = last.reshape(len(tensor), -1, self.size)
-        return arranged
+        return last.reshape(len(tensor), -1, self.size)
 
     def drawn(self, tensor: Tensor, generator: torch.Generator) -> Tensor:
         """Sum whose gradient by the entries is the random vector of :meth:`_draw`, a scalar."""
         entries = self.arranged(as_computed(tensor))
         signs = torch.randint(2, entries.shape, generator=generator).to(entries) * 2 - 1
-        return (entries * self._draw(entries.detach(), signs)).sum() * self.weight**0.5
+        return (entries * self._draw(entries.detach(), signs)).sum() * math.sqrt(self.weight)
 
     def _draw(self, entries: Tensor, signs: Tensor) -> Tensor:
         """Vectors whose covariance over random signs is the Fisher information of the entries.
@@ -302,7 +302,7 @@ class Spread:
     def add(self, entries: Tensor) -> None:
         """Add a batch."""
         self.epsilon = max(self.epsilon, torch.finfo(entries.dtype).eps)
-        values = entries.flatten(0, 1).double().cpu()
+        values = entries.flatten(0, 1).double()
         if not self.count:
             self.shift = values.mean(0)
             self.total = self.squares = torch.zeros_like(self.shift)
