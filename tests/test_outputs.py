@@ -262,6 +262,8 @@ def test_predictions() -> None:
     logit = torch.randn(N, 1)
     predicted = resolve_outputs("labels", logit).predictions(logit)
     assert torch.equal(predicted, (logit[:, 0] > 0).long())
+    assert found.predicts
+    assert not resolve_outputs("values", scores).predicts
     with pytest.raises(DataError, match="no class is predicted"):
         resolve_outputs("values", scores).predictions(scores)
 

@@ -47,6 +47,11 @@ class Outputs:
         return any(part.kind == "classes" for part in self.parts)
 
     @property
+    def predicts(self) -> bool:
+        """Whether :meth:`predictions` are known: a part holds classes or labels."""
+        return any(part.kind != "values" for part in self.parts)
+
+    @property
     def has_values(self) -> bool:
         """Whether a part is measured in units of its variance."""
         return any(part.kind == "values" for part in self.parts)
