@@ -9,6 +9,7 @@ from torch import nn
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp
 from nss_prune import NSSPruner, load_pruned, save_pruned
 from nss_prune.compensation.balance import PENALTIES, balance, class_shares
+from nss_prune.core.outputs import resolve_outputs
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NumericalError
 
 
@@ -125,7 +126,11 @@ def test_scores_of_positions_and_the_layer_that_really_makes_them():
     with torch.no_grad():
         model.head.bias += shift
     data = batches(40, (2, 5, 5), 3)
-    found = balance(model, data, class_shares(whole, data))
+    with pytest.raises(ArgumentError, match="outputs='classes'"):
+        class_shares(whole, data)  # a label for each picture, scores for each of its places
+    described = resolve_outputs("classes", whole(data[0][0]))
+    shares = class_shares(whole, data, outputs=described)
+    found = balance(model, data, shares, outputs=described)
     assert found.head == "head"
     torch.testing.assert_close(found.shift, -shift, rtol=0, atol=2e-3)
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.outputs import LEAST_SAMPLES, Outputs, Part, outputs_of, resolve_outputs
+from nss_prune.core.draws import Draws
+from nss_prune.core.output_parts import Part
+from nss_prune.core.output_spread import equal_weights, spreads
+from nss_prune.core.outputs import LEAST_SAMPLES, Outputs, outputs_of, resolve_outputs
 from nss_prune.errors import ArgumentError, DataError, NumericalError
 
 DRAWS = 20_000
@@ -79,11 +82,10 @@ def information(kind: str, row: list[float], units: list[float]) -> Tensor:
 def test_draws_have_the_fisher_information_as_covariance(kind: str) -> None:
     outputs = torch.randn(N, 3).double() * torch.tensor([1.0, 2.0, 0.5])
     described = resolve_outputs(kind, outputs)
-    generator = torch.Generator().manual_seed(1)
     leaf = outputs.clone().requires_grad_()
     total = torch.zeros(N, 3, 3, dtype=torch.float64)
-    for _ in range(DRAWS // 10):
-        (drawn,) = torch.autograd.grad(described.drawn_loss(leaf, generator), leaf)
+    for seed in range(DRAWS // 10):
+        (drawn,) = torch.autograd.grad(described.drawn_loss(leaf, Draws(outputs, seed)), leaf)
         total += drawn[:, :, None] * drawn[:, None, :]
     units = variances(outputs.tolist())
     for sample in range(N):
@@ -96,11 +98,10 @@ def test_draws_count_by_weights_positions_and_parts() -> None:
     outputs = {"a": torch.randn(N, 2, 3, 3).double(), "b": torch.randn(N, 4).double()}
     spec = {"a": ("classes", 0.25), "b": "labels"}
     described = resolve_outputs(spec, outputs)
-    generator = torch.Generator().manual_seed(1)
     leaves = {key: value.clone().requires_grad_() for key, value in outputs.items()}
     squares = {key: torch.zeros_like(value) for key, value in outputs.items()}
-    for _ in range(2000):
-        loss = described.drawn_loss(leaves, generator)
+    for seed in range(2000):
+        loss = described.drawn_loss(leaves, Draws(outputs, seed))
         for key, drawn in zip(
             leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True
         ):
@@ -115,7 +116,7 @@ def test_draws_count_by_weights_positions_and_parts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_draws_are_float32_at_least(dtype: torch.dtype) -> None:
     outputs = torch.randn(N, 3, dtype=dtype, requires_grad=True)
-    loss = resolve_outputs("classes", outputs).drawn_loss(outputs, torch.Generator())
+    loss = resolve_outputs("classes", outputs).drawn_loss(outputs, Draws(outputs))
     assert loss.dtype == torch.float32
     assert loss.shape == ()
 
@@ -261,6 +262,8 @@ def test_predictions() -> None:
     logit = torch.randn(N, 1)
     predicted = resolve_outputs("labels", logit).predictions(logit)
     assert torch.equal(predicted, (logit[:, 0] > 0).long())
+    assert found.predicts
+    assert not resolve_outputs("values", scores).predicts
     with pytest.raises(DataError, match="no class is predicted"):
         resolve_outputs("values", scores).predictions(scores)
 
@@ -332,3 +335,58 @@ def test_a_forward_function_of_the_users_own() -> None:
         model, [(inputs, classes(N))], forward=lambda model, batch: {"s": model(batch["pixels"])}
     )
     assert [(part.path, part.kind) for part in found.parts] == [(("s",), "classes")]
+
+
+def test_what_is_explained_is_what_the_labels_name() -> None:
+    scores = torch.randn(N + 2, 4, 3).double()
+    labels = torch.randint(4, (N, 3))
+    labels[0] = -100
+    described = resolve_outputs(None, scores[:N], labels)
+    wanted = 0.0
+    for sample in range(N):
+        for place in range(3):
+            if labels[sample, place] != -100:
+                wanted += float(scores[sample, int(labels[sample, place]), place])
+    assert float(described.explained(scores, labels, N)) == pytest.approx(wanted)
+
+    scores, labels = torch.randn(N + 1, 3).double(), torch.randint(2, (N, 3))
+    labels[0], labels[1] = 0, 1
+    described = resolve_outputs(None, scores[:N], labels)
+    wanted = 0.0
+    for row, named in zip(scores[:N].tolist(), labels.tolist(), strict=True):
+        chosen = [score for score, label in zip(row, named, strict=True) if label]
+        wanted += sum(chosen) if chosen else -sum(row)
+    assert float(described.explained(scores, labels, N)) == pytest.approx(wanted)
+
+    values, target = torch.randn(N, 2).double(), torch.rand(N, 2)
+    units = variances(values.tolist())
+    wanted = sum(v / u**0.5 for row in values.tolist() for v, u in zip(row, units, strict=True))
+    described = resolve_outputs(None, values, target)
+    assert float(described.explained(values, target, N)) == pytest.approx(wanted)
+
+
+def test_labels_nested_otherwise_than_the_outputs_are_refused() -> None:
+    outputs = {"a": torch.randn(N, 5), "b": torch.randn(N, 4)}
+    described = resolve_outputs("classes", outputs)
+    with pytest.raises(DataError, match="nested otherwise"):
+        described.loss(outputs, {"boxes": classes(N)})
+    for labels in (torch.rand(N), classes(N + 1), classes(N, 7)):
+        with pytest.raises(DataError, match="class indices are needed"):
+            described.loss(outputs, labels)
+
+
+def test_the_spread_of_a_part_is_its_divergence_from_its_average() -> None:
+    scores, odds, values = torch.randn(3, 40, 4).double()
+    parts = resolve_outputs(["classes", "labels", "values"], [scores, odds, values]).parts
+    found = spreads(
+        parts, [[t[:15] for t in (scores, odds, values)], [t[15:] for t in (scores, odds, values)]]
+    )
+    chances, yes = scores.softmax(1), odds.sigmoid()
+    average, share = chances.mean(0), yes.mean(0)
+    classes = (chances * (chances / average).log()).sum(1).mean()
+    labels = (yes * (yes / share).log() + (1 - yes) * ((1 - yes) / (1 - share)).log()).sum(1).mean()
+    assert found == pytest.approx([float(classes), float(labels), 2.0], rel=1e-9)
+    weights = equal_weights(found)
+    assert [
+        weight * spread for weight, spread in zip(weights, found, strict=True)
+    ] == pytest.approx([found[0]] * 3)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import evaluation, run
-from nss_prune.core.outputs import class_scores, scores_by_place
+from nss_prune.core.batches import labelled_batches
+from nss_prune.core.models import Forward, call_model, evaluation, run
+from nss_prune.core.outputs import Outputs, resolve_outputs, scores_by_place
 from nss_prune.core.views import views_of
 from nss_prune.errors import ModelMismatchError, NumericalError
 
@@ -76,26 +76,40 @@ class Balanced:
 
 
 def class_shares(
-    model: nn.Module, data: Iterable[Any], *, progress: bool | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
+    progress: bool | None = None,
 ) -> ClassShares:
     """What the model gives each class, from one pass over the data; the model stays as it is.
 
     Args:
-        data: Batches as :func:`nss_prune.profile` takes them; labels are not used. The outputs
-            must be class scores, of which softmax makes probabilities. Samples beyond
-            :data:`MOST_VALUES` scores are not needed.
+        data: Batches as :func:`nss_prune.profile` takes them; labels are not used but to find out
+            what the outputs mean. Samples beyond :data:`MOST_VALUES` scores are not needed.
+        outputs: What the outputs mean, of which the first with classes is balanced; None for what
+            the first batch says.
+        forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
 
     Raises:
+        ArgumentError: The first batch does not say what the outputs mean.
         DataError: The data is empty, or the model refuses it or gives no class scores.
         NumericalError: Scores are NaN or infinite.
     """
-    scores, folds = _scores(model, data, progress)
+    scores, folds = _scores(model, data, outputs, forward, progress)
     return _shares(scores.softmax(1), folds)
 
 
 def balance(
-    model: nn.Module, data: Iterable[Any], whole: ClassShares, *, progress: bool | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    whole: ClassShares,
+    *,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
+    progress: bool | None = None,
 ) -> Balanced:
     """Shift the scores in place so that the classes get what the whole model gave them.
 
@@ -105,20 +119,23 @@ def balance(
     Args:
         data: The same as of ``whole``.
         whole: By :func:`class_shares` of the model before neurons were removed.
+        outputs: As of ``whole``.
+        forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
 
     Raises:
         ModelMismatchError: ``whole`` is of other classes.
-        DataError, NumericalError: As :func:`class_shares`. In every case the model is as before.
+        ArgumentError, DataError, NumericalError: As :func:`class_shares`. In every case the model
+            is as before.
     """
-    scores, folds = _scores(model, data, progress)
+    scores, folds = _scores(model, data, outputs, forward, progress)
     none = torch.zeros(scores.shape[1], dtype=torch.float64)
     if whole.sums.shape[1] != len(none):
         raise ModelMismatchError(
             f"the whole model has {whole.sums.shape[1]} classes, this one {len(none)}; give the "
             "class_shares of the same model before neurons were removed"
         )
-    head = _head(model, data)
+    head = _head(model, data, outputs, forward)
     if head is None:
         why = "no layer's bias alone moves the class scores"
         return Balanced(None, none, f"the classes are not balanced: {why}")
@@ -132,13 +149,20 @@ def balance(
 
 
 @torch.no_grad()
-def _scores(model: nn.Module, data: Iterable[Any], progress: bool | None) -> tuple[Tensor, Tensor]:
+def _scores(
+    model: nn.Module,
+    data: Iterable[Any],
+    outputs: Outputs | None,
+    forward: Forward,
+    progress: bool | None,
+) -> tuple[Tensor, Tensor]:
     """Scores, float64 ``[places, classes]``, and the fold of each, both on the CPU."""
     found: list[Tensor] = []
     folds: list[Tensor] = []
     seen = values = 0
     with evaluation(model):
-        for by_place, samples in scores_by_place(model, data, progress, "balance"):
+        batches = scores_by_place(model, data, progress, "balance", outputs, forward)
+        for by_place, samples in batches:
             fold = torch.arange(seen, seen + samples) // views_of(data) % FOLDS
             folds.append(fold.repeat_interleave(len(by_place) // samples))
             found.append(by_place.cpu().double())
@@ -211,12 +235,17 @@ def _divergence(scores: Tensor, wanted: Tensor, shift: Tensor) -> Tensor:
     return (scores + shift).logsumexp(1).mean() - wanted @ shift
 
 
-def _head(model: nn.Module, data: Iterable[Any]) -> str | None:
+def _head(
+    model: nn.Module, data: Iterable[Any], outputs: Outputs | None, forward: Forward
+) -> str | None:
     """The last layer whose bias moves the scores by as much, or None."""
     with evaluation(model), torch.no_grad():
-        for number, inputs, _ in counted_batches(model, data, False, "balance"):
-            before = class_scores(run(model, inputs, number))
+        for number, inputs, labels, _ in labelled_batches(model, data, False, "balance"):
+            found = run(model, inputs, number, forward)
+            outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
+            before = outputs.scores(found)
             break
+        assert outputs is not None
         named: list[tuple[str, nn.Module]] = list(model.named_modules())
         for name, module in reversed(named):
             made = getattr(module, "out_features", getattr(module, "out_channels", None))
@@ -225,7 +254,7 @@ def _head(model: nn.Module, data: Iterable[Any]) -> str | None:
             size = max(1.0, float(before.abs().max()))
             shift = torch.linspace(-size, size, made).to(before)
             with _shifted(module, shift):
-                moved = class_scores(run(model, inputs, number)) - before
+                moved = outputs.scores(run(model, inputs, number, forward)) - before
             missed = moved.movedim(1, -1) - shift
             if float(missed.abs().max()) <= 32 * torch.finfo(before.dtype).eps * size:
                 return name

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import evaluation, run
+from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.errors import ArgumentError, ModelMismatchError, NumericalError
 from nss_prune.graph.slices import Slice
 
@@ -51,6 +51,7 @@ def recalibrate(
     data: Iterable[Any],
     *,
     whole: Mapping[str, NormStatistics] | None = None,
+    forward: Forward = call_model,
     progress: bool | None = None,
 ) -> tuple[str, ...]:
     """Estimate the running statistics of all BatchNorms anew from the data, in place.
@@ -63,6 +64,7 @@ def recalibrate(
             that can be; labels are not used.
         whole: By :func:`norm_statistics` of the same data, before neurons were removed, and
             :func:`kept_statistics` of that. Only what changed since is taken over then.
+        forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
 
     Returns:
@@ -83,7 +85,7 @@ def recalibrate(
             "to recalibrate"
         )
     with _fresh_statistics(norms, keep=True), torch.no_grad():
-        called = _measured(model, norms, data, progress)
+        called = _measured(model, norms, data, progress, forward)
         if whole is not None:
             for name, norm in called.items():
                 _move(name, norm, whole)
@@ -91,7 +93,11 @@ def recalibrate(
 
 
 def norm_statistics(
-    model: nn.Module, data: Iterable[Any], *, progress: bool | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Forward = call_model,
+    progress: bool | None = None,
 ) -> dict[str, NormStatistics]:
     """BatchNorm -> its statistics, for ``whole`` of :func:`recalibrate`; the model stays.
 
@@ -105,7 +111,7 @@ def norm_statistics(
     with _fresh_statistics(norms, keep=False), torch.no_grad():
         return {
             name: NormStatistics(*before[name], norm.running_mean, norm.running_var)
-            for name, norm in _measured(model, norms, data, progress).items()
+            for name, norm in _measured(model, norms, data, progress, forward).items()
         }
 
 
@@ -123,12 +129,16 @@ def kept_statistics(
 
 
 def _measured(
-    model: nn.Module, norms: Mapping[str, Any], data: Iterable[Any], progress: bool | None
+    model: nn.Module,
+    norms: Mapping[str, Any],
+    data: Iterable[Any],
+    progress: bool | None,
+    forward: Forward,
 ) -> dict[str, Any]:
     """The BatchNorms that were called; each has the statistics of the data."""
     with evaluation(model), _counting(norms):
         for number, inputs, _ in counted_batches(model, data, progress, "recalibration"):
-            run(model, inputs, number)
+            run(model, inputs, number, forward)
     called = {name: norm for name, norm in norms.items() if int(norm.num_batches_tracked)}
     for name, norm in called.items():
         _check_finite(name, norm)

@@ -15,7 +15,7 @@ from nss_prune.compensation.folding import Folded, apply
 from nss_prune.compensation.problem import changed_channels, resolved
 from nss_prune.compensation.solve import ConsumerFold, solved
 from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import evaluation, submodule
+from nss_prune.core.models import Forward, call_model, evaluation, submodule
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import check_fits, map_positions, sides_by_consumer
 from nss_prune.graph.slices import Slice
@@ -30,6 +30,7 @@ def refit(
     critical: Slice,
     data: Iterable[Any],
     *,
+    forward: Forward = call_model,
     progress: bool | None = None,
 ) -> Folded:
     """Fold in network order, each reader against what it read in the whole model; in place.
@@ -47,6 +48,7 @@ def refit(
 
     Args:
         data: Batches that can be iterated again: a list or a DataLoader.
+        forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar over the readers; None for only on a terminal.
 
     Raises:
@@ -66,12 +68,12 @@ def refit(
     folds: dict[str, ConsumerFold] = {}
     with evaluation(model), evaluation(sliced), torch.no_grad():
         _, inputs, _ = next(counted_batches(model, data, False, ""))
-        shown = survey(model, readers, inputs)
+        shown = survey(model, readers, inputs, forward)
         hidden = None if progress is None else not progress
         for name in tqdm(shown.calls, desc="refit", unit="reader", leave=False, disable=hidden):
             module = submodule(model, name)
             summed = summed_positions(module, readers[name])
-            both = _both_readings(model, sliced, critical, name, data, shown, summed)
+            both = _both_readings(model, sliced, critical, name, data, shown, summed, forward)
             reason = reason_to_leave(module, both, shared)
             if reason:
                 folds[name] = ConsumerFold(note=f"{name} is left unfolded: {reason}")
@@ -100,15 +102,16 @@ def _both_readings(
     data: Iterable[Any],
     shown: Survey,
     repeats: int,
+    forward: Forward,
 ) -> ConsumerStatistics:
     """Of ``[2 channels]``: what a reader reads in the whole model, then in the sliced one."""
     moments = Moments(repeats)
     shape: tuple[int, ...] = ()
     module = submodule(model, name)
     for number, inputs, samples in counted_batches(model, data, False, ""):
-        wholes = readings(model, name, inputs, number, shown.calls[name])
+        wholes = readings(model, name, inputs, number, shown.calls[name], forward)
         with critical.masked(sliced):
-            slices = readings(sliced, name, inputs, number, shown.calls[name])
+            slices = readings(sliced, name, inputs, number, shown.calls[name], forward)
         for whole, part in zip(wholes, slices, strict=True):
             values = [by_sample(name, read, module, samples) for read in (whole, part)]
             moments.add(torch.cat(values, dim=1))

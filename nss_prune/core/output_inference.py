@@ -183,6 +183,11 @@ def named(kind: str, one: Found, labels: Tensor | None) -> Part:
     axis = channel_axis(one.tensor)
     if kind == "classes" and labels is not None:
         axis = class_axis(one, labels) or axis
+    if kind == "classes" and (axis is None or one.tensor.shape[axis] < 2):
+        raise ArgumentError(
+            f"{shown([one])} has one score for each sample, whose softmax is always 1; give "
+            "outputs='labels' for a sigmoid or outputs='values' for a regression"
+        )
     return one.part(kind, axis)  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ and for the loss of labels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -56,14 +57,10 @@ class Part:
             raise ArgumentError(f"an output is {self.kind!r}; use one of {KINDS}")
         if not 0 < self.weight < float("inf"):
             raise ArgumentError(f"the weight of {self.name} is {self.weight!r}; use one above 0")
-        if self.kind == "classes" and (self.axis is None or self.size < 2):
+        if self.axis == 0 or (self.axis is None and self.kind == "classes"):
             raise ArgumentError(
-                f"{self.name} has one score for each sample, whose softmax is always 1; use "
-                "outputs='labels' for a sigmoid or outputs='values' for a regression"
-            )
-        if self.axis == 0:
-            raise ArgumentError(
-                f"axis 0 of {self.name} holds the samples; give the axis of its {self.kind}"
+                f"the axis of the {self.kind} of {self.name} is {self.axis}; axis 0 holds the "
+                "samples, give another"
             )
 
     @property
@@ -94,21 +91,16 @@ class Part:
             )
         return tensor
 
-    def entries(self, outputs: Any) -> Tensor:
-        """Its entries, float32 at least, ``[samples, positions, size]``."""
-        return self.arranged(as_computed(self.find(outputs)))
-
     def arranged(self, tensor: Tensor) -> Tensor:
-        """A tensor of its shape as ``[samples, positions, size]``."""
+        """Its tensor as ``[samples, positions, size]``."""
         last = tensor.unsqueeze(-1) if self.axis is None else tensor.movedim(self.axis, -1)
         return last.reshape(len(tensor), -1, self.size)
 
-    def drawn(self, outputs: Any, draws: Draws, stream: int) -> Tensor:
+    def drawn(self, tensor: Tensor, draws: Draws, stream: int) -> Tensor:
         """Sum whose gradient by the entries is the random vector of :meth:`_draw`, a scalar."""
-        entries = self.entries(outputs)
+        entries = self.arranged(as_computed(tensor))
         signs = draws.signs(entries, stream)
-        total: Tensor = (entries * self._draw(entries.detach(), signs)).sum() * self.weight**0.5
-        return total
+        return (entries * self._draw(entries.detach(), signs)).sum() * math.sqrt(self.weight)
 
     def _draw(self, entries: Tensor, signs: Tensor) -> Tensor:
         """Vectors whose covariance over random signs is the Fisher information of the entries.
@@ -131,13 +123,13 @@ class Part:
             return like.new_ones(self.size)
         return torch.tensor(self.variance, dtype=torch.float64).sqrt().to(like)
 
-    def divergence(self, whole: Any, other: Any) -> Tensor:
-        """KL divergence of the other outputs from the whole ones, float64 ``[samples]``, in nats.
+    def divergence(self, whole: Tensor, other: Tensor) -> Tensor:
+        """KL divergence of another tensor from the whole model's, float64 ``[samples]``, in nats.
 
         Raises:
-            DataError: The outputs differ in shape.
+            DataError: They differ in shape.
         """
-        wanted, got = (self.arranged(self.find(outputs).detach()) for outputs in (whole, other))
+        wanted, got = self.arranged(whole.detach()), self.arranged(other.detach())
         if wanted.shape != got.shape:
             raise DataError(
                 f"{self.name} has {tuple(wanted.shape)} entries [samples, positions, "
@@ -163,7 +155,7 @@ class Part:
             )
         return ((whole - other) / self.deviation(whole)).square() / 2
 
-    def predicted(self, outputs: Any) -> Tensor:
+    def predicted(self, tensor: Tensor) -> Tensor:
         """The class predicted, ``[samples, ...]``; for labels 0 or 1, ``[samples, labels, ...]``.
 
         One label for each sample comes as ``[samples]``.
@@ -171,20 +163,19 @@ class Part:
         Raises:
             DataError: It has no classes.
         """
-        tensor = self.find(outputs).detach()
         if self.kind == "classes":
             assert self.axis is not None
-            return tensor.argmax(self.axis)
+            return tensor.detach().argmax(self.axis)
         if self.kind == "labels":
             found = (tensor > 0).long()
             return found.flatten() if found.numel() == len(found) else found
         raise DataError(f"{self.name} holds values, of which none is a predicted class")
 
-    def loss(self, outputs: Any, labels: Tensor | None) -> Tensor:
+    def loss(self, tensor: Tensor, labels: Tensor | None) -> Tensor:
         """Negative log-likelihood of labels, summed over samples and positions, a scalar.
 
-        Cross entropy with class indices, where -100 is left out of positions; binary cross entropy
-        with zeros and ones; half the squared error in units of the variance.
+        Cross entropy with class indices, where -100 is left out of positions, or with shares;
+        binary cross entropy with zeros and ones; half the squared error in units of the variance.
 
         Args:
             labels: None for the predicted classes, and for the mean of the values.
@@ -192,20 +183,60 @@ class Part:
         Raises:
             DataError: The labels do not fit.
         """
-        entries = self.entries(outputs)
+        entries = self.arranged(as_computed(tensor))
         if labels is None:
             return self._own_loss(entries) * self.weight
-        labels = labels.to(entries.device)
-        if not self.fits(labels, outputs):
-            raise DataError(self._refusal(labels, outputs))
-        if self.kind == "classes" and not is_shares(labels, self.find(outputs)):
+        labels = self._checked(labels, tensor)
+        if self.kind == "classes" and not is_shares(labels, tensor):
             return self._class_loss(entries, labels) * self.weight
-        wanted = self.arranged(labels.reshape(self.find(outputs).shape)).to(entries)
+        wanted = self.arranged(labels.reshape(tensor.shape)).to(entries)
         return self._entry_loss(entries, wanted) * self.weight
 
-    def fits(self, labels: Tensor, outputs: Any) -> bool:
+    def explained(self, tensor: Tensor, labels: Tensor | None) -> Tensor:
+        """The sum of what labels name, a scalar.
+
+        The scores of their classes; those of their labels, and of a sample without a label minus
+        those of all; values whatever the labels are, each in units of its deviation.
+
+        Args:
+            labels: As of :meth:`loss`; None for what is predicted.
+        """
+        entries = self.arranged(as_computed(tensor))
+        if self.kind == "values":
+            return (entries / self.deviation(entries)).sum() * self.weight
+        labels = self._checked(self.predicted(tensor) if labels is None else labels, tensor)
+        if self.kind == "classes" and not is_shares(labels, tensor):
+            check_range(labels, self.size)
+            places = labels.reshape(*entries.shape[:2], 1).long()
+            named = entries.gather(2, places.clamp(min=0)) * (places >= 0)
+            return named.sum() * self.weight
+        wanted = self.arranged(labels.reshape(tensor.shape)).to(entries)
+        if self.kind == "labels":
+            wanted = wanted - (wanted.flatten(1).sum(1) == 0).to(wanted)[:, None, None]
+        return (entries * wanted).sum() * self.weight
+
+    def _checked(self, labels: Tensor, tensor: Tensor) -> Tensor:
+        """Labels where the tensor is.
+
+        Raises:
+            DataError: They do not fit.
+        """
+        labels = labels.to(tensor.device)
+        if self.fits(labels, tensor):
+            return labels
+        wanted = {
+            "classes": "class indices are needed, one for each sample and position",
+            "labels": "zeros and ones of the shape of the outputs are needed",
+            "values": "values of the shape of the outputs are needed",
+        }
+        raise DataError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)} for outputs "
+            f"{tuple(tensor.shape)}, taken for {self.kind}; {wanted[self.kind]}, or "
+            "outputs= that says what the outputs are, or loss=function(outputs, labels)"
+        )
+
+    def fits(self, labels: Tensor, tensor: Tensor) -> bool:
         """Whether labels are of the shape and type that its loss takes."""
-        tensor = self.find(outputs)
         if self.kind != "classes":
             alike = aligned(labels, tensor) is not None
             return alike and (self.kind == "values" or is_binary(labels))
@@ -213,18 +244,6 @@ class Part:
             return True
         places = tensor.select(self.axis or 0, 0).shape
         return squeezed(labels.shape) == squeezed(places) and not labels.is_floating_point()
-
-    def _refusal(self, labels: Tensor, outputs: Any) -> str:
-        wanted = {
-            "classes": "class indices are needed, one for each sample and position",
-            "labels": "zeros and ones of the shape of the outputs are needed",
-            "values": "values of the shape of the outputs are needed",
-        }
-        return (
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)} for outputs "
-            f"{tuple(self.find(outputs).shape)}, taken for {self.kind}; {wanted[self.kind]}, or "
-            "outputs= that says what the outputs are, or loss=function(outputs, labels)"
-        )
 
     def _class_loss(self, entries: Tensor, labels: Tensor) -> Tensor:
         check_range(labels, self.size)
@@ -284,7 +303,7 @@ class Spread:
     def add(self, entries: Tensor) -> None:
         """Add a batch."""
         self.epsilon = max(self.epsilon, torch.finfo(entries.dtype).eps)
-        values = entries.flatten(0, 1).double().cpu()
+        values = entries.flatten(0, 1).double()
         if not self.count:
             self.shift = values.mean(0)
             self.total = self.squares = torch.zeros_like(self.shift)

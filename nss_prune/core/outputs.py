@@ -14,6 +14,7 @@ from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.output_inference import Found, Labels, found_in, parts_of
 from nss_prune.core.output_parts import Part, Spread, check_range
+from nss_prune.core.output_spread import equal_weights, spreads
 from nss_prune.errors import ArgumentError, DataError
 
 LEAST_SAMPLES = 8
@@ -48,6 +49,11 @@ class Outputs:
         return any(part.kind == "classes" for part in self.parts)
 
     @property
+    def predicts(self) -> bool:
+        """Whether :meth:`predictions` are known: a part holds classes or labels."""
+        return any(part.kind != "values" for part in self.parts)
+
+    @property
     def has_values(self) -> bool:
         """Whether a part is measured in units of its variance."""
         return any(part.kind == "values" for part in self.parts)
@@ -61,9 +67,10 @@ class Outputs:
         Raises:
             DataError: The outputs are not those described.
         """
-        nest = self._selected(outputs)
-        terms = [part.drawn(nest, draws, stream) for stream, part in enumerate(self.parts)]
-        return torch.stack(terms).sum()
+        pairs = zip(self.parts, self.tensors(outputs), strict=True)
+        return _total(
+            part.drawn(tensor, draws, stream) for stream, (part, tensor) in enumerate(pairs)
+        )
 
     def divergence(self, whole: Any, other: Any) -> Tensor:
         """KL divergence of the other outputs' distribution from that of the whole ones.
@@ -73,9 +80,8 @@ class Outputs:
         Raises:
             DataError: The outputs are not those described, or not of the same samples.
         """
-        nests = self._selected(whole), self._selected(other)
-        found = [part.divergence(*nests) for part in self.parts]
-        return torch.stack([part.to(found[0].device) for part in found]).sum(0)
+        both = zip(self.parts, self.tensors(whole), self.tensors(other), strict=True)
+        return _total(part.divergence(wanted, got) for part, wanted, got in both)
 
     def loss(self, outputs: Any, labels: Any) -> Tensor:
         """Negative log-likelihood of the labels, summed over samples, positions and parts.
@@ -88,23 +94,46 @@ class Outputs:
         Raises:
             DataError: The labels fit no part.
         """
-        nest, given = self._selected(outputs), Labels(labels)
-        own = [self._labels_of(part, nest, given) for part in self.parts]
-        losses = [part.loss(nest, label) for part, label in zip(self.parts, own, strict=True)]
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+        tensors = self.tensors(outputs)
+        labelled = zip(self.parts, tensors, self._labels(tensors, labels), strict=True)
+        return _total(part.loss(tensor, label) for part, tensor, label in labelled)
 
-    def _labels_of(self, part: Part, nest: Any, labels: Labels) -> Tensor | None:
-        """The labels of a part; those for all where they fit it, and where they fit none."""
-        whole = labels.whole()
+    def explained(self, outputs: Any, labels: Any, samples: int) -> Tensor:
+        """The sum of the scores that labels name, over samples, positions and parts.
+
+        Args:
+            outputs: Samples beyond the first ``samples`` do not count.
+            labels: As of :meth:`loss`; None for the predicted classes. Values are explained
+                themselves, each in units of its deviation.
+
+        Raises:
+            DataError: The labels fit no part.
+        """
+        tensors = [tensor[:samples] for tensor in self.tensors(outputs)]
+        labelled = zip(self.parts, tensors, self._labels(tensors, labels), strict=True)
+        return _total(part.explained(tensor, label) for part, tensor, label in labelled)
+
+    def _labels(self, tensors: Sequence[Tensor], labels: Any) -> list[Tensor | None]:
+        """The labels of each part; those for all where they fit it, and where they fit none."""
+        given = Labels(labels)
+        whole = given.whole()
         if whole is None:
-            return labels.best(part.path)
-        whole = whole.to(part.find(nest).device)
-        fitting = {other.kind for other in self.parts if other.fits(whole, nest)}
-        if fitting != {"values"} and not whole.is_floating_point():
-            fitting.discard("values")  # class indices are no values
-        if not fitting:
-            return whole
-        return whole if part.kind in fitting and part.fits(whole, nest) else None
+            own = [given.of(part.path) for part in self.parts]
+            if labels is not None and all(label is None for label in own):
+                raise DataError(
+                    f"the labels are a {type(labels).__name__}, nested otherwise than the outputs; "
+                    "give a tensor, labels nested as the outputs are, or "
+                    "loss=function(outputs, labels)"
+                )
+            return own
+        whole = whole.to(tensors[0].device)
+        fits = [part.fits(whole, tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
+        if not whole.is_floating_point() and any(
+            fit and part.kind != "values" for part, fit in zip(self.parts, fits, strict=True)
+        ):  # class indices are no values
+            pairs = zip(self.parts, fits, strict=True)
+            fits = [fit and part.kind != "values" for part, fit in pairs]
+        return [whole if fit or not any(fits) else None for fit in fits]
 
     def predictions(self, outputs: Any) -> Tensor:
         """The class predicted, int64 ``[samples]``, or ``[samples, ...]`` for each position.
@@ -115,7 +144,8 @@ class Outputs:
         Raises:
             DataError: No output has classes or labels.
         """
-        return self._classes().predicted(self._selected(outputs))
+        part = self._classes()
+        return part.predicted(part.find(self._selected(outputs)))
 
     def _classes(self) -> Part:
         """The part that a prediction is of."""
@@ -151,10 +181,10 @@ class Outputs:
             NumericalError: They are NaN or infinite.
         """
         spreads = [Spread() if part.kind == "values" else None for part in self.parts]
-        for nest in map(self._selected, outputs):
-            for part, spread in zip(self.parts, spreads, strict=True):
+        for nest in outputs:
+            for part, tensor, spread in zip(self.parts, self.tensors(nest), spreads, strict=True):
                 if spread is not None:
-                    spread.add(part.arranged(part.find(nest).detach()))
+                    spread.add(part.arranged(tensor.detach()))
         pairs = zip(self.parts, spreads, strict=True)
         parts = tuple(part if spread is None else part.measured(spread) for part, spread in pairs)
         return replace(self, parts=parts)
@@ -163,8 +193,25 @@ class Outputs:
         """One line for reports."""
         return "outputs: " + "; ".join(part.describe() for part in self.parts)
 
+    def tensors(self, outputs: Any) -> list[Tensor]:
+        """The tensor of each part, as the model gives it.
+
+        Raises:
+            DataError: The outputs are not those described.
+        """
+        nest = self._selected(outputs)
+        return [part.find(nest) for part in self.parts]
+
     def _selected(self, outputs: Any) -> Any:
         return outputs if self.select is None else self.select(outputs)
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, on the device of the first."""
+    first, *others = terms
+    for term in others:
+        first = first + term.to(first.device)
+    return first
 
 
 OutputsSpec = None | str | Sequence[Any] | Mapping[Any, Any] | Callable[[Any], Any] | Outputs
@@ -200,7 +247,7 @@ def resolve_outputs(spec: Any, outputs: Any, labels: Any = None) -> Outputs:
         tensors = found_in(outputs if select is None else _kept(select, outputs))
         parts = tuple(parts_of(inner, tensors, Labels(labels)))
         found = Outputs(parts, select, tuple(_doubts(tensors, parts)))
-    samples = {len(part.find(found._selected(outputs))) for part in found.parts}
+    samples = [len(tensor) for tensor in found.tensors(outputs)]
     unknown = any(part.kind == "values" and part.variance is None for part in found.parts)
     return found.with_variance([outputs]) if unknown and min(samples) >= LEAST_SAMPLES else found
 
@@ -270,12 +317,37 @@ def outputs_of(
         for number, inputs, labels, _ in labelled_batches(model, data, False, "outputs"):
             found = resolve_outputs(spec, run(model, inputs, number, forward), labels)
             break
-        if not found.has_values or iter(data) is data or _is_measured(spec):
-            return found
-        batches = counted_batches(model, data, progress, "outputs")
-        return found.with_variance(
-            run(model, inputs, number, forward) for number, inputs, _ in batches
-        )
+    return with_units(found, spec, model, data, forward, progress)
+
+
+def with_units(
+    found: Outputs,
+    spec: Any,
+    model: nn.Module,
+    data: Iterable[Any],
+    forward: Forward = call_model,
+    progress: bool | None = None,
+) -> Outputs:
+    """Resolved outputs with the variance of all data as the unit of values.
+
+    Several parts that were inferred count alike, see :mod:`nss_prune.core.output_spread`. As they
+    are where there is nothing to measure, or where the data can be iterated only once.
+    """
+    if isinstance(data, Iterator):
+        return found
+
+    def given() -> Iterator[Any]:
+        for number, inputs, _ in counted_batches(model, data, progress, "outputs"):
+            yield run(model, inputs, number, forward)
+
+    with evaluation(model), torch.no_grad():
+        if found.has_values and not _is_measured(spec):
+            found = found.with_variance(given())
+        if spec is None and len(found.parts) > 1:
+            weights = equal_weights(spreads(found.parts, map(found.tensors, given())))
+            weighed = zip(found.parts, weights, strict=True)
+            found = replace(found, parts=tuple(replace(p, weight=w) for p, w in weighed))
+    return found
 
 
 def _is_measured(spec: Any) -> bool:
@@ -330,30 +402,27 @@ def cross_entropy(outputs: Any, labels: Any) -> Tensor:
     return functional.cross_entropy(scores, labels.long(), reduction="sum")
 
 
-def drawn_loss(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """A sum over samples whose gradient by the scores has the Fisher information for covariance.
-
-    With random signs s, v = Σ_c s_c √p_c (1_c − p) has E[v vᵀ] = diag(p) − p pᵀ, as the gradient
-    of −log p(y) with y drawn from p has. But a confident sample, where that is large for labels
-    that are hardly ever drawn, shows as much in each draw. Scores are ``[samples, classes, ...]``.
-    """
-    by_place = scores.movedim(1, -1).flatten(0, -2)
-    chances = by_place.detach().softmax(1)
-    signs = torch.randint(2, chances.shape, generator=generator).to(chances) * 2 - 1
-    roots = signs * chances.sqrt()
-    return (by_place * (roots - chances * roots.sum(1, keepdim=True))).sum()
-
-
 def scores_by_place(
-    model: nn.Module, data: Iterable[Any], progress: bool | None, label: str
+    model: nn.Module,
+    data: Iterable[Any],
+    progress: bool | None,
+    label: str,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
 ) -> Iterator[tuple[Tensor, int]]:
     """The class scores of every batch, ``[places, classes]`` sample by sample, and its samples.
 
+    Args:
+        outputs: What the outputs mean; None for what the first batch says.
+
     Raises:
+        ArgumentError: It does not say what the outputs mean.
         DataError: There is no batch, it cannot be used, or the model gives no class scores.
     """
-    for number, inputs, samples in counted_batches(model, data, progress, label):
-        scores = as_computed(class_scores(run(model, inputs, number)))
+    for number, inputs, labels, samples in labelled_batches(model, data, progress, label):
+        found = run(model, inputs, number, forward)
+        outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
+        scores = as_computed(outputs.scores(found))
         yield scores.movedim(1, -1).flatten(0, -2), samples
 
 

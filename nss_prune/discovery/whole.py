@@ -53,7 +53,8 @@ def discover(
     with recording({module for module, _, _ in claimed}) as calls:
         try:
             with deadline(WHOLE_SHARE * timeout, model):
-                graph, output_nodes = trace(model, example_inputs)
+                called = None if forward is call_model else forward
+                graph, output_nodes = trace(model, example_inputs, forward_fn=called)
                 found = find_neurons(model, graph, output_nodes, ignored)
         except GraphError as error:
             rest = (1 - WHOLE_SHARE) * timeout

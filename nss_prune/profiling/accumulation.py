@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import as_computed, check_inputs
-from nss_prune.core.models import run
+from nss_prune.core.models import Forward, call_model, run
 from nss_prune.core.nested import tensors_in
-from nss_prune.core.outputs import cross_entropy, predictions
+from nss_prune.core.output_inference import Labels
+from nss_prune.core.outputs import Outputs, resolve_outputs
 from nss_prune.errors import NumericalError
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.profiling.categories import Categories, assign
@@ -32,6 +33,15 @@ from nss_prune.statistics.capture import Reading, Watcher
 Loss = Callable[[Any, Any], Tensor]
 
 
+Meaning = Callable[[Any, Any], Outputs]
+"""Function of the outputs and labels of a batch that says what the outputs mean."""
+
+
+def by_labels(outputs: Any, labels: Any) -> Outputs:
+    """What outputs mean by their own shapes and labels."""
+    return resolve_outputs(None, outputs, labels)
+
+
 Beside = Callable[[int], contextlib.AbstractContextManager[None]]
 
 
@@ -48,13 +58,17 @@ class Collector:
         metrics: Contribution metrics.
         landscape: How observations are made of activations.
         categories: Which category a sample counts for.
-        loss: Function of (outputs, labels); cross entropy by default.
+        loss: Function of (outputs, labels); by default the likelihood of the labels by what the
+            outputs mean.
         device: Where the sums are kept: that of the model.
         baseline: The reference of metrics that compare with one.
         beside: Function of the number of samples that gives a context, in which each batch is run
             for the first time.
+        meaning: What the outputs mean, asked for the first batch, and only where it matters.
+        forward: Calls the model on the inputs of a batch.
 
     Attributes:
+        described: What the outputs mean; None as long as it did not matter.
         sums: Category -> its sums.
         counts_as: Category -> the one under which its samples are summed, where they differ.
         uncovered: Functions that kept their plain gradient where a multiplier was wanted.
@@ -70,9 +84,14 @@ class Collector:
         device: torch.device | str = "cpu",
         baseline: Any = "zeros",
         beside: Beside = alone,
+        meaning: Meaning = by_labels,
+        forward: Forward = call_model,
     ) -> None:
         self.groups = groups
         self.beside = beside
+        self.meaning = meaning
+        self.forward = forward
+        self.described: Outputs | None = None
         self.metrics = metrics
         self.landscape = landscape
         self.categories = categories
@@ -139,10 +158,14 @@ class Collector:
         ]
         gathered = BatchStatistics(with_gradient)
         watcher = Watcher(self.groups, samples, gathered.add if with_gradient else None)
-        with watcher.attached(model), torch.set_grad_enabled(bool(with_gradient)):
-            with self.beside(samples):
-                outputs = run(model, inputs, number)
-            membership = assign(self.categories, inputs, labels, outputs, samples)
+        with (
+            watcher.attached(model),
+            torch.set_grad_enabled(bool(with_gradient)),
+            self.beside(samples),
+        ):
+            outputs = run(model, inputs, number, self.forward)
+        with torch.set_grad_enabled(bool(with_gradient)):
+            membership = self._membership(inputs, labels, outputs, samples)
             if admitted is not None:
                 membership = {c: membership[c] for c in membership if c in admitted}
             membership = self._joined(membership)
@@ -156,8 +179,9 @@ class Collector:
                 self._loss(outputs, labels).backward()
                 self._add_statistics(gathered, membership)
         if compared:
-            targets = self._targets(outputs, labels)
-            differences = self._against_reference(model, inputs, targets, compared, number)
+            if self.loss is None or _are_classes(labels):
+                self._describe(outputs, labels)  # of the samples without their references
+            differences = self._against_reference(model, inputs, labels, compared, number)
             self._add_statistics(differences, membership)
         for category, indices in membership.items():
             self.sums[category].samples += len(indices)
@@ -177,18 +201,35 @@ class Collector:
             found.setdefault(self.counts_as.get(category, category), []).append(indices)
         return {category: torch.cat(parts) for category, parts in found.items()}
 
-    def _targets(self, outputs: Any, labels: Any) -> Any:
-        """The classes that metrics with a reference explain; None for all outputs together."""
-        if self.loss is None:
-            return predictions(outputs) if labels is None else labels
-        is_class = labels is not None and not torch.as_tensor(labels).is_floating_point()
-        return labels if is_class else None
+    def _describe(self, outputs: Any, labels: Any) -> Outputs:
+        """What the outputs mean, by the first batch that is asked for."""
+        if self.described is None:
+            self.described = self.meaning(outputs, labels)
+        return self.described
+
+    def _membership(
+        self, inputs: Any, labels: Any, outputs: Any, samples: int
+    ) -> dict[int, Tensor]:
+        """Category -> its samples."""
+        if self.categories != "predicted":
+            return assign(self.categories, inputs, labels, outputs, samples)
+        predicted = self._describe(outputs, labels).predictions(outputs)
+        return assign("labels", inputs, predicted, outputs, samples)
+
+    def _explained(self, outputs: Any, labels: Any, samples: int) -> Tensor:
+        """What metrics with a reference explain: classes, or all outputs together.
+
+        Outputs are of the samples and their references.
+        """
+        if self.loss is not None and not _are_classes(labels):
+            return target_scores(outputs, None, samples)
+        return self._describe(outputs, labels).explained(outputs, labels, samples)
 
     def _against_reference(
         self,
         model: nn.Module,
         inputs: Any,
-        targets: Any,
+        labels: Any,
         metrics: Sequence[Contribution],
         number: int,
     ) -> BatchStatistics:
@@ -204,9 +245,10 @@ class Collector:
         watcher = Watcher(self.groups, samples + references, gather)
         rule = RescaleRule(samples, references)
         with watcher.attached(model), torch.enable_grad(), rule:
-            outputs = run(model, with_reference(inputs, self.baseline, references), number)
+            both = with_reference(inputs, self.baseline, references)
+            outputs = run(model, both, number, self.forward)
             watcher.readings.clear()
-            target_scores(outputs, targets, samples).backward()
+            self._explained(outputs, labels, samples).backward()
         self.uncovered |= rule.uncovered
         return gathered
 
@@ -217,9 +259,8 @@ class Collector:
         return statistics
 
     def _loss(self, outputs: Any, labels: Any) -> Tensor:
-        if labels is None and self.loss is None:
-            labels = predictions(outputs)
-        value = (self.loss or cross_entropy)(outputs, labels).sum()
+        loss = self.loss or self._describe(outputs, labels).loss
+        value = loss(outputs, labels).sum()
         if not torch.isfinite(value):
             raise NumericalError(
                 f"the loss is {value.item()}; check the data and the model's weights for NaN"
@@ -292,3 +333,8 @@ def _of_samples(observed: Tensor, indices: Tensor) -> Tensor:
     if len(indices) == observed.shape[1]:
         return observed
     return observed.index_select(1, indices.to(observed.device))
+
+
+def _are_classes(labels: Any) -> bool:
+    whole = Labels(labels).whole()
+    return whole is not None and not whole.is_floating_point()

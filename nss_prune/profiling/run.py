@@ -9,15 +9,16 @@ from typing import Any
 from torch import nn
 
 from nss_prune.core.batches import first_batch, split_batch
-from nss_prune.core.models import device_of, evaluation
+from nss_prune.core.models import Forward, call_model, device_of, evaluation
 from nss_prune.core.nested import add_nested, map_tensors, tensors_in
+from nss_prune.core.outputs import Outputs, OutputsSpec, resolve_outputs, with_units
 from nss_prune.core.processes import processes
 from nss_prune.discovery.samples import readable
 from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import resolve_layers
-from nss_prune.profiling.accumulation import Collector, Loss, alone
+from nss_prune.profiling.accumulation import Collector, Loss, Meaning, alone
 from nss_prune.profiling.categories import Categories, check_categories
 from nss_prune.profiling.contributions.protocol import Contribution, metric_named, needs_reference
 from nss_prune.profiling.profile import Profile, ProfileBuilder, notes_on_rule
@@ -47,6 +48,8 @@ def profile(
     positions: int | None = 64,
     interval: int = 1,
     loss: Loss | None = None,
+    outputs: OutputsSpec = None,
+    forward: Forward = call_model,
     baseline: Any = "zeros",
     ignored_layers: Iterable[nn.Module | nn.Parameter | type | str] = (),
     memory_limit: int = MEMORY_LIMIT,
@@ -76,8 +79,14 @@ def profile(
         centered: Centre the activations before they are compared.
         positions: With "pixel", look at this many evenly spaced positions of a map at most.
         interval: Neurons that Algorithm 1 adds at a time.
-        loss: Function of (outputs, labels), summed over the samples or one value for each;
-            cross entropy by default.
+        loss: Function of (outputs, labels), summed over the samples or one value for each. By
+            default by ``outputs``: cross entropy, binary cross entropy with logits, or half the
+            squared error in units of the variance of the outputs.
+        outputs: What the outputs mean: "classes" (softmax), "labels" (sigmoids), "values", a list
+            or dict of these where there are several, a function that returns the tensors to keep;
+            None for what the outputs and labels of the first batch decide, see
+            :data:`nss_prune.core.outputs.OutputsSpec`.
+        forward: Function of (model, inputs) that gives the outputs, for the data and the example.
         baseline: The reference of "deeplift": "zeros", "mean" (of the data, in a pass before),
             or a tensor that broadcasts to one sample, nested like the inputs where these are.
         ignored_layers: Modules, types or names whose neurons are not profiled.
@@ -99,17 +108,19 @@ def profile(
         first, data = first_batch(data)
         example_inputs = split_batch(first)[0]
     ignored = resolve_layers(model, ignored_layers)
-    neurons = discover(model, example_inputs, ignored, adapters=adapters)
+    neurons = discover(model, example_inputs, ignored, forward=forward, adapters=adapters)
     return profile_neurons(
         model,
         data,
-        readable(model, neurons, example_inputs),
+        readable(model, neurons, example_inputs, forward),
         example_inputs,
         metrics=metrics,
         categories=categories,
         landscape=Landscape(features, centered, positions),
         interval=interval,
         loss=loss,
+        outputs=outputs,
+        forward=forward,
         baseline=baseline,
         memory_limit=memory_limit,
         keep_statistics=keep_statistics,
@@ -129,6 +140,8 @@ def profile_neurons(
     landscape: Landscape | None = None,
     interval: int = 1,
     loss: Loss | None = None,
+    outputs: OutputsSpec = None,
+    forward: Forward = call_model,
     baseline: Any = "zeros",
     memory_limit: int = MEMORY_LIMIT,
     keep_statistics: bool = False,
@@ -164,6 +177,8 @@ def profile_neurons(
         device_of(model),
         baseline,
         sums_read.watching if keep_readers else alone,
+        _meaning(model, data, outputs, forward),
+        forward,
     )
     room = max(1, memory_limit // sum(BYTES * group.size**2 for group in neurons.groups))
     with evaluation(model):
@@ -177,7 +192,19 @@ def profile_neurons(
     found = builder.build(minimum_samples, notes_on_rule(collector.uncovered))
     if not keep_readers:
         return found
-    return replace(found, readers=sums_read.surveyed(example_inputs))
+    return replace(found, readers=sums_read.surveyed(example_inputs, forward))
+
+
+def _meaning(model: nn.Module, data: Iterable[Any], spec: OutputsSpec, forward: Forward) -> Meaning:
+    """What the outputs mean by one batch, in units of all data where it can be read again."""
+
+    def meaning(outputs: Any, labels: Any) -> Outputs:
+        found = resolve_outputs(spec, outputs, labels)
+        # The workers of a loader that keeps them cannot begin anew while a pass goes on.
+        kept = getattr(getattr(data, "data", data), "persistent_workers", False)
+        return found if kept else with_units(found, spec, model, data, forward)
+
+    return meaning
 
 
 def mean_inputs(data: Iterable[Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.models import run, submodule
+from nss_prune.core.models import Forward, call_model, run, submodule
 from nss_prune.errors import DataError
 from nss_prune.graph.axes import input_axis
 from nss_prune.graph.neurons import Member, NeuronGroup
@@ -189,7 +189,14 @@ class _Reached(BaseException):
     """Leaves a forward pass when it has come far enough; no Exception, so nothing handles it."""
 
 
-def readings(model: nn.Module, name: str, inputs: Any, number: int, calls: int) -> list[Tensor]:
+def readings(
+    model: nn.Module,
+    name: str,
+    inputs: Any,
+    number: int,
+    calls: int,
+    forward: Forward = call_model,
+) -> list[Tensor]:
     """What a reader reads in its first ``calls`` calls; the model runs no further."""
     found: list[Tensor] = []
 
@@ -199,5 +206,5 @@ def readings(model: nn.Module, name: str, inputs: Any, number: int, calls: int) 
             raise _Reached
 
     with watched(model, [name], see), contextlib.suppress(_Reached):
-        run(model, inputs, number)
+        run(model, inputs, number, forward)
     return found

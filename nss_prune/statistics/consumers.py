@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import evaluation, run, submodule
+from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.graph.axes import check_fits, input_axis, map_positions, sides_by_consumer
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.statistics.capture import by_sample, map_shape, watched
@@ -26,6 +26,7 @@ def consumer_statistics(
     data: Iterable[Any],
     groups: Sequence[NeuronGroup],
     *,
+    forward: Forward = call_model,
     progress: bool | None = None,
 ) -> dict[str, ConsumerStatistics]:
     """Mean and covariance of what every reader of the groups reads, in one forward-only pass.
@@ -34,6 +35,7 @@ def consumer_statistics(
 
     Args:
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used.
+        forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
 
     Returns:
@@ -51,9 +53,9 @@ def consumer_statistics(
         for number, inputs, samples in counted_batches(model, data, progress, "folding"):
             with sums.watching(samples):
                 if number == 0:
-                    norms = survey(model, sums.readers, inputs).norms
+                    norms = survey(model, sums.readers, inputs, forward).norms
                 else:
-                    run(model, inputs, number)
+                    run(model, inputs, number, forward)
     return sums.statistics(norms)
 
 
@@ -94,12 +96,15 @@ class ConsumerSums:
         """What was added up of one reader."""
         return self._moments[reader]
 
-    def surveyed(self, example_inputs: Any) -> dict[str, ConsumerStatistics]:
+    def surveyed(
+        self, example_inputs: Any, forward: Forward = call_model
+    ) -> dict[str, ConsumerStatistics]:
         """:meth:`statistics`, with the norms that one more call of the model shows."""
         if not any(isinstance(module, _BatchNorm) for module in self._model.modules()):
             return self.statistics({})
         with evaluation(self._model), torch.no_grad():
-            return self.statistics(survey(self._model, self.readers, example_inputs).norms)
+            found = survey(self._model, self.readers, example_inputs, forward)
+            return self.statistics(found.norms)
 
     def statistics(self, norms: Mapping[str, str]) -> dict[str, ConsumerStatistics]:
         """Reader -> its statistics; one that was never called is missing.

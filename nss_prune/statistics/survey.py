@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from nss_prune.core.models import run, submodule
+from nss_prune.core.models import Forward, call_model, run, submodule
 from nss_prune.core.nested import tensors_in
 
 
@@ -31,7 +31,9 @@ class Survey:
     norms: dict[str, str]
 
 
-def survey(model: nn.Module, readers: Iterable[str], inputs: Any) -> Survey:
+def survey(
+    model: nn.Module, readers: Iterable[str], inputs: Any, forward: Forward = call_model
+) -> Survey:
     """Run one batch and see who is called, and what reads what they put out."""
     followed = _Followed()
     with contextlib.ExitStack() as stack:
@@ -43,7 +45,7 @@ def survey(model: nn.Module, readers: Iterable[str], inputs: Any) -> Survey:
                 norm_hook = module.register_forward_pre_hook(followed.norm_hook(name))
                 stack.callback(norm_hook.remove)
         with followed:
-            outputs = run(model, inputs, 0)
+            outputs = run(model, inputs, 0, forward)
     for tensor in tensors_in(outputs):
         followed.count(tensor)
     norms = {

@@ -10,9 +10,10 @@ the rescale rule, and the gradient that comes back is the multiplier::
     watcher = Watcher(groups, samples + references, on_gradient=collect)
     with evaluation(model), watcher.attached(model), RescaleRule(samples, references) as rule:
         outputs = call_model(model, with_reference(inputs, "zeros", references))
-        target_scores(outputs, labels, samples).backward()
+        target_scores(outputs, labels, samples, described).backward()
 
-``rule.uncovered`` then names what kept its plain gradient.
+where ``described`` is an :class:`nss_prune.core.outputs.Outputs`. ``rule.uncovered`` then names
+what kept its plain gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor
 
 from nss_prune.core.nested import tensors_in
-from nss_prune.core.outputs import class_scores
+from nss_prune.core.output_inference import found_in
+from nss_prune.core.output_parts import Part
+from nss_prune.core.outputs import Outputs, class_scores
 from nss_prune.errors import ArgumentError, DataError
 
 
@@ -174,37 +177,28 @@ def _references(inputs: Tensor, baseline: Any) -> Tensor:
         ) from error
 
 
-def target_scores(outputs: Any, targets: Tensor | None, samples: int) -> Tensor:
+def target_scores(
+    outputs: Any, targets: Any, samples: int, described: Outputs | None = None
+) -> Tensor:
     """What is explained: the scores of the target classes, summed over the inputs.
 
     The references follow the inputs in ``outputs`` and are left out: the gradient of an input's
     own score is its multiplier.
 
     Args:
-        outputs: Of the inputs and references, ``[samples + references, classes, ...]``.
+        outputs: Of the inputs and references, ``[samples + references, ...]``.
         targets: Class of each sample (and position), ``[samples, ...]``, or zeros and ones of
-            the shape of the scores for several classes each; None sums all outputs, as for a
-            regression.
+            the shape of the scores for several classes each; None sums all outputs.
         samples: Number of inputs.
+        described: What the outputs mean, see :meth:`nss_prune.core.outputs.Outputs.explained`;
+            None for class scores ``[samples + references, classes, ...]``.
 
     Raises:
         DataError: Targets that are not classes of the output.
     """
     if targets is None:
-        return tensors_in(getattr(outputs, "logits", outputs))[0][:samples].sum()
-    scores = class_scores(outputs)[:samples]
-    targets = torch.as_tensor(targets).to(scores.device)
-    if targets.shape == scores.shape and ((targets == 0) | (targets == 1)).all():
-        return (scores * targets).sum()
-    if targets.is_floating_point() or targets.shape != (samples, *scores.shape[2:]):
-        raise DataError(
-            f"the targets are {targets.dtype} of shape {tuple(targets.shape)} for outputs "
-            f"{tuple(scores.shape)}; one class index for each sample (and position) is needed, or "
-            "zeros and ones of the shape of the outputs"
-        )
-    if not ((targets >= 0) & (targets < scores.shape[1])).all():
-        raise DataError(
-            f"targets run from {int(targets.min())} to {int(targets.max())}, but the model has "
-            f"{scores.shape[1]} classes; correct them"
-        )
-    return scores.gather(1, targets.long().unsqueeze(1)).sum()
+        return torch.stack([one.tensor[:samples].sum() for one in found_in(outputs)]).sum()
+    if described is None:
+        size = class_scores(outputs).shape[1]
+        described = Outputs((Part(found_in(outputs)[0].path, "classes", axis=1, size=size),))
+    return described.explained(outputs, targets, samples)
