@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nss_prune.core.batches import labelled_batches
+from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.outputs import Outputs, resolve_outputs, scores_by_place
 from nss_prune.core.views import views_of
@@ -43,7 +44,7 @@ class ClassShares:
 
     Attributes:
         sums: Σ of the probabilities over samples and positions, float64 ``[folds, classes]``; a
-            sample is in the fold of its number, modulo the folds, with all its views.
+            sample is in a fold by its content, with all its augmented copies.
         counts: Samples × positions, ``[folds]``.
     """
 
@@ -159,14 +160,13 @@ def _scores(
     """Scores, float64 ``[places, classes]``, and the fold of each, both on the CPU."""
     found: list[Tensor] = []
     folds: list[Tensor] = []
-    seen = values = 0
+    values = 0
     with evaluation(model):
         batches = scores_by_place(model, data, progress, "balance", outputs, forward)
-        for by_place, samples in batches:
-            fold = torch.arange(seen, seen + samples) // views_of(data) % FOLDS
-            folds.append(fold.repeat_interleave(len(by_place) // samples))
+        for by_place, inputs in batches:
+            fold = _folds(inputs, views_of(data))
+            folds.append(fold.repeat_interleave(len(by_place) // len(fold)))
             found.append(by_place.cpu().double())
-            seen += samples
             values += by_place.numel()
             if values >= MOST_VALUES:
                 break
@@ -176,6 +176,15 @@ def _scores(
             "the class scores are NaN or infinite; check the data and the model's weights"
         )
     return together, torch.cat(folds)
+
+
+def _folds(inputs: Any, views: int) -> Tensor:
+    """The fold of each sample, by its content and not by its place, which a shuffle changes.
+
+    Augmented copies of a sample are in the fold of the first of them.
+    """
+    keys = Draws(inputs).keys.cpu()
+    return keys[::views].repeat_interleave(views) % FOLDS
 
 
 def _shares(probabilities: Tensor, folds: Tensor) -> ClassShares:

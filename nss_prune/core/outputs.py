@@ -409,8 +409,8 @@ def scores_by_place(
     label: str,
     outputs: Outputs | None = None,
     forward: Forward = call_model,
-) -> Iterator[tuple[Tensor, int]]:
-    """The class scores of every batch, ``[places, classes]`` sample by sample, and its samples.
+) -> Iterator[tuple[Tensor, Any]]:
+    """The class scores of every batch, ``[places, classes]`` sample by sample, and its inputs.
 
     Args:
         outputs: What the outputs mean; None for what the first batch says.
@@ -419,11 +419,11 @@ def scores_by_place(
         ArgumentError: It does not say what the outputs mean.
         DataError: There is no batch, it cannot be used, or the model gives no class scores.
     """
-    for number, inputs, labels, samples in labelled_batches(model, data, progress, label):
+    for number, inputs, labels, _ in labelled_batches(model, data, progress, label):
         found = run(model, inputs, number, forward)
         outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
         scores = as_computed(outputs.scores(found))
-        yield scores.movedim(1, -1).flatten(0, -2), samples
+        yield scores.movedim(1, -1).flatten(0, -2), inputs
 
 
 def predictions(outputs: Any) -> Tensor:
