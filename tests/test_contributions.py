@@ -14,7 +14,7 @@ from nss_prune.profiling.contributions import protocol
 from nss_prune.profiling.contributions.average import Average
 from nss_prune.profiling.contributions.protocol import metric_named, register_metric
 
-# What each neuron emits for a sample: the mean over positions, [samples, neurons].
+# What each neuron emits for a sample at a position, [samples and positions, neurons].
 
 
 def average(emitted: Tensor) -> list[float]:
@@ -67,13 +67,14 @@ def test_against_loops(metric: str, make, shape) -> None:
     for layer, reader in itertools.pairwise(readers):
         size = result.layers[str(layer)]
         read = model[:reader](inputs).detach()
-        emitted = read.reshape(len(read), size, -1).mean(2)
+        emitted = read.reshape(len(read), size, -1).transpose(1, 2)
         for category in range(3):
+            mine = emitted[labels == category].flatten(0, 1)
             assert result.contributions[metric][str(layer)][category].tolist() == pytest.approx(
-                ORACLES[metric](emitted[labels == category]), abs=1e-12
+                ORACLES[metric](mine), abs=1e-12
             )
         assert result.overall[metric][str(layer)].tolist() == pytest.approx(
-            ORACLES[metric](emitted), abs=1e-12
+            ORACLES[metric](emitted.flatten(0, 1)), abs=1e-12
         )
 
 
