@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 
 def elided(items: Sequence[str], shown: int, what: str = "more") -> list[str]:
-    """The first ``shown`` items, and how many ``what`` there are besides."""
+    """The first ``shown`` items, and how many more ``what`` there are, indented as they are."""
     if len(items) <= shown + 1:
         return list(items)
-    return [*items[:shown], f"... {len(items) - shown} {what}"]
+    indent = "  " if items[0].startswith("  ") else ""
+    return [*items[:shown], f"{indent}... {len(items) - shown} {what}"]
 
 
 def shortened(text: str, width: int) -> str:
@@ -20,8 +21,7 @@ def shortened(text: str, width: int) -> str:
     return f"{text[:first]}...{text[len(text) - (width - 3 - first) :]}"
 
 
-def aligned(rows: Iterable[tuple[str, str]], indent: str = "  ") -> list[str]:
-    """Lines of a name and a text each, in two columns."""
-    pairs = list(rows)
-    width = max((len(name) for name, _ in pairs), default=0)
-    return [f"{indent}{name:<{width}}  {text}".rstrip() for name, text in pairs]
+def listing(rows: Sequence[tuple[str, str]], shown: int, what: str) -> list[str]:
+    """Indented lines of a name and a text each: the first ``shown``, and how many there are."""
+    width = max((len(name) for name, _ in rows[: shown + 1]), default=0)
+    return elided([f"  {name:<{width}}  {text}" for name, text in rows], shown, what)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from nss_prune.core.text import aligned, elided, shortened
+from nss_prune.core.text import listing, shortened
 
 Side = Literal["out", "in", "both"]
 
@@ -104,8 +104,8 @@ class NeuronMap:
         neurons = sum(group.size for group in self.groups)
         lines = [
             f"NeuronMap of {neurons} neurons in {len(groups)} groups, {len(reasons)} left alone",
-            *elided(aligned(groups), 10, "groups more"),
-            *elided(aligned(reasons), 6, "left alone"),
+            *listing(groups, 10, "more groups"),
+            *listing(reasons, 6, "more left alone"),
         ]
         return "\n".join(lines)
 

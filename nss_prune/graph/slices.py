@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
-from nss_prune.core.text import aligned, elided, shortened
+from nss_prune.core.text import listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
 from nss_prune.graph.costs import parameters_left
@@ -24,6 +24,7 @@ from nss_prune.graph.masking import norm_hook, zeroing_hook
 from nss_prune.graph.neurons import Member, NeuronGroup
 
 KIND = "nss_prune slice"
+HTML_ROWS = 30  # of the table in a notebook
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,19 @@ class Slice:
         layers = [
             (shortened(name, 40), f"{count} of {size}") for name, count, size in self._counts()
         ]
-        return "\n".join([self._title(), *elided(aligned(layers), 6, "layers more")])
+        return "\n".join([self._title(), *listing(layers, 6, "more layers")])
 
     def _repr_html_(self) -> str:
+        counts = self._counts()
         rows = [
             f"<tr><td>{html.escape(name)}</td><td>{count}</td><td>{size}</td></tr>"
-            for name, count, size in self._counts()
+            for name, count, size in counts[:HTML_ROWS]
         ]
-        rest = '<tr><td colspan="3">{}</td></tr>'
-        rows = [
-            row if row.startswith("<tr>") else rest.format(row)
-            for row in elided(rows, 30, "layers more")
-        ]
+        if len(counts) > HTML_ROWS:
+            rows.append(f'<tr><td colspan="3">... {len(counts) - HTML_ROWS} more layers</td></tr>')
         return (
             f"<table><caption>{html.escape(self._title())}</caption>"
-            "<tr><th>layer</th><th>kept</th><th>of</th></tr>" + "".join(rows) + "</table>"
+            f"<tr><th>layer</th><th>kept</th><th>of</th></tr>{''.join(rows)}</table>"
         )
 
     def _counts(self) -> list[tuple[str, int, int]]:

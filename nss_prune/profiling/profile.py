@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nss_prune.core.files import read_file, write_file
-from nss_prune.core.text import aligned, elided, shortened
+from nss_prune.core.text import elided, listing, shortened
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.graph.encoding import decode_groups, encode_groups
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
@@ -78,11 +78,11 @@ class Profile:
         categories = ["+".join(elided([*map(str, part)], 3)) for part in self.categories]
         lines = [
             f"Profile of {sum(self.layers.values())} neurons in {len(layers)} layers",
-            *elided(aligned(layers), 6, "layers more"),
+            *listing(layers, 6, "more layers"),
             f"  metrics {', '.join(elided(self.metrics, 6))}, ranked by {self.ranked_by}",
             f"  samples {self.used} used, {self.unused} not used",
             f"  categories {', '.join(elided(categories, 8))}",
-            *elided([f"  note: {shortened(note, 80)}" for note in self.notes], 3, "notes more"),
+            *elided([f"  note: {shortened(note, 80)}" for note in self.notes], 3, "more notes"),
         ]
         return "\n".join(lines)
 
