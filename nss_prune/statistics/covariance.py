@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 
+FEW = 256  # rows whose products are summed in the precision of the values
+
+
 class Covariance:
     """Mean and scatter of a stream of rows, in float64.
 
@@ -107,10 +110,9 @@ class Covariance:
         shift = block.mean(1, keepdim=True)
         shifted = block - shift
         left = shifted.sum(1, dtype=torch.float64)
-        by_row = shifted.flatten(1)
-        mean = shift[:, 0].double() + left / rows
-        self._merge(rows, mean, by_row @ by_row.T)
-        self._scatter.addmm_(left, left.T, alpha=-1 / rows)
+        self._merge(rows, shift[:, 0].double() + left / rows, left @ left.T / -rows)
+        for part in shifted.flatten(1).split(max(FEW, len(left)), dim=1):
+            self._scatter += part @ part.T
 
     def _merge(self, rows: int, mean: Tensor, scatter: Tensor) -> None:
         if rows == 0:
