@@ -82,9 +82,7 @@ def test_around_the_mean_of_all_shards_scatters_add_up() -> None:
     for shard, part in zip(shards, rows.split([200, 700], dim=1), strict=True):
         shard.add(part)
         shard.move(mean[:, None])
-    torch.testing.assert_close(
-        shards[0].scatter + shards[1].scatter, scatter, rtol=1e-5, atol=1e-3
-    )
+    torch.testing.assert_close(shards[0].scatter + shards[1].scatter, scatter, rtol=1e-5, atol=1e-3)
 
 
 def test_repeats_have_means_of_their_own() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -52,8 +51,7 @@ def expected_curve(read: Tensor, order: Tensor, centered: bool) -> list[float]:
         read = read - read.mean(0)
     whole = read.flatten(1)
     return [
-        landscape_similarity(read[:, order[:k]].flatten(1), whole)
-        for k in range(1, len(order) + 1)
+        landscape_similarity(read[:, order[:k]].flatten(1), whole) for k in range(1, len(order) + 1)
     ]
 
 

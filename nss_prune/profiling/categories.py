@@ -93,7 +93,7 @@ def members(labels: Tensor, samples: int) -> dict[int, Tensor]:
 
 
 def _members_of_rows(labels: Tensor) -> dict[int, Tensor]:
-    columns = {category: column for category, column in enumerate(labels.unbind(1))}
+    columns = dict(enumerate(labels.unbind(1)))
     columns[UNLABELLED] = ~labels.any(1)
     found = {category: column.nonzero().flatten() for category, column in columns.items()}
     return {category: indices for category, indices in found.items() if len(indices)}

@@ -104,9 +104,11 @@ def _decode_covariance(tensors: dict[str, Tensor], key: str, rows: int) -> Covar
     return Covariance.of(rows, total / max(1, rows), scatter)
 
 
-def _decode_drawn(tensors: dict[str, Tensor], key: str, drawn: dict[str, Any]) -> Any:
+def _decode_drawn(
+    tensors: dict[str, Tensor], key: str, drawn: dict[str, Any]
+) -> DrawnSamples | None:
     if key not in drawn:
         return None
-    return DrawnSamples.of(
-        *drawn[key], tensors[f"{key}/drawn keys"], tensors[f"{key}/drawn values"]
-    )
+    seen, threshold = drawn[key]
+    keys, values = tensors[f"{key}/drawn keys"], tensors[f"{key}/drawn values"]
+    return DrawnSamples.of(seen, threshold, keys, values)

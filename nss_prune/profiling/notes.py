@@ -22,7 +22,7 @@ def notes_on_categories(parts: Sequence[Sequence[int]]) -> tuple[str, ...]:
     )
 
 
-def notes_on_samples(samples: Mapping[Sequence[int], int], used: int, unused: int) -> list[str]:
+def notes_on_samples(samples: Mapping[tuple[int, ...], int], used: int, unused: int) -> list[str]:
     """What the report says about samples without a label, and those that are not used.
 
     Args:
@@ -46,7 +46,7 @@ def notes_on_samples(samples: Mapping[Sequence[int], int], used: int, unused: in
     return notes
 
 
-def notes_on_drawn(drawn: Mapping[Sequence[int], tuple[int, int]]) -> tuple[str, ...]:
+def notes_on_drawn(drawn: Mapping[tuple[int, ...], tuple[int, int]]) -> tuple[str, ...]:
     """What the report says about categories of which a part was compared.
 
     Args:

@@ -72,9 +72,7 @@ class Profile:
     unused: int = 0
 
     def __repr__(self) -> str:
-        layers = [
-            (shortened(name, 40), f"{size} neurons") for name, size in self.layers.items()
-        ]
+        layers = [(shortened(name, 40), f"{size} neurons") for name, size in self.layers.items()]
         categories = ["+".join(elided([*map(str, part)], 3)) for part in self.categories]
         lines = [
             f"Profile of {sum(self.layers.values())} neurons in {len(layers)} layers",

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nss_prune.core.processes import processes
+from nss_prune.core.processes import processes, total_counts
 from nss_prune.errors import DataError
 from nss_prune.profiling.flat import DrawnSamples
 from nss_prune.profiling.similarity import LandscapeSums
+from nss_prune.statistics.covariance import Covariance
 
 
 @dataclass
@@ -64,7 +65,6 @@ class CategorySums:
         return self
 
 
-
 def draw_within(sums: Collection[CategorySums], limit: float) -> None:
     """Keep an even draw of the samples where kept activations take more than ``limit`` bytes.
 
@@ -98,26 +98,38 @@ def total_sums(sums: CategorySums) -> CategorySums:
     """The sums over all processes, in place. Every process must call it in the same order."""
     if processes() == 1:
         return sums
+    sums.samples = total_counts({0: sums.samples})[0]
     groups = list(sums.groups.values())
-    covariances = [group.landscape.covariance for group in groups]
-    device = covariances[0].mean.device if covariances else torch.device("cpu")
-    counts = [sums.samples, *(covariance.rows for covariance in covariances)]
-    packed = torch.tensor(counts, dtype=torch.float64, device=device)
-    values = [tensor for group in groups for tensor in group.statistics.values()]
-    totals = [covariance.mean * covariance.rows for covariance in covariances]
-    packed, *summed = _reduced([packed, *totals, *values])
-    sums.samples, *rows = (int(count) for count in packed.round())
-    for value, total in zip(values, summed[len(totals) :], strict=True):
+    values = [value for group in groups for value in group.statistics.values()]
+    for value, total in zip(values, _reduced(values), strict=True):
         value.copy_(total)
-    means = [total / max(1, count) for total, count in zip(summed, rows, strict=False)]
-    # Around the mean of all, the scatters of the processes add up.
-    for covariance, mean in zip(covariances, means, strict=True):
-        covariance.move(mean)
-    scatters = _reduced([covariance.scatter for covariance in covariances])
-    for covariance, *total in zip(covariances, rows, means, scatters, strict=True):
-        covariance.assign(*total)
-    _gather_drawn(sums, device)
+    _total_covariances([group.landscape.covariance for group in groups])
+    _gather_drawn([group.landscape for group in groups])
     return sums
+
+
+def _total_covariances(covariances: Sequence[Covariance]) -> None:
+    counts = _reduced([each.mean.new_tensor(each.rows) for each in covariances])
+    rows = [int(count.round()) for count in counts]
+    totals = _reduced([each.mean * each.rows for each in covariances])
+    # Around the mean of all, the scatters of the processes add up.
+    for each, count, total in zip(covariances, rows, totals, strict=True):
+        each.move(total / max(1, count))
+    scatters = _reduced([each.scatter for each in covariances])
+    for each, count, scatter in zip(covariances, rows, scatters, strict=True):
+        each.assign(count, each.mean, scatter)
+
+
+def _gather_drawn(landscapes: Sequence[LandscapeSums]) -> None:
+    """Give every process the activations that all of them kept."""
+    local = [each.drawn and each.drawn.to("cpu") for each in landscapes]
+    everywhere: list[list[DrawnSamples | None]] = [[]] * processes()
+    dist.all_gather_object(everywhere, local)
+    for landscape, found in zip(landscapes, zip(*everywhere, strict=True), strict=True):
+        present = [drawn for drawn in found if drawn is not None]
+        if present:
+            home = landscape.covariance.mean.device
+            landscape.drawn = functools.reduce(operator.add, present).to(home)
 
 
 def _reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -126,16 +138,3 @@ def _reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
     dist.all_reduce(packed)
     pieces = packed.split([tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
-
-
-def _gather_drawn(sums: CategorySums, device: torch.device) -> None:
-    """Give every process the activations that all of them kept."""
-    local = [
-        group.landscape.drawn and group.landscape.drawn.to("cpu") for group in sums.groups.values()
-    ]
-    everywhere: list[list[DrawnSamples | None]] = [[]] * processes()
-    dist.all_gather_object(everywhere, local)
-    for group, found in zip(sums.groups.values(), zip(*everywhere, strict=True), strict=True):
-        present = [drawn for drawn in found if drawn is not None]
-        if present:
-            group.landscape.drawn = functools.reduce(operator.add, present).to(device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 FEW = 256  # rows whose products are summed in the precision of the values
 
 
@@ -30,9 +29,7 @@ class Covariance:
         rows: Number of rows added.
     """
 
-    def __init__(
-        self, channels: int, repeats: int = 1, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, channels: int, repeats: int = 1, device: torch.device | str = "cpu") -> None:
         self.rows = 0
         self._settled = 0  # of these rows, those that are in the mean and the scatter
         self._mean = torch.zeros(channels, repeats, dtype=torch.float64, device=device)

@@ -21,10 +21,16 @@ class Variance(Average):
     def gather(self, activation: Tensor, gradient: Tensor | None) -> Tensor:
         """Sums of the activation and of its square over positions, ``[2, samples, neurons]``.
 
-        In float64: their difference is small against them where the mean is large.
+        In float64 and by way of deviations from the sample's mean, because the difference of the
+        two is small against them where the mean is large.
         """
-        square = torch.linalg.vector_norm(activation, dim=2, dtype=torch.float64).square()
-        return torch.stack([activation.sum(2, dtype=torch.float64), square])
+        positions = activation.shape[2]
+        mean = activation.mean(2, keepdim=True)
+        deviations = activation - mean
+        shift = mean[:, :, 0].double()
+        rest = deviations.sum(2).double()  # zero but for the rounding of the mean
+        square = deviations.square().sum(2).double() + shift * (2 * rest + positions * shift)
+        return torch.stack([positions * shift + rest, square])
 
     def per_sample(self, gathered: Tensor, positions: int) -> Tensor:
         """Means over the positions of the activation and its square, ``[2, samples, neurons]``."""
