@@ -159,7 +159,8 @@ class Collector:
                 if category not in self.sums:
                     self.sums[category] = self.empty()
             self._add_landscapes(watcher.readings, membership)
-            draw_within(self.sums.values(), self.flat_limit)
+            if self.landscape.features == "flat":
+                draw_within(self.sums.values(), self.flat_limit)
             self._add_statistics(self._ungraded(watcher.readings), membership)
             if with_gradient:
                 watcher.readings.clear()
