@@ -14,7 +14,7 @@ from nss_prune.profiling.contributions import protocol
 from nss_prune.profiling.contributions.average import Average
 from nss_prune.profiling.contributions.protocol import metric_named, register_metric
 
-# What each neuron emits for a sample: the mean over positions, [samples, neurons].
+# What each neuron emits for a sample at a position, [samples and positions, neurons].
 
 
 def average(emitted: Tensor) -> list[float]:
@@ -67,14 +67,39 @@ def test_against_loops(metric: str, make, shape) -> None:
     for layer, reader in itertools.pairwise(readers):
         size = result.layers[str(layer)]
         read = model[:reader](inputs).detach()
-        emitted = read.reshape(len(read), size, -1).mean(2)
+        emitted = read.reshape(len(read), size, -1).transpose(1, 2)
         for category in range(3):
+            mine = emitted[labels == category].flatten(0, 1)
             assert result.contributions[metric][str(layer)][category].tolist() == pytest.approx(
-                ORACLES[metric](emitted[labels == category]), abs=1e-12
+                ORACLES[metric](mine), abs=1e-12
             )
         assert result.overall[metric][str(layer)].tolist() == pytest.approx(
-            ORACLES[metric](emitted), abs=1e-12
+            ORACLES[metric](emitted.flatten(0, 1)), abs=1e-12
         )
+
+
+def test_maps_that_differ_within_the_samples_alone_vary() -> None:
+    # Every picture has one bright pixel of eight, so that all averages over positions are 1/8.
+    pictures = torch.eye(8, dtype=torch.float64).reshape(8, 1, 2, 4)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(24, 2)
+    ).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -2.0])[:, None, None, None])
+    result = profile(model, [(pictures, torch.zeros(8, dtype=torch.long))], metrics=("var",))
+    share = 1 / 8 * 7 / 8  # the variance of an indicator
+    assert result.overall["var"]["0"].tolist() == pytest.approx([share, 4 * share])
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e4])
+@pytest.mark.parametrize("positions", [1, 50])
+def test_a_variance_far_from_zero_keeps_its_digits(mean: float, positions: int) -> None:
+    metric = metric_named("var")
+    activation = torch.randn(40, 3, positions, generator=torch.Generator().manual_seed(0)) + mean
+    means = metric.per_sample(metric.gather(activation, None), positions).mean(1)
+    by_neuron = activation.double().transpose(0, 1).flatten(1)
+    expected = [variance(values[:, None])[0] for values in by_neuron]
+    assert metric.score(means[:, None])[0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_all_in_one_pass_are_the_same_as_one_by_one() -> None:

@@ -14,6 +14,7 @@ from networks import Residual, batches, cnn, mlp
 from nss_prune import Profile, Slice, profile
 from nss_prune.core import files
 from nss_prune.errors import ArgumentError, FileFormatError
+from nss_prune.profiling.profile import KIND
 from test_streaming import same
 
 
@@ -37,6 +38,51 @@ def test_statistics_round_trip_and_merge(known, tmp_path: Path) -> None:
     known.save(tmp_path / "profile.safetensors", statistics=True)
     loaded = Profile.load(tmp_path / "profile.safetensors")
     same(Profile.merge([known, known]), Profile.merge([loaded, known]))
+
+
+def as_before(path: Path, landscape: dict[str, object], metrics: tuple[str, ...]) -> None:
+    """Rewrite a profile's file as versions did that kept Σ x xᵀ and Σ x."""
+    tensors, notes = files.read_file(path, KIND)
+    for key in [key.removesuffix("/mean") for key in tensors if key.endswith("/mean")]:
+        _, category, name = key.split("/")
+        samples = next(
+            rows[name] for c, _, rows in notes["statistics"]["sums"] if str(c) == category
+        )
+        mean = tensors.pop(f"{key}/mean")
+        tensors[f"{key}/total"] = mean * samples
+        tensors[f"{key}/matrix"] = tensors.pop(f"{key}/scatter") + samples * torch.outer(mean, mean)
+    for later in ("ranked_by", "used", "unused"):
+        del notes[later]
+    for later in ("format", "drawn"):
+        del notes["statistics"][later]
+    notes["statistics"]["landscape"].update(landscape)
+    notes["statistics"]["metrics"] = metrics
+    files.write_file(path, KIND, tensors, notes)
+
+
+def test_sums_of_earlier_files_are_merged(tmp_path: Path) -> None:
+    path = tmp_path / "profile.safetensors"
+    torch.manual_seed(0)
+    only = profile(mlp(), batches(48, (12,), 3), keep_statistics=True)
+    only.save(path, statistics=True)
+    as_before(path, {}, ("taylor",))
+    loaded = Profile.load(path)
+    same(only, loaded)
+    assert (loaded.used, loaded.unused, loaded.ranked_by, loaded.notes) == (48, 0, "magnitude", ())
+    same(Profile.merge([only, only]), Profile.merge([loaded, only]))
+
+
+@pytest.mark.parametrize(
+    ("landscape", "metrics"), [({"features": "flat"}, ("taylor",)), ({}, ("taylor", "var"))]
+)
+def test_sums_that_meant_something_else_are_left_out(known, tmp_path, landscape, metrics) -> None:
+    path = tmp_path / "profile.safetensors"
+    known.save(path, statistics=True)
+    as_before(path, landscape, metrics)
+    loaded = Profile.load(path)
+    same(known, loaded)
+    assert loaded.statistics is None
+    assert "anew" in loaded.notes[-1]
 
 
 @pytest.mark.parametrize(("make", "shape"), [(cnn, (3, 12, 12)), (Residual, (6,))])

@@ -7,6 +7,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_dense_targets_by_a_function() -> None:
     assert result.samples == tuple(int((labels == c).flatten(1).any(1).sum()) for c in range(4))
 
 
-def shard_profile(rank: int, world: int, folder: str, room: int) -> None:
+def shard_profile(rank: int, world: int, folder: str, arguments: dict[str, Any]) -> None:
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -177,21 +178,25 @@ def shard_profile(rank: int, world: int, folder: str, room: int) -> None:
     torch.set_num_threads(1)
     model, dataset = torch.load(f"{folder}/input.pt", weights_only=False)
     shard = Subset(dataset, list(range(rank, len(dataset), world)))
-    result = profile(
-        model,
-        DataLoader(shard, batch_size=8),
-        metrics=METRICS,
-        memory_limit=room * ROOM_FOR_ONE,
-    )
+    result = profile(model, DataLoader(shard, batch_size=8), **arguments)
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def in_two_processes(
+    model: torch.nn.Module, dataset: TensorDataset, folder: Path, **arguments: Any
+) -> list[Profile]:
+    """The profiles that each of two processes makes of its half of the samples."""
+    torch.save((copy.deepcopy(model), dataset), folder / "input.pt")
+    mp.spawn(shard_profile, args=(2, str(folder), arguments), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.parametrize("room", [10, 1])
 def test_two_processes_agree_with_one(model, data, tmp_path: Path, room: int) -> None:
     dataset = TensorDataset(*(torch.cat(parts) for parts in zip(*data, strict=True)))
-    torch.save((copy.deepcopy(model), dataset), tmp_path / "input.pt")
-    mp.spawn(shard_profile, args=(2, str(tmp_path), room), nprocs=2)
     one = profile(model, data, metrics=METRICS)
-    for rank in range(2):
-        same(one, torch.load(tmp_path / f"{rank}.pt", weights_only=False))
+    limit = room * ROOM_FOR_ONE
+    for found in in_two_processes(model, dataset, tmp_path, metrics=METRICS, memory_limit=limit):
+        same(one, found)
+        assert (found.used, found.unused) == (60, 0)

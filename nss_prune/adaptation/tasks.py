@@ -16,6 +16,7 @@ from torch.nn import functional
 from nss_prune.adaptation.task_weights import zeroed
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
+from nss_prune.core.text import elided, shortened
 from nss_prune.graph.axes import input_axis
 from nss_prune.graph.slices import Slice, decode_slice, encode_slice
 from nss_prune.unstructured.storage import shapes
@@ -43,6 +44,15 @@ class Task:
     outputs: int
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     settled: bool = False
+
+    def __repr__(self) -> str:
+        classes = ", ".join(elided([*map(str, self.classes)], 10))
+        kept = sum(int(weights.sum()) for weights in self.weights.values())
+        size = sum(weights.numel() for weights in self.weights.values())
+        lines = [f"Task {shortened(self.name, 60)!r} of {len(self.classes)} classes: {classes}"]
+        if self.weights:
+            lines.append(f"{kept} of {size} weights in {len(self.weights)} parameters")
+        return "\n".join([*lines, repr(self.slice)])
 
     @contextlib.contextmanager
     def masked(self, model: nn.Module) -> Iterator[nn.Module]:

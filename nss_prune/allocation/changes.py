@@ -152,7 +152,8 @@ class NormChange:
         before = (values.square().mean((2, 3)) + self.norm.eps).rsqrt()
         after = ((square - shift.square()).clamp(min=0) + self.norm.eps).rsqrt()
         effects = first * (after - before) - second * shift * after
-        return effects.sum(2).view(len(kept), samples, -1).sum(2)
+        by_row: Tensor = effects.sum(2)
+        return by_row.view(len(kept), samples, -1).sum(2)
 
     def _arranged(self, values: Tensor) -> Tensor:
         """``[rows, channel groups, channels, positions]``; a row is normalised by itself."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from nss_prune.errors import ModelMismatchError
 from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.selection import union_thresholds
+from nss_prune.profiling.similarity import sizes
 
 
 class NSSImportance:
@@ -33,7 +34,7 @@ class NSSImportance:
         contributions = profile.contributions[chosen]
         thresholds = union_thresholds(profile.thresholds[chosen])
         self.scores = {
-            name: _without_ties(1 - entry, contributions[name].abs().mean(0))
+            name: _without_ties(1 - entry, sizes(contributions[name], profile.ranked_by).mean(0))
             for name, entry in thresholds.items()
         }
         self._ties = {group.name: group.ties for group in profile.groups if group.has_channels}

@@ -349,7 +349,7 @@ def is_shares(labels: Tensor, tensor: Tensor) -> bool:
 
 def check_range(labels: Tensor, classes: int) -> None:
     """Raise DataError unless all labels are classes; -100 is cross entropy's 'ignore'."""
-    counted = labels[labels != -100] if labels.dim() > 1 else labels
+    counted = labels[labels != -100]
     if counted.numel() == 0:
         return
     low, high = int(counted.min()), int(counted.max())

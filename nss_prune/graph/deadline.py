@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from nss_prune.errors import GraphError
 
 AGAIN = 1.0  # seconds between two interruptions
+SOON = 0.001  # seconds until the next look at a thread that is not in the body
 
 
 class _Expired(BaseException):
@@ -30,28 +32,12 @@ def deadline(seconds: float, model: nn.Module) -> Iterator[None]:
     Raises:
         GraphError: The body was not done in time.
     """
-    lock = threading.Lock()
-    done = threading.Event()
-    thread = ctypes.c_ulong(threading.get_ident())
-
-    def interrupt() -> None:
-        wait = seconds
-        # Again and again: Python drops what is raised while it runs a finaliser.
-        while not done.wait(wait):
-            wait = AGAIN
-            with lock:
-                if not done.is_set():
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Expired))
-
-    def stop() -> None:
-        with lock:
-            done.set()
-
-    threading.Thread(target=interrupt, daemon=True).start()
+    alarm = _Alarm(seconds, sys._getframe(1))  # contextlib's __enter__
     try:
+        alarm.start()
         yield
     except _Expired as error:
-        stop()
+        alarm.stop()
         layer = _layer_at_work(error.__traceback__, model)
         raise GraphError(
             f"torch-pruning was not done with {type(model).__name__} in {seconds:.3g} s"
@@ -59,7 +45,83 @@ def deadline(seconds: float, model: nn.Module) -> Iterator[None]:
             "ignored_layers, or raise timeout"
         ) from None
     finally:
-        stop()
+        alarm.stop()
+
+
+class _Alarm:
+    """A thread that interrupts the one which made it, from some time on until it is stopped.
+
+    Args:
+        seconds: Until the first interruption.
+        entering: The frame of the context manager's __enter__. No interruption is sent while that
+            or its __exit__ runs, which would leave them half done.
+    """
+
+    def __init__(self, seconds: float, entering: FrameType) -> None:
+        self._seconds = seconds
+        self._manager = entering.f_locals["self"]
+        self._stopped = False
+        self._target = threading.get_ident()
+        # Held while the body runs. An Event would not do: an interruption can come while it is
+        # set, and leave the lock inside it held for ever.
+        self._running = threading.Lock()
+        self._thread = threading.Thread(target=self._interrupt, daemon=True)
+
+    def start(self) -> None:
+        """Begin to wait."""
+        self._running.acquire()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Make sure that no interruption comes any more, whatever comes meanwhile.
+
+        Raises:
+            KeyboardInterrupt: One came meanwhile; the alarm is stopped all the same.
+        """
+        other: BaseException | None = None
+        while not self._stopped:
+            try:
+                self._stop()
+            except _Expired:
+                continue
+            except BaseException as error:
+                other = error
+        if other is not None:
+            raise other
+
+    def _stop(self) -> None:
+        if self._running.locked():
+            self._running.release()
+        with contextlib.suppress(RuntimeError):  # it has not begun, and will find the lock free
+            self._thread.join()
+        _raise_in(self._target, None)  # take back what has not been raised yet
+        self._manager = None
+        self._stopped = True
+
+    def _interrupt(self) -> None:
+        wait = self._seconds
+        # Again and again: Python drops what is raised while it runs a finaliser.
+        while not self._running.acquire(timeout=wait):
+            wait = SOON
+            if self._in_body():
+                wait = AGAIN
+                _raise_in(self._target, _Expired)
+
+    def _in_body(self) -> bool:
+        """Whether the thread is neither on its way into the body nor on its way out."""
+        frame = sys._current_frames().get(self._target)
+        while frame is not None:
+            of_manager = frame.f_code.co_filename == contextlib.__file__
+            if of_manager and frame.f_locals.get("self") is self._manager:
+                return False
+            frame = frame.f_back
+        return True
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an exception in a thread, as soon as it runs Python code; None takes it back."""
+    raised = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
 def _layer_at_work(traceback: TracebackType | None, model: nn.Module) -> str:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from nss_prune.core.text import listing, shortened
+
 Side = Literal["out", "in", "both"]
 
 
@@ -33,6 +35,13 @@ class Member:
     width: int
     axis: int | None = None
 
+    def __repr__(self) -> str:
+        where = self.side if self.axis is None else f"axis {self.axis}"
+        return (
+            f"Member({shortened(self.name, 60)!r}, {where}: {len(self.channels)} of {self.width} "
+            "channels)"
+        )
+
 
 @dataclass(frozen=True)
 class NeuronGroup:
@@ -50,6 +59,13 @@ class NeuronGroup:
     size: int
     members: tuple[Member, ...]
     ties: int = 1
+
+    def __repr__(self) -> str:
+        channels = f" of {self.ties} channels" if self.ties > 1 else ""
+        return (
+            f"NeuronGroup({shortened(self.name, 60)!r}: {self.size} neurons{channels}, "
+            f"{len(self.members)} members)"
+        )
 
     @property
     def has_channels(self) -> bool:
@@ -78,6 +94,20 @@ class NeuronMap:
     left_alone: dict[str, str] = field(default_factory=dict)
     left_alone_sizes: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        groups = [(shortened(group.name, 40), f"{group.size} neurons") for group in self.groups]
+        reasons = [
+            (shortened(name, 40), f"left alone: {shortened(reason, 60)}")
+            for name, reason in self.left_alone.items()
+        ]
+        neurons = sum(group.size for group in self.groups)
+        lines = [
+            f"NeuronMap of {neurons} neurons in {len(groups)} groups, {len(reasons)} left alone",
+            *listing(groups, 10, "more groups"),
+            *listing(reasons, 6, "more left alone"),
+        ]
+        return "\n".join(lines)
 
     def without(self, reasons: Mapping[str, str]) -> NeuronMap:
         """The map with some groups left alone, for ``reasons`` by their names."""

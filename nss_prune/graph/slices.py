@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
+from nss_prune.core.text import listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
 from nss_prune.graph.costs import parameters_left
@@ -22,6 +24,7 @@ from nss_prune.graph.masking import norm_hook, zeroing_hook
 from nss_prune.graph.neurons import Member, NeuronGroup
 
 KIND = "nss_prune slice"
+HTML_ROWS = 30  # of the table in a notebook
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,41 @@ class Slice:
     Attributes:
         kept: Layer -> True where a neuron is critical, bool ``[neurons]``.
         groups: The neuron groups that the layers' names stand for.
+        rule: How the neurons were chosen, such as "theta 0.95", or "" where it is not known.
     """
 
     kept: dict[str, Tensor]
     groups: tuple[NeuronGroup, ...]
+    rule: str = ""
+
+    def __repr__(self) -> str:
+        layers = [
+            (shortened(name, 40), f"{count} of {size}") for name, count, size in self._counts()
+        ]
+        return "\n".join([self._title(), *listing(layers, 6, "more layers")])
+
+    def _repr_html_(self) -> str:
+        counts = self._counts()
+        rows = [
+            f"<tr><td>{html.escape(name)}</td><td>{count}</td><td>{size}</td></tr>"
+            for name, count, size in counts[:HTML_ROWS]
+        ]
+        if len(counts) > HTML_ROWS:
+            rows.append(f'<tr><td colspan="3">... {len(counts) - HTML_ROWS} more layers</td></tr>')
+        return (
+            f"<table><caption>{html.escape(self._title())}</caption>"
+            f"<tr><th>layer</th><th>kept</th><th>of</th></tr>{''.join(rows)}</table>"
+        )
+
+    def _counts(self) -> list[tuple[str, int, int]]:
+        """(layer, neurons kept, neurons)."""
+        return [(name, int(kept.sum()), len(kept)) for name, kept in self.kept.items()]
+
+    def _title(self) -> str:
+        counts = self._counts()
+        kept, size = sum(count for _, count, _ in counts), sum(size for *_, size in counts)
+        rule = f" by {shortened(self.rule, 80)}" if self.rule else ""
+        return f"Slice of {kept} of {size} neurons in {len(counts)} layers{rule}"
 
     def __post_init__(self) -> None:
         sizes = {group.name: group.size for group in self.groups}
@@ -133,7 +167,8 @@ def encode_slice(critical: Slice) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, groups = encode_groups(critical.groups)
     for name, kept in critical.kept.items():
         tensors[f"kept/{name}"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
-    return tensors, {"groups": groups, "kept": list(critical.kept)}
+    notes = {"groups": groups, "kept": list(critical.kept)}
+    return tensors, {**notes, "rule": critical.rule} if critical.rule else notes
 
 
 def decode_slice(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Slice:
@@ -146,4 +181,4 @@ def decode_slice(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Sli
         ).bool()
         for name in notes["kept"]
     }
-    return Slice(kept, groups)
+    return Slice(kept, groups, notes.get("rule", ""))

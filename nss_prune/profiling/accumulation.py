@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from nss_prune.core.output_inference import Labels
 from nss_prune.core.outputs import Outputs, resolve_outputs
 from nss_prune.errors import NumericalError
 from nss_prune.graph.neurons import NeuronGroup
-from nss_prune.profiling.categories import Categories, assign
+from nss_prune.profiling.categories import Categories, assign, count_used
 from nss_prune.profiling.contributions.deeplift import (
     count_references,
     difference,
@@ -27,7 +28,7 @@ from nss_prune.profiling.contributions.deeplift import (
 from nss_prune.profiling.contributions.protocol import Contribution, needs_reference
 from nss_prune.profiling.contributions.rescale import RescaleRule
 from nss_prune.profiling.similarity import Landscape, LandscapeSums
-from nss_prune.profiling.sums import CategorySums, GroupSums
+from nss_prune.profiling.sums import CategorySums, GroupSums, draw_within
 from nss_prune.statistics.capture import Reading, Watcher
 
 Loss = Callable[[Any, Any], Tensor]
@@ -66,9 +67,12 @@ class Collector:
             for the first time.
         meaning: What the outputs mean, asked for the first batch, and only where it matters.
         forward: Calls the model on the inputs of a batch.
+        flat_limit: Bytes for the activations that landscapes of "flat" features keep.
 
     Attributes:
         described: What the outputs mean; None as long as it did not matter.
+        used: Number of samples that count for a category, each counted once.
+        unused: Number of samples that count for none.
         sums: Category -> its sums.
         counts_as: Category -> the one under which its samples are summed, where they differ.
         uncovered: Functions that kept their plain gradient where a multiplier was wanted.
@@ -86,6 +90,7 @@ class Collector:
         beside: Beside = alone,
         meaning: Meaning = by_labels,
         forward: Forward = call_model,
+        flat_limit: float = math.inf,
     ) -> None:
         self.groups = groups
         self.beside = beside
@@ -101,6 +106,8 @@ class Collector:
         self.counts_as: dict[int, int] = {}
         self.baseline = baseline
         self.uncovered: set[str] = set()
+        self.flat_limit = flat_limit
+        self.used = self.unused = 0
         self._used: list[CategorySums] = []
 
     def reuse(self, sums: CategorySums) -> None:
@@ -115,8 +122,9 @@ class Collector:
         """Sums of a category without samples."""
         if self._used:
             return self._used.pop().clear()
+        nothing = torch.zeros(1, 1, 1)
         statistics = {
-            metric.name: metric.per_sample(torch.zeros(1, 1, 1), 1).shape[0]
+            metric.name: len(metric.per_sample(metric.gather(nothing, nothing), 1))
             for metric in self.metrics
         }
         return CategorySums(
@@ -166,13 +174,17 @@ class Collector:
             outputs = run(model, inputs, number, self.forward)
         with torch.set_grad_enabled(bool(with_gradient)):
             membership = self._membership(inputs, labels, outputs, samples)
-            if admitted is not None:
+            if admitted is None:
+                self.count(membership, samples)
+            else:
                 membership = {c: membership[c] for c in membership if c in admitted}
             membership = self._joined(membership)
             for category in membership:
                 if category not in self.sums:
                     self.sums[category] = self.empty()
             self._add_landscapes(watcher.readings, membership)
+            if self.landscape.features == "flat":
+                draw_within(self.sums.values(), self.flat_limit)
             self._add_statistics(self._ungraded(watcher.readings), membership)
             if with_gradient:
                 watcher.readings.clear()
@@ -185,6 +197,12 @@ class Collector:
             self._add_statistics(differences, membership)
         for category, indices in membership.items():
             self.sums[category].samples += len(indices)
+
+    def count(self, membership: Mapping[int, Tensor], samples: int) -> None:
+        """Count the samples of a batch that belong to a category, and those that do not."""
+        used = count_used(membership)
+        self.used += used
+        self.unused += samples - used
 
     def join(self, part: Sequence[int]) -> None:
         """Sum all categories of a part under its first from now on, those summed so far too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,12 @@ from nss_prune.core.outputs import class_scores
 from nss_prune.errors import ArgumentError, DataError
 
 Categories = Literal["labels", "predicted"] | Callable[[Any, Any, Any], Tensor] | None
+
+UNLABELLED = -1
+"""The category of samples without a label: rows of zeros. No label of a row has this index."""
+
+IGNORED = -100
+"""The label of samples that are not used: cross entropy ignores them as well."""
 
 MINIMUM_SAMPLES = 8
 """Fewer samples than this are too few to compare; such categories join others."""
@@ -32,8 +38,8 @@ def assign(
 ) -> dict[int, Tensor]:
     """Category -> indices of its samples in the batch, int64 on the CPU, in ascending order.
 
-    Labels are one integer for each sample, or a row of zeros and ones for several: then a sample
-    counts for each of its labels.
+    Labels are one integer for each sample, or a row of zeros and ones for several, see
+    :func:`members`.
 
     Raises:
         DataError: Labels are missing or of another form.
@@ -56,19 +62,46 @@ def assign(
 
 
 def members(labels: Tensor, samples: int) -> dict[int, Tensor]:
-    """Category -> indices of its samples, from ``[samples]`` or ``[samples, categories]``."""
-    if labels.dim() == 2 and len(labels) == samples and ((labels == 0) | (labels == 1)).all():
-        columns = {c: labels[:, c].nonzero().flatten() for c in range(labels.shape[1])}
-        return {category: indices for category, indices in columns.items() if len(indices)}
-    if labels.shape != (samples,) or labels.is_floating_point():
+    """Category -> indices of its samples, int64, in ascending order.
+
+    Args:
+        labels: ``[samples]`` or ``[samples, 1]``, one integer each (or floats that are all zeros
+            and ones); samples whose label is ``IGNORED`` belong to no category. Or
+            ``[samples, categories]`` of zeros and ones: a sample counts for each of its labels,
+            and for the category ``UNLABELLED`` where it has none.
+
+    Raises:
+        DataError: The labels are of another form.
+    """
+    binary = bool(((labels == 0) | (labels == 1)).all())
+    if labels.dim() == 2 and labels.shape[1] > 1 and len(labels) == samples and binary:
+        return _members_of_rows(labels.bool())
+    if labels.shape not in ((samples,), (samples, 1)) or (
+        labels.is_floating_point() and not binary
+    ):
         raise DataError(
             f"the categories are {labels.dtype} of shape {tuple(labels.shape)}; one integer for "
             f"each of the {samples} samples is needed, or a row of zeros and ones for each. For "
             "other labels pass a function as categories=, or categories=None"
         )
-    order = labels.long().argsort(stable=True)
+    labels = labels.flatten().long()
     present, counts = labels.unique(return_counts=True)
-    return dict(zip(present.tolist(), order.split(counts.tolist()), strict=True))
+    order = labels.argsort(stable=True)
+    found = dict(zip(present.tolist(), order.split(counts.tolist()), strict=True))
+    found.pop(IGNORED, None)
+    return found
+
+
+def _members_of_rows(labels: Tensor) -> dict[int, Tensor]:
+    columns = dict(enumerate(labels.unbind(1)))
+    columns[UNLABELLED] = ~labels.any(1)
+    found = {category: column.nonzero().flatten() for category, column in columns.items()}
+    return {category: indices for category, indices in found.items() if len(indices)}
+
+
+def count_used(membership: Mapping[int, Tensor]) -> int:
+    """Number of samples that belong to a category, each counted once."""
+    return len(torch.cat([*membership.values()]).unique()) if membership else 0
 
 
 def joined(counts: dict[int, int], minimum: int = MINIMUM_SAMPLES) -> dict[int, tuple[int, ...]]:

@@ -5,47 +5,34 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nss_prune.core.files import read_file, write_file
+from nss_prune.core.text import elided, listing, shortened
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.graph.encoding import decode_groups, encode_groups
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
 from nss_prune.profiling.categories import MINIMUM_SAMPLES, joined
-from nss_prune.profiling.contributions.protocol import Contribution, metric_named
+from nss_prune.profiling.contributions.protocol import Contribution
+from nss_prune.profiling.kept import Statistics, decode_statistics, encode_statistics
+from nss_prune.profiling.notes import notes_on_categories, notes_on_drawn, notes_on_samples
 from nss_prune.profiling.selection import Strategy, slice_profile
 from nss_prune.profiling.similarity import (
     Landscape,
-    LandscapeSums,
+    Ranking,
     check_interval,
     entry_thresholds,
     ranked,
     similarity_curve,
 )
 from nss_prune.profiling.streaming import Part, Sums
-from nss_prune.profiling.sums import CategorySums, GroupSums
 from nss_prune.statistics.moments import ConsumerStatistics
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """The sums behind a profile, kept to be merged with those of other data.
-
-    Attributes:
-        metrics: The metrics that the sums are for.
-        landscape: How the observations were made.
-        sums: Category -> sums.
-    """
-
-    metrics: tuple[Contribution, ...]
-    landscape: Landscape
-    sums: Sums
 
 
 @dataclass(frozen=True)
@@ -54,8 +41,9 @@ class Profile:
 
     Attributes:
         neurons: The groups the names below refer to.
-        categories: The categories compared, each the labels that count as one.
-        samples: Samples in each category.
+        categories: The categories compared, each the labels that count as one; -1 stands for
+            samples without a label.
+        samples: Samples in each category; one with several labels is in several.
         contributions: metric -> layer -> ``[categories, neurons]``.
         overall: metric -> layer -> contributions over all data, ``[neurons]``.
         curves: metric -> layer -> ``[categories, neurons]``, the similarity after each rank.
@@ -64,6 +52,9 @@ class Profile:
         statistics: The sums, where ``profile(..., keep_statistics=True)`` kept them.
         readers: What every reader reads, where ``profile(..., keep_readers=True)`` kept it: what
             folding needs. It is not saved.
+        ranked_by: "magnitude" or "signed", see :func:`nss_prune.profiling.similarity.ranked`.
+        used: Number of samples that count for a category, each counted once.
+        unused: Number of samples that count for none.
     """
 
     neurons: NeuronMap
@@ -76,6 +67,22 @@ class Profile:
     notes: tuple[str, ...] = ()
     statistics: Statistics | None = field(default=None, repr=False)
     readers: dict[str, ConsumerStatistics] | None = field(default=None, repr=False)
+    ranked_by: Ranking = "magnitude"
+    used: int = 0
+    unused: int = 0
+
+    def __repr__(self) -> str:
+        layers = [(shortened(name, 40), f"{size} neurons") for name, size in self.layers.items()]
+        categories = ["+".join(elided([*map(str, part)], 3)) for part in self.categories]
+        lines = [
+            f"Profile of {sum(self.layers.values())} neurons in {len(layers)} layers",
+            *listing(layers, 6, "more layers"),
+            f"  metrics {', '.join(elided(self.metrics, 6))}, ranked by {self.ranked_by}",
+            f"  samples {self.used} used, {self.unused} not used",
+            f"  categories {', '.join(elided(categories, 8))}",
+            *elided([f"  note: {shortened(note, 80)}" for note in self.notes], 3, "more notes"),
+        ]
+        return "\n".join(lines)
 
     @property
     def groups(self) -> tuple[NeuronGroup, ...]:
@@ -110,7 +117,7 @@ class Profile:
 
     def ranking(self, metric: str, layer: str) -> Tensor:
         """Neurons by contribution, see :func:`ranked`, ``[categories, neurons]``."""
-        return ranked(self.contributions[metric][layer])
+        return ranked(self.contributions[metric][layer], self.ranked_by)
 
     def metric_or_default(self, metric: str | None) -> str:
         """``metric``, or the first one profiled.
@@ -145,7 +152,8 @@ class Profile:
     def merge(profiles: Iterable[Profile]) -> Profile:
         """The profile of all data, from profiles of its shards.
 
-        Every shard is profiled with the same arguments and ``keep_statistics=True``.
+        Every shard is profiled with the same arguments and ``keep_statistics=True``. With "flat"
+        the pairs of samples from different shards are compared as well.
 
         Raises:
             ArgumentError: No profiles, or one without its statistics.
@@ -157,7 +165,8 @@ class Profile:
         """Write the profile as safetensors, whole or not at all.
 
         Args:
-            statistics: Also the sums for :meth:`merge`, 8 Σ neurons² bytes a category.
+            statistics: Also the sums for :meth:`merge`, 8 Σ neurons² bytes a category (and with
+                "flat" the activations).
 
         Raises:
             ArgumentError: There are no statistics to save.
@@ -167,13 +176,15 @@ class Profile:
             raise ArgumentError("the profile has no statistics; make it with keep_statistics=True")
         tensors, notes = _encode(self)
         if statistics and self.statistics is not None:
-            more, notes["statistics"] = _encode_statistics(self.statistics)
+            more, notes["statistics"] = encode_statistics(self.statistics)
             tensors.update(more)
         write_file(path, KIND, tensors, notes)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Profile:
         """Read what :meth:`save` wrote. A user's own metric must be registered to be merged.
+
+        Sums of an earlier version that mean something else today are left out, with a note.
 
         Raises:
             FileFormatError: The file is damaged, foreign, or of a newer version.
@@ -184,6 +195,10 @@ class Profile:
 
 KIND = "nss_prune profile"
 VALUES = ("contributions", "overall", "curves")
+OUTDATED = (
+    "the file's sums are of an earlier version, where 'flat' and 'var' were computed in another "
+    "way; to merge them, profile that data anew"
+)
 
 
 def _encode(profile: Profile) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -200,25 +215,10 @@ def _encode(profile: Profile) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "categories": profile.categories,
         "samples": profile.samples,
         "interval": profile.interval,
+        "ranked_by": profile.ranked_by,
+        "used": profile.used,
+        "unused": profile.unused,
         "notes": profile.notes,
-    }
-
-
-def _encode_statistics(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {}
-    sums: dict[int, Any] = {}
-    for category, found in statistics.sums.items():
-        sums[category] = [found.samples, {n: g.landscape.rows for n, g in found.groups.items()}]
-        for name, group in found.groups.items():
-            key = f"sums/{category}/{name}"
-            tensors[f"{key}/matrix"] = group.landscape.matrix
-            tensors[f"{key}/total"] = group.landscape.total
-            for metric, values in group.statistics.items():
-                tensors[f"{key}/{metric}"] = values
-    return tensors, {
-        "metrics": [metric.name for metric in statistics.metrics],
-        "landscape": asdict(statistics.landscape),
-        "sums": [[category, *rest] for category, rest in sums.items()],
     }
 
 
@@ -235,6 +235,10 @@ def _decode(tensors: dict[str, Tensor], notes: dict[str, Any]) -> Profile:
         }
         for values in VALUES
     )
+    statistics, more = None, []
+    if "statistics" in notes:
+        statistics = decode_statistics(tensors, notes["statistics"])
+        more = [] if statistics else [OUTDATED]
     return Profile(
         neurons=neurons,
         categories=tuple(tuple(part) for part in notes["categories"]),
@@ -243,27 +247,12 @@ def _decode(tensors: dict[str, Tensor], notes: dict[str, Any]) -> Profile:
         overall=overall,
         curves=curves,
         interval=notes["interval"],
-        notes=tuple(notes["notes"]),
-        statistics=_decode_statistics(tensors, notes.get("statistics")),
+        notes=(*notes["notes"], *more),
+        statistics=statistics,
+        ranked_by=notes.get("ranked_by", "magnitude"),
+        used=notes.get("used", sum(notes["samples"])),
+        unused=notes.get("unused", 0),
     )
-
-
-def _decode_statistics(
-    tensors: dict[str, Tensor], notes: dict[str, Any] | None
-) -> Statistics | None:
-    if notes is None:
-        return None
-    metrics = tuple(metric_named(name) for name in notes["metrics"])
-    sums: Sums = {}
-    for category, samples, rows in notes["sums"]:
-        groups = {}
-        for name, count in rows.items():
-            key = f"sums/{category}/{name}"
-            landscape = LandscapeSums(tensors[f"{key}/matrix"], tensors[f"{key}/total"], count)
-            values = {metric.name: tensors[f"{key}/{metric.name}"] for metric in metrics}
-            groups[name] = GroupSums(landscape, values)
-        sums[category] = CategorySums(samples, groups)
-    return Statistics(metrics, Landscape(**notes["landscape"]), sums)
 
 
 class ProfileBuilder:
@@ -276,16 +265,26 @@ class ProfileBuilder:
         landscape: Landscape,
         interval: int,
         keep_statistics: bool,
+        *,
+        ranking: Ranking = "magnitude",
     ) -> None:
         self.neurons = neurons
         self.metrics = metrics
         self.landscape = landscape
         self.interval = interval
+        self.ranking = ranking
+        self.used = self.unused = 0
+        self.drawn: dict[Part, tuple[int, int]] = {}
         self.parts: dict[Part, int] = {}
         self.kept: Sums | None = {} if keep_statistics else None
         self._scores: dict[tuple[str, str], Rows] = {}
         self._curves: dict[tuple[str, str], Rows] = {}
         self._overall: dict[tuple[str, str], Tensor] = {}
+
+    def count(self, used: int, unused: int) -> None:
+        """Count samples that belong to a category, and samples that do not."""
+        self.used += used
+        self.unused += unused
 
     def add(self, part: Part, whole: Sums) -> None:
         """Add categories that count as one, with all of their samples."""
@@ -296,12 +295,16 @@ class ProfileBuilder:
         for group in self.neurons.groups:
             found = sums.groups[group.name]
             kernel = found.landscape.kernel(self.landscape)
+            drawn = found.landscape.drawn
+            if drawn is not None and len(drawn.keys) < drawn.seen:
+                self.drawn[part] = (len(drawn.keys), drawn.seen)
             for metric in self.metrics:
                 key = (metric.name, group.name)
                 total = found.statistics[metric.name]
                 score = metric.score(total[:, None] / sums.samples)[0]
                 self._scores.setdefault(key, Rows()).append(score)
-                self._curves.setdefault(key, Rows()).append(similarity_curve(kernel, ranked(score)))
+                curve = similarity_curve(kernel, ranked(score, self.ranking))
+                self._curves.setdefault(key, Rows()).append(curve)
                 self._overall.setdefault(key, torch.zeros_like(total)).add_(total)
 
     def build(self, minimum_samples: int, notes: tuple[str, ...] = ()) -> Profile:
@@ -335,10 +338,18 @@ class ProfileBuilder:
             },
             curves=self._by_metric(self._curves, order),
             interval=self.interval,
-            notes=(*notes_on(parts), *notes),
+            notes=(
+                *notes_on_categories(parts),
+                *notes_on_samples(self.parts, self.used, self.unused),
+                *notes_on_drawn(self.drawn),
+                *notes,
+            ),
             statistics=None
             if self.kept is None
             else Statistics(tuple(self.metrics), self.landscape, self.kept),
+            ranked_by=self.ranking,
+            used=self.used,
+            unused=self.unused,
         )
 
     def _by_metric(
@@ -375,30 +386,6 @@ class Rows:
         return self._rows[list(order)]
 
 
-def notes_on(parts: Sequence[Part]) -> tuple[str, ...]:
-    """What the report says about categories that count as one."""
-    together = [part for part in parts if len(part) > 1]
-    if not together:
-        return ()
-    names = "; ".join(
-        ", ".join(map(str, part[:8])) + (", ..." if len(part) > 8 else "") for part in together
-    )
-    return (
-        f"categories that had fewer than {MINIMUM_SAMPLES} samples count as one with others: "
-        f"{names}",
-    )
-
-
-def notes_on_rule(uncovered: Collection[str]) -> tuple[str, ...]:
-    """What the report says about functions that DeepLIFT's rule does not cover."""
-    if not uncovered:
-        return ()
-    return (
-        "deeplift used the plain gradient of " + ", ".join(sorted(uncovered)) + ": there its "
-        "contributions do not add up to the change of the output",
-    )
-
-
 def merged(profiles: Sequence[Profile]) -> Profile:
     """See :meth:`Profile.merge`."""
     if not profiles:
@@ -416,18 +403,26 @@ def merged(profiles: Sequence[Profile]) -> Profile:
             other.layers != first.layers
             or names != [metric.name for metric in statistics[0].metrics]
             or found.landscape != statistics[0].landscape
+            or other.ranked_by != first.ranked_by
         ):
             raise ModelMismatchError(
                 "the profiles are of different models or arguments; profile every shard with "
-                "the same model, metrics, features, centered and positions"
+                "the same model, metrics, features, centered, positions and ranking"
             )
     total: Sums = {}
     for found in statistics:
         for category, sums in found.sums.items():
             total[category] = total[category] + sums if category in total else sums
     builder = ProfileBuilder(
-        first.neurons, statistics[0].metrics, statistics[0].landscape, first.interval, True
+        first.neurons,
+        statistics[0].metrics,
+        statistics[0].landscape,
+        first.interval,
+        True,
+        ranking=first.ranked_by,
     )
+    for profile in profiles:
+        builder.count(profile.used, profile.unused)
     for part in joined({category: sums.samples for category, sums in total.items()}).values():
         builder.add(part, {category: total[category] for category in part})
     return builder.build(2)

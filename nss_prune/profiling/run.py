@@ -12,7 +12,7 @@ from nss_prune.core.batches import first_batch, split_batch
 from nss_prune.core.models import Forward, call_model, device_of, evaluation
 from nss_prune.core.nested import add_nested, map_tensors, tensors_in
 from nss_prune.core.outputs import Outputs, OutputsSpec, resolve_outputs, with_units
-from nss_prune.core.processes import processes
+from nss_prune.core.processes import processes, total_counts
 from nss_prune.discovery.samples import readable
 from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError
@@ -21,15 +21,27 @@ from nss_prune.graph.tracing import resolve_layers
 from nss_prune.profiling.accumulation import Collector, Loss, Meaning, alone
 from nss_prune.profiling.categories import Categories, check_categories
 from nss_prune.profiling.contributions.protocol import Contribution, metric_named, needs_reference
-from nss_prune.profiling.profile import Profile, ProfileBuilder, notes_on_rule
-from nss_prune.profiling.similarity import Features, Landscape, check_interval
+from nss_prune.profiling.notes import notes_on_rule
+from nss_prune.profiling.profile import Profile, ProfileBuilder
+from nss_prune.profiling.similarity import (
+    Features,
+    Landscape,
+    Ranking,
+    check_interval,
+    check_ranking,
+)
 from nss_prune.profiling.streaming import stream_parts
 from nss_prune.statistics.consumers import ConsumerSums
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 
-PAPER: dict[str, Any] = {"features": "flat", "centered": False, "positions": None}
-"""The paper's Eq. 1 and 2 to the letter: ``profile(model, data, **PAPER)``."""
+PAPER: dict[str, Any] = {
+    "features": "flat",
+    "centered": False,
+    "positions": None,
+    "ranking": "signed",
+}
+"""The paper's Eq. 1 and 2 and Algorithm 1 to the letter: ``profile(model, data, **PAPER)``."""
 
 BYTES = 12  # for each pair of neurons: a sum in float64, and observations that wait in float32
 MEMORY_LIMIT = 2**30
@@ -47,6 +59,7 @@ def profile(
     centered: bool = True,
     positions: int | None = 64,
     interval: int = 1,
+    ranking: Ranking = "magnitude",
     loss: Loss | None = None,
     outputs: OutputsSpec = None,
     forward: Forward = call_model,
@@ -66,19 +79,21 @@ def profile(
     Args:
         model: Any model that torch-pruning can trace; it is left exactly as found.
         data: Batches of (inputs, labels) on the model's device. Inputs are a tensor, a tuple of
-            arguments or a dict of keywords; labels are class indices, or rows of zeros and ones
-            where a sample has several.
+            arguments or a dict of keywords; labels are class indices (samples labelled -100 are
+            not used), or rows of zeros and ones where a sample has several labels or none.
         example_inputs: Inputs to trace the model with; the first batch's by default.
         metrics: Contribution metrics, by name or as objects, all from the same pass.
         categories: "labels", "predicted", None for a single category, or a function of
             (inputs, labels, outputs) that gives an integer for each sample. Categories with
             fewer than 8 samples join others, see ``Profile.notes``.
         features: "pixel", every position of every sample is an observation of its own;
-            "pooled", positions are averaged first; "flat", positions are features, compared
-            within each batch.
+            "pooled", positions are averaged first; "flat", positions are features, and all
+            samples of a category are compared in pairs.
         centered: Centre the activations before they are compared.
         positions: With "pixel", look at this many evenly spaced positions of a map at most.
         interval: Neurons that Algorithm 1 adds at a time.
+        ranking: Neurons are ranked by the "magnitude" of their contributions, or "signed", from
+            the largest to the most negative.
         loss: Function of (outputs, labels), summed over the samples or one value for each. By
             default by ``outputs``: cross entropy, binary cross entropy with logits, or half the
             squared error in units of the variance of the outputs.
@@ -91,8 +106,11 @@ def profile(
             or a tensor that broadcasts to one sample, nested like the inputs where these are.
         ignored_layers: Modules, types or names whose neurons are not profiled.
         memory_limit: Bytes for the sums of the categories that are open at a time. Data with
-            more categories is read in their order, or several times.
-        keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category.
+            more categories is read in their order, or several times. With "flat", half of it
+            is for the activations of layers with positions; where these take more, an even draw
+            of each category's samples is compared, see ``Profile.notes``.
+        keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category (and
+            with "flat" the activations).
         keep_readers: Keep the mean and covariance of what each reader reads, to fold with: 8 C²
             bytes for a reader of C channels.
         adapters: The structures in which neurons are more than channels, such as heads.
@@ -118,6 +136,7 @@ def profile(
         categories=categories,
         landscape=Landscape(features, centered, positions),
         interval=interval,
+        ranking=ranking,
         loss=loss,
         outputs=outputs,
         forward=forward,
@@ -139,6 +158,7 @@ def profile_neurons(
     categories: Categories = "labels",
     landscape: Landscape | None = None,
     interval: int = 1,
+    ranking: Ranking = "magnitude",
     loss: Loss | None = None,
     outputs: OutputsSpec = None,
     forward: Forward = call_model,
@@ -159,7 +179,14 @@ def profile_neurons(
     chosen = [metric_named(metric) for metric in metrics]
     if not chosen:
         raise ArgumentError("metrics is empty; give at least one, for example ('taylor',)")
-    builder = ProfileBuilder(neurons, chosen, landscape, check_interval(interval), keep_statistics)
+    builder = ProfileBuilder(
+        neurons,
+        chosen,
+        landscape,
+        check_interval(interval),
+        keep_statistics,
+        ranking=check_ranking(ranking),
+    )
     if any(needs_reference(metric) for metric in chosen) and isinstance(baseline, str):
         baseline = mean_inputs(data) if baseline == "mean" else baseline
     sums_read = ConsumerSums(model, neurons.groups)
@@ -168,6 +195,8 @@ def profile_neurons(
             "keep_readers=True is for one process: what the readers read is not summed over "
             "several; profile in one of them"
         )
+    # Activations of "flat" features take half of the memory.
+    limit = memory_limit // 2 if landscape.features == "flat" else memory_limit
     collector = Collector(
         neurons.groups,
         chosen,
@@ -179,8 +208,9 @@ def profile_neurons(
         sums_read.watching if keep_readers else alone,
         _meaning(model, data, outputs, forward),
         forward,
+        limit / processes(),
     )
-    room = max(1, memory_limit // sum(BYTES * group.size**2 for group in neurons.groups))
+    room = max(1, limit // sum(BYTES * group.size**2 for group in neurons.groups))
     with evaluation(model):
         for part, sums in stream_parts(
             model, data, collector, room, separate=keep_statistics, progress=progress
@@ -189,6 +219,8 @@ def profile_neurons(
             if not keep_statistics:
                 for used in sums.values():
                     collector.reuse(used)
+    counted = total_counts({True: collector.used, False: collector.unused})
+    builder.count(counted[True], counted[False])
     found = builder.build(minimum_samples, notes_on_rule(collector.uncovered))
     if not keep_readers:
         return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
-from nss_prune.profiling.similarity import ranked
+from nss_prune.profiling.similarity import Ranking, ranked
 
 Strategy = Literal["semantic", "category", "global"]
 
@@ -34,6 +34,11 @@ class Profiled(Protocol):
     @property
     def groups(self) -> tuple[NeuronGroup, ...]:
         """The neuron groups."""
+        ...
+
+    @property
+    def ranked_by(self) -> Ranking:
+        """How neurons are ranked by their contributions."""
         ...
 
     def metric_or_default(self, metric: str | None) -> str:
@@ -76,7 +81,8 @@ def slice_profile(
     if ratio is None and strategy == "semantic":
         theta = check_theta(0.95 if theta is None else theta)
         lowest = union_thresholds(profile.entry_thresholds(chosen, interval))
-        return Slice({name: entry < theta for name, entry in lowest.items()}, profile.groups)
+        kept = {name: entry < theta for name, entry in lowest.items()}
+        return Slice(kept, profile.groups, f"theta {theta:.6g} ({chosen})")
     if theta is not None or ratio is None or not 0 < ratio <= 1:
         raise ArgumentError(
             f"theta is {theta!r} and ratio {ratio!r} with strategy {strategy!r}; 'semantic' takes "
@@ -89,14 +95,16 @@ def slice_profile(
         scores = profile.contributions[chosen]
     else:
         scores = {name: values[None] for name, values in profile.overall[chosen].items()}
-    kept = {name: top_share(values, ratio).any(0) for name, values in scores.items()}
-    return Slice(kept, profile.groups)
+    kept = {
+        name: top_share(values, ratio, profile.ranked_by).any(0) for name, values in scores.items()
+    }
+    return Slice(kept, profile.groups, f"ratio {ratio:.6g} ({strategy}, {chosen})")
 
 
-def top_share(scores: Tensor, ratio: float) -> Tensor:
+def top_share(scores: Tensor, ratio: float, ranking: Ranking = "magnitude") -> Tensor:
     """True for the best ``ratio`` of the last axis, at least one; ties by position."""
     count = max(1, round(ratio * scores.shape[-1]))
-    best = ranked(scores)[..., :count]
+    best = ranked(scores, ranking)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
 

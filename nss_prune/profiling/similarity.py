@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from nss_prune.errors import ArgumentError
+from nss_prune.profiling.flat import DrawnSamples
+from nss_prune.statistics.covariance import Covariance
 from nss_prune.statistics.positions import positions
 
 Features = Literal["pixel", "pooled", "flat"]
+Ranking = Literal["magnitude", "signed"]
 
 FEATURES = ("pixel", "pooled", "flat")
+RANKINGS = ("magnitude", "signed")
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,9 @@ class Landscape:
     Attributes:
         features: "pixel", every (sample, position) is an observation; "pooled", a sample is one,
             averaged over its positions; "flat", a sample is one with all its positions as
-            features, compared within each batch (paper, Eq. 1).
-        centered: Centre the observations (CKA as Kornblith et al., 2019); False is the paper's
-            Eq. 2 to the letter. With "flat" each batch is centred by itself.
+            features, compared with all others of its category (paper, Eq. 1).
+        centered: Centre the observations of a category (CKA as Kornblith et al., 2019); False is
+            the paper's Eq. 2 to the letter.
         positions: "pixel" looks at this many positions of a map at most, spread evenly over all of
             its axes, because neighbours say nearly the same; None for all.
     """
@@ -63,106 +67,86 @@ class Landscape:
 
 
 class LandscapeSums:
-    """What one category of one group adds up to, in float64.
+    """What one category of one group adds up to.
 
-    Observations wait until there are as many as neurons: adding a matrix of neurons squared for
-    every few of them would cost more than they do.
+    Of "flat" features with several positions the activations are kept, because the landscapes of
+    all pairs of samples are wanted; where a sample is one number, they are in its second moments.
 
-    Args:
-        matrix: Σ x_a x_b over the observations; with "flat" Σ <M_a, M_b> over the batches,
-            ``[neurons, neurons]``.
-        total: Σ x_a over the observations, ``[neurons]``.
-        rows: Number of observations.
+    Attributes:
+        covariance: Of the observations, ``[neurons, neurons]``.
+        drawn: The activations, where they are kept.
     """
 
-    def __init__(self, matrix: Tensor, total: Tensor, rows: int = 0) -> None:
-        self._matrix = matrix
-        self._total = total
-        self.rows = rows
-        self._waiting: list[Tensor] = []
-        self._waiting_rows = 0
+    def __init__(self, covariance: Covariance, drawn: DrawnSamples | None = None) -> None:
+        self.covariance = covariance
+        self.drawn = drawn
 
     @classmethod
     def zeros(cls, neurons: int, device: torch.device | str = "cpu") -> LandscapeSums:
         """No observations yet."""
-        matrix = torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
-        return cls(matrix, torch.zeros(neurons, dtype=torch.float64, device=device))
+        return cls(Covariance(neurons, device=device))
 
     def clear(self) -> None:
         """Forget everything added."""
-        self.rows = 0
-        self._waiting.clear()
-        self._waiting_rows = 0
-        self._matrix.zero_()
-        self._total.zero_()
-
-    @property
-    def matrix(self) -> Tensor:
-        """Σ x_a x_b of everything added, ``[neurons, neurons]``."""
-        self._work_off()
-        return self._matrix
-
-    @property
-    def total(self) -> Tensor:
-        """Σ x_a of everything added, ``[neurons]``."""
-        self._work_off()
-        return self._total
+        self.covariance.clear()
+        self.drawn = None
 
     def add(self, landscape: Landscape, observed: Sequence[Tensor]) -> None:
-        """Add what all readers of a batch observed, each ``[neurons, samples, seen]``."""
-        if landscape.features == "flat":
-            self._add_flat(landscape, observed)
+        """Add what all readers of a batch observed, each ``[neurons, samples, seen]``.
+
+        Raises:
+            DataError: With "flat", samples have other positions than those before.
+        """
+        if landscape.features == "flat" and self._has_positions(observed):
+            self.drawn = self.drawn or DrawnSamples()
+            self.drawn.add(observed)
             return
         for values in observed:
-            rows = values.flatten(1)
-            self._waiting.append(rows)
-            self._waiting_rows += rows.shape[1]
-            self.rows += rows.shape[1]
-        if self._waiting_rows >= len(self._total):
-            self._work_off()
+            self.covariance.add(values.flatten(1))
 
-    def _work_off(self) -> None:
-        if not self._waiting:
-            return
-        rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, dim=1)
-        self._waiting.clear()
-        self._waiting_rows = 0
-        self._matrix += rows @ rows.T
-        self._total += rows.sum(1, dtype=torch.float64)
-
-    def _add_flat(self, landscape: Landscape, observed: Sequence[Tensor]) -> None:
-        grams: Tensor | None = None
-        for values in observed:
-            if landscape.centered:
-                values = values - values.mean(1, keepdim=True)
-            gram = values @ values.transpose(1, 2)
-            grams = gram if grams is None else grams + gram
-        if grams is not None:
-            landscapes = grams.flatten(1)
-            self._matrix += landscapes @ landscapes.T
-            self.rows += observed[0].shape[1]
+    def _has_positions(self, observed: Sequence[Tensor]) -> bool:
+        return self.drawn is not None or sum(values.shape[2] for values in observed) > 1
 
     def __add__(self, other: LandscapeSums) -> LandscapeSums:
-        return LandscapeSums(
-            self.matrix + other.matrix, self.total + other.total, self.rows + other.rows
-        )
+        drawn = self.drawn or other.drawn
+        if self.drawn and other.drawn:
+            drawn = self.drawn + other.drawn
+        return LandscapeSums(self.covariance + other.covariance, drawn)
 
     def kernel(self, landscape: Landscape) -> Tensor:
         """K, ``[neurons, neurons]``, not negative."""
-        if landscape.features == "flat":
-            return self.matrix
-        if not landscape.centered or self.rows == 0:
-            return self.matrix.square()
-        return (self.matrix - torch.outer(self.total, self.total) / self.rows).square_()
+        if self.drawn is not None:
+            return self.drawn.kernel(landscape.centered)
+        if landscape.centered:
+            return self.covariance.scatter.square()
+        return self.covariance.second_moments.square_()
 
 
-def ranked(contributions: Tensor) -> Tensor:
-    """Neurons from the largest contribution to the smallest; ties by position.
+def ranked(contributions: Tensor, ranking: Ranking = "magnitude") -> Tensor:
+    """Neurons from the largest contribution to the smallest, along the last axis; ties by position.
 
-    By magnitude: a neuron that speaks against a category (DeepLIFT), or whose average is below
-    zero, changes as much when it is removed as one that speaks for it.
+    Args:
+        ranking: "magnitude": a neuron that speaks against a category (DeepLIFT), or whose average
+            is below zero, changes as much when it is removed as one that speaks for it. "signed":
+            the paper's descending order (Algorithm 1), negative contributions last.
     """
-    return contributions.abs().argsort(dim=-1, descending=True, stable=True)
+    return sizes(contributions, ranking).argsort(dim=-1, descending=True, stable=True)
+
+
+def sizes(contributions: Tensor, ranking: Ranking) -> Tensor:
+    """What contributions are ranked by, in the same shape."""
+    return contributions.abs() if ranking == "magnitude" else contributions
+
+
+def check_ranking(ranking: Ranking) -> Ranking:
+    """``ranking`` itself.
+
+    Raises:
+        ArgumentError: It is not one of the choices.
+    """
+    if ranking not in RANKINGS:
+        raise ArgumentError(f"ranking is {ranking!r}; use one of {RANKINGS}")
+    return ranking
 
 
 def similarity_curve(kernel: Tensor, order: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Any amount of data in bounded memory: the sums of a category are freed as soon as it is whole.
 
-The sums of one category take 12 Σ C² bytes, so only some categories can be open at a time. As long
+The sums of one category take 12 Σ C² bytes, so only some categories can be open at a time. (Of
+"flat" features with several positions the activations take the other half of the memory.) As long
 as they all fit, one pass over the data does. Where they do not, a DataLoader over a map-style
 data set of known labels is read in the order of its categories, once; anything else that can be
 iterated again is read several times, and only samples of open categories go through the model.
@@ -21,7 +22,7 @@ from nss_prune.core.batches import check_inputs, pick_samples, split_batch
 from nss_prune.core.processes import processes, total_counts
 from nss_prune.errors import DataError
 from nss_prune.profiling.accumulation import Collector
-from nss_prune.profiling.categories import joined, members
+from nss_prune.profiling.categories import IGNORED, joined, members
 from nss_prune.profiling.sums import CategorySums, total_sums
 
 Part = tuple[int, ...]
@@ -54,7 +55,9 @@ def stream_parts(
     if collector.categories == "labels" and isinstance(data, DataLoader):
         drawn = labelled_draw(data, room)
         if drawn is not None:
-            return _in_order(model, data, drawn, collector, room, separate, progress)
+            used = [pair for pair in drawn if pair[0] != IGNORED]
+            collector.unused += len(drawn) - len(used)
+            return _in_order(model, data, used, collector, room, separate, progress)
     return _in_passes(model, data, collector, room, separate, progress)
 
 
@@ -224,6 +227,8 @@ def _pass(
             continue
         samples = check_inputs(model, inputs, number)
         membership = members(torch.as_tensor(labels).detach().cpu(), samples)
+        if not done:  # the first pass
+            collector.count(membership, samples)
         for category, indices in membership.items():
             counts[category] += len(indices)
             under = collector.counts_as.get(category, category)

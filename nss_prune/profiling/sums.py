@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nss_prune.core.processes import processes
+from nss_prune.core.processes import processes, total_counts
+from nss_prune.errors import DataError
+from nss_prune.profiling.flat import DrawnSamples
 from nss_prune.profiling.similarity import LandscapeSums
+from nss_prune.statistics.covariance import Covariance
 
 
 @dataclass
@@ -58,27 +64,77 @@ class CategorySums:
                 values.zero_()
         return self
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor of the sums, in an order that depends on the groups and metrics alone."""
-        found = []
-        for sums in self.groups.values():
-            found += [sums.landscape.matrix, sums.landscape.total, *sums.statistics.values()]
-        return found
+
+def draw_within(sums: Collection[CategorySums], limit: float) -> None:
+    """Keep an even draw of the samples where kept activations take more than ``limit`` bytes.
+
+    Every category gets the same share.
+
+    Raises:
+        DataError: There is no room for two samples of each category.
+    """
+    kept = [
+        [group.landscape.drawn for group in category.groups.values() if group.landscape.drawn]
+        for category in sums
+    ]
+    kept = [drawn for drawn in kept if drawn]
+    taken = sum(each.bytes_per_sample * len(each.keys) for drawn in kept for each in drawn)
+    if taken <= limit:
+        return
+    per_sample = max(sum(each.bytes_per_sample for each in drawn) for drawn in kept)
+    room = int(limit / (per_sample * len(kept)))
+    if room < 2:
+        raise DataError(
+            f"memory_limit has room for {room} sample(s) of each of {len(kept)} categories: with "
+            f"features='flat' the activations of a sample take {per_sample:,} bytes; raise "
+            "memory_limit, ignore layers, or use features='pixel' or 'pooled'"
+        )
+    for drawn in kept:
+        for each in drawn:
+            each.keep(room)
 
 
 def total_sums(sums: CategorySums) -> CategorySums:
     """The sums over all processes, in place. Every process must call it in the same order."""
     if processes() == 1:
         return sums
-    tensors = sums.tensors()
-    landscapes = [group.landscape for group in sums.groups.values()]
-    rows = torch.tensor([sums.samples, *(landscape.rows for landscape in landscapes)])
-    packed = torch.cat([rows.to(tensors[0]), *(tensor.flatten() for tensor in tensors)])
-    dist.all_reduce(packed)
-    sums.samples, *counted = (int(value) for value in packed[: len(rows)].round())
-    for landscape, count in zip(landscapes, counted, strict=True):
-        landscape.rows = count
-    pieces = packed[len(rows) :].split([tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        tensor.copy_(piece.view_as(tensor))
+    sums.samples = total_counts({0: sums.samples})[0]
+    groups = list(sums.groups.values())
+    values = [value for group in groups for value in group.statistics.values()]
+    for value, total in zip(values, _reduced(values), strict=True):
+        value.copy_(total)
+    _total_covariances([group.landscape.covariance for group in groups])
+    _gather_drawn([group.landscape for group in groups])
     return sums
+
+
+def _total_covariances(covariances: Sequence[Covariance]) -> None:
+    counts = _reduced([each.mean.new_tensor(each.rows) for each in covariances])
+    rows = [int(count.round()) for count in counts]
+    totals = _reduced([each.mean * each.rows for each in covariances])
+    # Around the mean of all, the scatters of the processes add up.
+    for each, count, total in zip(covariances, rows, totals, strict=True):
+        each.move(total / max(1, count))
+    scatters = _reduced([each.scatter for each in covariances])
+    for each, count, scatter in zip(covariances, rows, scatters, strict=True):
+        each.assign(count, each.mean, scatter)
+
+
+def _gather_drawn(landscapes: Sequence[LandscapeSums]) -> None:
+    """Give every process the activations that all of them kept."""
+    local = [each.drawn and each.drawn.to("cpu") for each in landscapes]
+    everywhere: list[list[DrawnSamples | None]] = [[]] * processes()
+    dist.all_gather_object(everywhere, local)
+    for landscape, found in zip(landscapes, zip(*everywhere, strict=True), strict=True):
+        present = [drawn for drawn in found if drawn is not None]
+        if present:
+            home = landscape.covariance.mean.device
+            landscape.drawn = functools.reduce(operator.add, present).to(home)
+
+
+def _reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of the tensors over all processes."""
+    packed = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(packed)
+    pieces = packed.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -9,7 +9,10 @@ from nss_prune.profiling.contributions.variance import Variance
 
 
 class Ensemble(Variance):
-    """Sum of average and variance, each scaled to [0, 1] over the neurons of a layer."""
+    """Sum of average and variance, each scaled to [0, 1] over the neurons of a layer.
+
+    The variance is that of all observations, see :class:`Variance`.
+    """
 
     name = "ens"
 

@@ -39,7 +39,8 @@ class Contribution(Protocol):
     def score(self, means: Tensor) -> Tensor:
         """``[statistics, categories, neurons]`` -> ``[categories, neurons]``.
 
-        Neurons are ranked by the magnitude of these.
+        Neurons are ranked by the magnitude of these, or by these where the profile's ranking is
+        "signed".
         """
         ...
 

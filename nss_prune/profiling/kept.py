@@ -1,0 +1,114 @@
+"""The sums behind a profile, kept to be merged and saved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nss_prune.core.text import elided
+from nss_prune.profiling.contributions.protocol import Contribution, metric_named
+from nss_prune.profiling.flat import DrawnSamples
+from nss_prune.profiling.similarity import Landscape, LandscapeSums
+from nss_prune.profiling.streaming import Sums
+from nss_prune.profiling.sums import CategorySums, GroupSums
+from nss_prune.statistics.covariance import Covariance
+
+FORMAT = 2
+"""Of the sums in a file. Those of format 1 are raw sums, of which "flat" landscapes were compared
+within batches, and variances were those of averages over positions."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The sums behind a profile, kept to be merged with those of other data.
+
+    Attributes:
+        metrics: The metrics that the sums are for.
+        landscape: How the observations were made.
+        sums: Category -> sums.
+    """
+
+    metrics: tuple[Contribution, ...]
+    landscape: Landscape
+    sums: Sums
+
+    def __repr__(self) -> str:
+        names = ", ".join(elided([metric.name for metric in self.metrics], 6))
+        samples = sum(sums.samples for sums in self.sums.values())
+        return (
+            f"Statistics({len(self.sums)} categories, {samples} samples; metrics {names}; "
+            f"{self.landscape})"
+        )
+
+
+def encode_statistics(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, and JSON that refers to them."""
+    tensors: dict[str, Tensor] = {}
+    sums: dict[int, Any] = {}
+    drawn: dict[str, Any] = {}
+    for category, found in statistics.sums.items():
+        rows = {name: group.landscape.covariance.rows for name, group in found.groups.items()}
+        sums[category] = [found.samples, rows]
+        for name, group in found.groups.items():
+            key = f"sums/{category}/{name}"
+            tensors[f"{key}/mean"] = group.landscape.covariance.mean[:, 0]
+            tensors[f"{key}/scatter"] = group.landscape.covariance.scatter
+            for metric, values in group.statistics.items():
+                tensors[f"{key}/{metric}"] = values
+            kept = group.landscape.drawn
+            if kept is not None:
+                tensors[f"{key}/drawn keys"] = kept.keys
+                tensors[f"{key}/drawn values"] = kept.values
+                drawn[key] = [kept.seen, kept.threshold]
+    return tensors, {
+        "format": FORMAT,
+        "metrics": [metric.name for metric in statistics.metrics],
+        "landscape": asdict(statistics.landscape),
+        "sums": [[category, *rest] for category, rest in sums.items()],
+        "drawn": drawn,
+    }
+
+
+def decode_statistics(tensors: dict[str, Tensor], notes: dict[str, Any]) -> Statistics | None:
+    """What :func:`encode_statistics` encoded; None for sums that mean something else today."""
+    metrics = tuple(metric_named(name) for name in notes["metrics"])
+    landscape = Landscape(**notes["landscape"])
+    if notes.get("format", 1) == 1 and not _still_valid(metrics, landscape):
+        return None
+    sums: Sums = {}
+    for category, samples, rows in notes["sums"]:
+        groups = {}
+        for name, count in rows.items():
+            key = f"sums/{category}/{name}"
+            values = {metric.name: tensors[f"{key}/{metric.name}"] for metric in metrics}
+            kept = _decode_drawn(tensors, key, notes.get("drawn", {}))
+            groups[name] = GroupSums(
+                LandscapeSums(_decode_covariance(tensors, key, count), kept), values
+            )
+        sums[category] = CategorySums(samples, groups)
+    return Statistics(metrics, landscape, sums)
+
+
+def _still_valid(metrics: tuple[Contribution, ...], landscape: Landscape) -> bool:
+    changed = {"var", "ens"}.intersection(metric.name for metric in metrics)
+    return landscape.features != "flat" and not changed
+
+
+def _decode_covariance(tensors: dict[str, Tensor], key: str, rows: int) -> Covariance:
+    if f"{key}/scatter" in tensors:
+        return Covariance.of(rows, tensors[f"{key}/mean"][:, None], tensors[f"{key}/scatter"])
+    total = tensors[f"{key}/total"][:, None]  # of format 1, where the matrix is Σ x xᵀ
+    scatter = tensors[f"{key}/matrix"] - total @ total.T / max(1, rows)
+    return Covariance.of(rows, total / max(1, rows), scatter)
+
+
+def _decode_drawn(
+    tensors: dict[str, Tensor], key: str, drawn: dict[str, Any]
+) -> DrawnSamples | None:
+    if key not in drawn:
+        return None
+    seen, threshold = drawn[key]
+    keys, values = tensors[f"{key}/drawn keys"], tensors[f"{key}/drawn values"]
+    return DrawnSamples.of(seen, threshold, keys, values)

@@ -1,0 +1,122 @@
+"""Mean and covariance of a stream, in one pass and whatever its mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FEW = 256  # rows whose products are summed in the precision of the values
+
+
+class Covariance:
+    """Mean and scatter of a stream of rows, in float64.
+
+    Rows are centred on the mean of their own block before they are multiplied, in their own
+    precision, and blocks are merged in float64 (Chan, Golub, LeVeque, Updating formulae and a
+    pairwise algorithm for computing sample variances, 1979). So a mean that is far larger than
+    the deviation, or one that moves along the stream, costs no digits.
+
+    Rows wait until there are as many as channels: a matrix of channels squared for every few of
+    them would cost more than they do. They must not be changed while they wait.
+
+    Args:
+        channels: Of each row.
+        repeats: Values of a channel in each row, each with a mean of its own; the scatter is
+            their sum.
+        device: Where the sums are.
+
+    Attributes:
+        rows: Number of rows added.
+    """
+
+    def __init__(self, channels: int, repeats: int = 1, device: torch.device | str = "cpu") -> None:
+        self.rows = 0
+        self._settled = 0  # of these rows, those that are in the mean and the scatter
+        self._mean = torch.zeros(channels, repeats, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        self._waiting: list[Tensor] = []
+
+    @classmethod
+    def of(cls, rows: int, mean: Tensor, scatter: Tensor) -> Covariance:
+        """What rows with this mean and scatter add up to, see the attributes' shapes."""
+        found = cls(0)
+        found._mean, found._scatter = mean, scatter
+        found.rows = found._settled = rows
+        return found
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the rows, ``[channels, repeats]``; zeros where there are none."""
+        self._settle()
+        return self._mean
+
+    @property
+    def scatter(self) -> Tensor:
+        """Σ (x - mean)(x - mean)ᵀ over rows and repeats, ``[channels, channels]``."""
+        self._settle()
+        return self._scatter
+
+    @property
+    def second_moments(self) -> Tensor:
+        """Σ x xᵀ over rows and repeats, ``[channels, channels]``."""
+        return torch.addmm(self.scatter, self.mean, self.mean.T, alpha=self.rows)
+
+    def add(self, values: Tensor) -> None:
+        """Add ``[channels, rows]``, or ``[channels, rows, repeats]``."""
+        if values.shape[1] == 0:
+            return
+        self._waiting.append(values if values.dim() == 3 else values[:, :, None])
+        self.rows += values.shape[1]
+        if self.rows - self._settled >= len(self._mean):
+            self._settle()
+
+    def __add__(self, other: Covariance) -> Covariance:
+        total = Covariance.of(self.rows, self.mean.clone(), self.scatter.clone())
+        total._merge(other.rows, other.mean, other.scatter)
+        total.rows += other.rows
+        return total
+
+    def move(self, mean: Tensor) -> None:
+        """Take the scatter around another mean, as for a sum with others around the same."""
+        offset = self.mean - mean
+        self._scatter.addmm_(offset, offset.T, alpha=self.rows)
+        self._mean.copy_(mean)
+
+    def assign(self, rows: int, mean: Tensor, scatter: Tensor) -> None:
+        """Become what :meth:`of` makes of the same, in the memory that is there."""
+        self._waiting.clear()
+        self._mean.copy_(mean)
+        self._scatter.copy_(scatter)
+        self.rows = self._settled = rows
+
+    def clear(self) -> None:
+        """Forget everything added."""
+        self._waiting.clear()
+        self._mean.zero_()
+        self._scatter.zero_()
+        self.rows = self._settled = 0
+
+    def _settle(self) -> None:
+        """Put the rows that wait into the mean and the scatter."""
+        if not self._waiting:
+            return
+        block = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, dim=1)
+        self._waiting.clear()
+        rows = block.shape[1]
+        # Rounded to the values' precision, so that values near it are shifted without an error.
+        shift = block.mean(1, keepdim=True)
+        shifted = block - shift
+        left = shifted.sum(1, dtype=torch.float64)
+        self._merge(rows, shift[:, 0].double() + left / rows, left @ left.T / -rows)
+        for part in shifted.flatten(1).split(max(FEW, len(left)), dim=1):
+            self._scatter += part @ part.T
+
+    def _merge(self, rows: int, mean: Tensor, scatter: Tensor) -> None:
+        if rows == 0:
+            return
+        total = self._settled + rows
+        offset = mean - self._mean
+        self._scatter += scatter
+        self._scatter.addmm_(offset, offset.T, alpha=self._settled * rows / total)
+        self._mean += offset * (rows / total)
+        self._settled = total
