@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from nss_prune.core.draws import Draws
 from nss_prune.core.output_parts import Part
-from nss_prune.core.output_spread import equal_weights, spreads
 from nss_prune.core.outputs import LEAST_SAMPLES, Outputs, outputs_of, resolve_outputs
 from nss_prune.errors import ArgumentError, DataError, NumericalError
 
@@ -242,6 +241,38 @@ def test_units_scale_with_the_outputs() -> None:
     torch.testing.assert_close(found, scaled)
 
 
+def test_outputs_without_weights_count_alike() -> None:
+    """Losing any of them, for the average over the data, costs as much as losing the first."""
+    whole = {
+        "a": 0.1 * torch.randn(N, 5).double(),
+        "b": torch.randn(N, 2, 4, 4).double(),
+        "c": 3 * torch.randn(N, 3).double(),
+        "constant": torch.ones(N, 4).double(),
+    }
+    spec = {"a": "classes", "b": "values", "c": "labels", "constant": "classes"}
+    described = resolve_outputs(spec, whole)
+    lost = {
+        "a": whole["a"].softmax(1).mean(0, keepdim=True).log().expand(N, 5),
+        "b": whole["b"].mean((0, 2, 3), keepdim=True).expand(N, 2, 4, 4),
+        "c": torch.logit(whole["c"].sigmoid().mean(0, keepdim=True)).expand(N, 3),
+    }
+    costs = {
+        key: float(described.divergence(whole, {**whole, key: lost[key]}).mean()) for key in lost
+    }
+    first = sum(
+        between_classes(*rows) for rows in zip(whole["a"].tolist(), lost["a"].tolist(), strict=True)
+    )
+    assert costs["a"] == pytest.approx(first / N)
+    assert costs["c"] == pytest.approx(costs["a"])
+    assert costs["b"] == pytest.approx(costs["a"] * (N * 16 - 1) / (N * 16))  # unbiased variance
+    assert described.parts[-1].weight == 1
+    parts = [{key: value[i::2] for key, value in whole.items()} for i in range(2)]
+    again = described.with_variance(parts)
+    assert [p.weight for p in again.parts] == pytest.approx([p.weight for p in described.parts])
+    given = resolve_outputs({**spec, "a": ("classes", 2.0)}, whole)
+    assert [part.weight for part in given.parts] == [2, 1, 1, 1]
+
+
 def test_infinite_values_have_no_unit() -> None:
     with pytest.raises(NumericalError, match="NaN or infinite"):
         resolve_outputs("values", torch.full((N, 2), torch.nan))
@@ -281,7 +312,7 @@ def test_a_part_without_labels_of_its_own_has_a_loss_too() -> None:
     labels = classes(N)
     described = resolve_outputs(None, (scores, boxes), labels)
     described.loss((scores, boxes), labels).backward()
-    centred = (boxes - boxes.mean(0)) / boxes.var(0)
+    centred = described.parts[1].weight * (boxes - boxes.mean(0)) / boxes.var(0)
     torch.testing.assert_close(boxes.grad, centred.detach(), rtol=1e-4, atol=1e-5)
     alone = torch.autograd.grad(
         nn.functional.cross_entropy(scores, labels, reduction="sum"), scores
@@ -291,7 +322,8 @@ def test_a_part_without_labels_of_its_own_has_a_loss_too() -> None:
 
 def test_it_says_what_it_found() -> None:
     outputs = (torch.randn(N, 5), torch.randn(N, 4))
-    assert resolve_outputs(None, outputs, classes(N)).describe() == (
+    spec = [("classes", 1.0), ("values", 1.0)]
+    assert resolve_outputs(spec, outputs).describe() == (
         "outputs: softmax over axis 1 (5 classes) of output 0; "
         "values (squared error in units of their variance) of output 1"
     )
@@ -373,20 +405,3 @@ def test_labels_nested_otherwise_than_the_outputs_are_refused() -> None:
     for labels in (torch.rand(N), classes(N + 1), classes(N, 7)):
         with pytest.raises(DataError, match="class indices are needed"):
             described.loss(outputs, labels)
-
-
-def test_the_spread_of_a_part_is_its_divergence_from_its_average() -> None:
-    scores, odds, values = torch.randn(3, 40, 4).double()
-    parts = resolve_outputs(["classes", "labels", "values"], [scores, odds, values]).parts
-    found = spreads(
-        parts, [[t[:15] for t in (scores, odds, values)], [t[15:] for t in (scores, odds, values)]]
-    )
-    chances, yes = scores.softmax(1), odds.sigmoid()
-    average, share = chances.mean(0), yes.mean(0)
-    classes = (chances * (chances / average).log()).sum(1).mean()
-    labels = (yes * (yes / share).log() + (1 - yes) * ((1 - yes) / (1 - share)).log()).sum(1).mean()
-    assert found == pytest.approx([float(classes), float(labels), 2.0], rel=1e-9)
-    weights = equal_weights(found)
-    assert [
-        weight * spread for weight, spread in zip(weights, found, strict=True)
-    ] == pytest.approx([found[0]] * 3)

@@ -159,6 +159,15 @@ def parts_of(spec: Any, found: Sequence[Found], labels: Labels, prefix: Path = (
     ]
 
 
+def weighted(spec: Any) -> bool:
+    """Whether a specification gives a weight."""
+    if isinstance(spec, Mapping):
+        return any(weighted(inner) for inner in spec.values())
+    if not isinstance(spec, (list, tuple)):
+        return False
+    return isinstance(spec[-1], numbers.Real) or any(weighted(inner) for inner in spec)
+
+
 def _below(found: Iterable[Found], prefix: Path) -> dict[Any, list[Found]]:
     """Key below a place of the nest -> the tensors that it leads to."""
     below: dict[Any, list[Found]] = {}

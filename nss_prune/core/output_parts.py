@@ -19,6 +19,7 @@ from torch.nn import functional
 from nss_prune.core.batches import as_computed
 from nss_prune.core.draws import Draws
 from nss_prune.core.nested import Path, at_path, tensors_in
+from nss_prune.core.output_units import Chances, Spread
 from nss_prune.errors import ArgumentError, DataError, NumericalError
 
 Kind = Literal["classes", "labels", "values"]
@@ -267,22 +268,29 @@ class Part:
         centre = known.mean((0, 1)) if self.mean is None else known.new_tensor(self.mean)
         return self._entry_loss(entries, centre)
 
-    def measured(self, spread: Spread) -> Part:
+    def sums(self) -> Spread | Chances:
+        """What adds up its entries in a pass over the data."""
+        return Spread() if self.kind == "values" else Chances(softmax=self.kind == "classes")
+
+    def measured(self, sums: Spread | Chances) -> Part:
         """The same with the mean and variance of outputs, over samples and positions.
 
         Raises:
             NumericalError: Outputs are NaN or infinite.
         """
-        if not torch.isfinite(spread.squares.sum()):
+        if not sums.is_finite():
             raise NumericalError(
                 f"{self.name} is NaN or infinite; check the data and the model's weights"
             )
-        return replace(self, mean=spread.mean(), variance=spread.variance())
+        if not isinstance(sums, Spread):
+            return self
+        mean, variance = sums.mean().tolist(), sums.variance().tolist()
+        return replace(self, mean=tuple(mean), variance=tuple(variance))
 
     def describe(self) -> str:
         """Its meaning in words."""
         of = f" of {self.name}" if self.path else ""
-        weight = "" if self.weight == 1 else f", weight {self.weight:g}"
+        weight = "" if self.weight == 1 else f", weight {self.weight:.3g}"
         if self.kind == "classes":
             return f"softmax over axis {self.axis} ({self.size} classes){of}{weight}"
         if self.kind == "labels":
@@ -290,40 +298,6 @@ class Part:
             return f"sigmoids ({count}){of}{weight}"
         unit = "" if self.variance is None else " in units of their variance"
         return f"values (squared error{unit}){of}{weight}"
-
-
-class Spread:
-    """Mean and variance of a stream of ``[samples, positions, size]``, around its first batch."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.epsilon = 0.0
-        self.shift = self.total = self.squares = torch.zeros(())
-
-    def add(self, entries: Tensor) -> None:
-        """Add a batch."""
-        self.epsilon = max(self.epsilon, torch.finfo(entries.dtype).eps)
-        values = entries.flatten(0, 1).double()
-        if not self.count:
-            self.shift = values.mean(0)
-            self.total = self.squares = torch.zeros_like(self.shift)
-        centred = values - self.shift
-        self.count += len(values)
-        self.total = self.total + centred.sum(0)
-        self.squares = self.squares + centred.square().sum(0)
-
-    def mean(self) -> tuple[float, ...]:
-        """Of each channel."""
-        return tuple((self.shift + self.total / self.count).tolist())
-
-    def variance(self) -> tuple[float, ...]:
-        """Of each channel, unbiased; 1 where it is no more than rounding, or of one value."""
-        if self.count < 2:
-            return (1.0,) * len(self.shift)
-        variance = (self.squares - self.total**2 / self.count) / (self.count - 1)
-        size = (self.shift + self.total / self.count).abs() + variance.clamp(min=0).sqrt()
-        constant = variance <= (8 * self.epsilon * size) ** 2
-        return tuple(variance.masked_fill(constant, 1.0).tolist())
 
 
 def aligned(labels: Tensor, tensor: Tensor) -> Tensor | None:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from nss_prune.core.batches import as_computed, counted_batches, labelled_batches
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run
-from nss_prune.core.output_inference import Found, Labels, found_in, parts_of
-from nss_prune.core.output_parts import Part, Spread, check_range
-from nss_prune.core.output_spread import equal_weights, spreads
+from nss_prune.core.output_inference import Found, Labels, found_in, parts_of, weighted
+from nss_prune.core.output_parts import Part, check_range
 from nss_prune.errors import ArgumentError, DataError
 
 LEAST_SAMPLES = 8
-"""A variance of fewer samples is not taken for the unit of values."""
+"""Variances and weights are not taken from fewer samples."""
+
+LEAST_INFORMATION = 1e-6
+"""Nats a sample; an output that tells less has nothing to lose, and the weight 1."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Outputs:
         select: Function of the outputs that gives the nest of tensors which the paths of the parts
             lead through; None for the outputs themselves.
         notes: What a user should know of the choice.
+        alike: Whether the weights are such that all parts count alike, see :meth:`with_variance`.
+        samples: That variances and weights were taken from; 0 where there were none.
 
     Raises:
         ArgumentError: There is no part.
@@ -38,6 +42,8 @@ class Outputs:
     parts: tuple[Part, ...]
     select: Callable[[Any], Any] | None = None
     notes: tuple[str, ...] = ()
+    alike: bool = False
+    samples: int = 0
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -54,9 +60,10 @@ class Outputs:
         return any(part.kind != "values" for part in self.parts)
 
     @property
-    def has_values(self) -> bool:
-        """Whether a part is measured in units of its variance."""
-        return any(part.kind == "values" for part in self.parts)
+    def needs_data(self) -> bool:
+        """Whether the variance of values, or the weights of parts alike, are not measured yet."""
+        unknown = any(part.kind == "values" and part.variance is None for part in self.parts)
+        return unknown or (self.alike and not self.samples)
 
     def drawn_loss(self, outputs: Any, draws: Draws) -> Tensor:
         """A scalar whose gradient by the outputs has their Fisher information as covariance.
@@ -174,20 +181,28 @@ class Outputs:
         return part.find(self._selected(outputs)).movedim(part.axis, 1)
 
     def with_variance(self, outputs: Iterable[Any]) -> Outputs:
-        """The same in units of the variance of all outputs given, at least two samples.
+        """The same in units of the variance of all outputs given, and with weights from them.
+
+        Values in units of the variance of each channel over samples and positions (1 where it does
+        not vary). Parts that count alike get weights by which losing any of them wholly, with the
+        average over the data in its place, costs as much as losing the first.
 
         Raises:
             DataError: The outputs are not those described.
             NumericalError: They are NaN or infinite.
         """
-        spreads = [Spread() if part.kind == "values" else None for part in self.parts]
+        sums = [part.sums() for part in self.parts]
         for nest in outputs:
-            for part, tensor, spread in zip(self.parts, self.tensors(nest), spreads, strict=True):
-                if spread is not None:
-                    spread.add(part.arranged(tensor.detach()))
-        pairs = zip(self.parts, spreads, strict=True)
-        parts = tuple(part if spread is None else part.measured(spread) for part, spread in pairs)
-        return replace(self, parts=parts)
+            for part, tensor, found in zip(self.parts, self.tensors(nest), sums, strict=True):
+                found.add(part.arranged(tensor.detach()))
+        parts = [part.measured(found) for part, found in zip(self.parts, sums, strict=True)]
+        if self.alike:
+            told = [found.information() for found in sums]
+            whole = next((one for one in told if one > LEAST_INFORMATION), 1.0)
+            weights = [whole / one if one > LEAST_INFORMATION else 1.0 for one in told]
+            pairs = zip(parts, weights, strict=True)
+            parts = [replace(part, weight=weight) for part, weight in pairs]
+        return replace(self, parts=tuple(parts), samples=sums[0].samples)
 
     def describe(self) -> str:
         """One line for reports."""
@@ -219,16 +234,18 @@ OutputsSpec = None | str | Sequence[Any] | Mapping[Any, Any] | Callable[[Any], A
 
 None (by outputs and labels), "classes", "labels" or "values" for all outputs, a list of these in
 the order of the outputs or a dict by their keys (positions of a tuple), where outputs that are not
-named do not count, nested as they are; ``(spec, weight)`` in place of any of these; a function of
-the outputs that gives the tensors to keep, or ``(function, spec)``; or :class:`Outputs`.
+named do not count, nested as they are; ``(spec, weight)`` in place of any of these, without which
+several outputs count alike; a function of the outputs that gives the tensors to keep, or
+``(function, spec)``; or :class:`Outputs`.
 """
 
 
 def resolve_outputs(spec: Any, outputs: Any, labels: Any = None) -> Outputs:
     """What outputs mean: as the user says, or as they and their labels decide.
 
-    Values get the variance of these outputs for their unit, where there are :data:`LEAST_SAMPLES`;
-    :meth:`Outputs.with_variance` takes that of more.
+    Values get the variance of these outputs for their unit, and several parts weights by which they
+    count alike unless weights are given, where there are :data:`LEAST_SAMPLES`;
+    :meth:`Outputs.with_variance` takes more data.
 
     Args:
         spec: See :data:`OutputsSpec`.
@@ -246,10 +263,12 @@ def resolve_outputs(spec: Any, outputs: Any, labels: Any = None) -> Outputs:
         select, inner = _split(spec)
         tensors = found_in(outputs if select is None else _kept(select, outputs))
         parts = tuple(parts_of(inner, tensors, Labels(labels)))
-        found = Outputs(parts, select, tuple(_doubts(tensors, parts)))
-    samples = [len(tensor) for tensor in found.tensors(outputs)]
-    unknown = any(part.kind == "values" and part.variance is None for part in found.parts)
-    return found.with_variance([outputs]) if unknown and min(samples) >= LEAST_SAMPLES else found
+        alike = len(parts) > 1 and not weighted(inner)
+        found = Outputs(parts, select, tuple(_doubts(tensors, parts)), alike)
+    samples = min(len(tensor) for tensor in found.tensors(outputs))
+    return (
+        found.with_variance([outputs]) if found.needs_data and samples >= LEAST_SAMPLES else found
+    )
 
 
 def _split(spec: Any) -> tuple[Callable[[Any], Any] | None, Any]:
@@ -298,11 +317,11 @@ def outputs_of(
     forward: Forward = call_model,
     progress: bool | None = None,
 ) -> Outputs:
-    """What a model's outputs mean, from its first batch; values in units of their variance.
+    """What a model's outputs mean, from its first batch; units and weights from all data.
 
-    With values, the variance is that of all data, in a forward pass of its own: it does not depend
-    on the order of the samples. Data that can be iterated only once loses its first batch, and the
-    variance is that of this one. The model is left as found.
+    With values or several parts there is a forward pass over all data for these, so that they do
+    not depend on the order of the samples. Data that can be iterated only once loses its first
+    batch, and units and weights are those of this one. The model is left as found.
 
     Args:
         data: Batches as :func:`nss_prune.profile` takes them.
@@ -328,33 +347,20 @@ def with_units(
     forward: Forward = call_model,
     progress: bool | None = None,
 ) -> Outputs:
-    """Resolved outputs with the variance of all data as the unit of values.
+    """Resolved outputs with units and weights from all data.
 
-    Several parts that were inferred count alike, see :mod:`nss_prune.core.output_spread`. As they
-    are where there is nothing to measure, or where the data can be iterated only once.
+    As they are where there is neither, where ``spec`` has them already, or where the data can be
+    iterated only once.
     """
-    if isinstance(data, Iterator):
+    measurable = found.alike or any(part.kind == "values" for part in found.parts)
+    known = isinstance(spec, Outputs) and not spec.needs_data
+    if not measurable or known or isinstance(data, Iterator):
         return found
-
-    def given() -> Iterator[Any]:
-        for number, inputs, _ in counted_batches(model, data, progress, "outputs"):
-            yield run(model, inputs, number, forward)
-
     with evaluation(model), torch.no_grad():
-        if found.has_values and not _is_measured(spec):
-            found = found.with_variance(given())
-        if spec is None and len(found.parts) > 1:
-            weights = equal_weights(spreads(found.parts, map(found.tensors, given())))
-            weighed = zip(found.parts, weights, strict=True)
-            found = replace(found, parts=tuple(replace(p, weight=w) for p, w in weighed))
-    return found
-
-
-def _is_measured(spec: Any) -> bool:
-    """Whether a specification has its variances."""
-    return isinstance(spec, Outputs) and all(
-        part.variance is not None for part in spec.parts if part.kind == "values"
-    )
+        batches = counted_batches(model, data, progress, "outputs")
+        return found.with_variance(
+            run(model, inputs, number, forward) for number, inputs, _ in batches
+        )
 
 
 def class_scores(outputs: Any) -> Tensor:
