@@ -132,11 +132,13 @@ def test_several_passes_and_the_order_of_categories_give_the_same() -> None:
 
 def test_two_processes_compare_pairs_across_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, data = rectangular(), batches(48, (3, 7, 11), 3, size=8)
-    dataset = TensorDataset(*(torch.cat(parts) for parts in zip(*data, strict=True)))
+    model, data = rectangular(), batches(53, (3, 7, 11), 3, size=53)
+    data[0][1][:5] = -100  # these are not used, and counted together as well
     one = profile(model, data, **PAPER)
-    for found in in_two_processes(model, dataset, tmp_path, **PAPER):
+    assert (one.used, one.unused) == (48, 5)
+    for found in in_two_processes(model, TensorDataset(*data[0]), tmp_path, **PAPER):
         same(one, found)
+        assert (found.used, found.unused) == (48, 5)
 
 
 def activations(samples: int) -> Tensor:

@@ -13,7 +13,7 @@ from networks import mlp
 from nss_prune import NSSPruner, Profile, profile
 from nss_prune.errors import DataError
 from nss_prune.profiling.categories import members
-from test_streaming import in_two_processes, same
+from test_streaming import same
 
 INPUTS = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)).double()
 
@@ -123,10 +123,3 @@ def test_merged_and_loaded_they_are_still_counted(model, tmp_path: Path) -> None
     same(merged, whole)
     assert merged.notes == whole.notes
     assert (merged.used, merged.unused) == (60, 0)
-
-
-def test_two_processes_count_them_together(model, tmp_path: Path) -> None:
-    labels = torch.arange(60) % 4
-    labels[:5] = -100
-    for found in in_two_processes(model, TensorDataset(INPUTS, labels), tmp_path):
-        assert (found.used, found.unused) == (55, 5)
