@@ -220,14 +220,14 @@ def test_settling_changes_what_the_last_task_needs_alone(name: str, optimizer: s
         assert int(mask.sum()) == round(0.5 * len(mask))
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
     before = model.eval()(inputs)
-    trainer.settle(**arguments)
+    trainer.finetune_masked(**arguments)
     assert (model.eval()(inputs) - before).abs().max() > 0
     known = [scores(trainer, 0, inputs)]
     for classes in ((2, 3), (4, 5)):
         trainer.share = None
         trainer.theta = 0.9
         trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
-        trainer.settle(**arguments)
+        trainer.finetune_masked(**arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
         with trainer.task(-1, masked=True), torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_small_slice_settles_to_do_the_task_alone() -> None:
     trainer = IncrementalTrainer(model, data=data, share=0.1, progress=False)
     with trainer.task_a() as masked:
         before = accuracy(masked, data)
-    trainer.settle(epochs=10, learning_rate=0.01)
+    trainer.finetune_masked(epochs=10, learning_rate=0.01)
     with trainer.task_a() as masked:
         assert accuracy(masked, data) > before + 0.05
 
@@ -252,7 +252,7 @@ def test_a_task_that_is_settled_answers_with_its_mask(tmp_path: Path) -> None:
     masked = scores(trainer, 1, inputs)
     with trainer.task_b() as model:
         assert not torch.equal(model(inputs)[:, 2:4], masked)
-    trainer.settle(epochs=2)
+    trainer.finetune_masked(epochs=2)
     trainer.tasks[1].save(tmp_path / "task")
     later = IncrementalTrainer(
         trainer.model, tasks=[trainer.tasks[0], Task.load(tmp_path / "task")], progress=False
@@ -270,11 +270,11 @@ def test_settling_fails_without_a_trace() -> None:
     trainer = IncrementalTrainer(model, trainer_of(model).tasks[0].slice, progress=False)
     before = fingerprint(model)
     with pytest.raises(ArgumentError, match="not known"):
-        trainer.settle()
+        trainer.finetune_masked()
     with pytest.raises(ArgumentError, match="epochs"):
-        trainer.settle(data, epochs=0)
+        trainer.finetune_masked(data, epochs=0)
     with pytest.raises(NumericalError):
-        trainer.settle(data, loss=lambda outputs, labels: outputs.sum(1) * math.nan)
+        trainer.finetune_masked(data, loss=lambda outputs, labels: outputs.sum(1) * math.nan)
     assert_unchanged(model, before)
 
 
@@ -284,13 +284,13 @@ def test_tasks_in_a_share_of_the_weights_keep_their_logits(name: str, optimizer:
     model, first, inputs = started(name)
     trainer = IncrementalTrainer(model, data=first, share=0.8, weights=0.2, progress=False)
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
-    trainer.settle(**arguments)
+    trainer.finetune_masked(**arguments)
     known = [scores(trainer, 0, inputs)]
     for classes in ((2, 3), (4, 5)):
         trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
-        trainer.settle(**arguments)
+        trainer.finetune_masked(**arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
         known.append(scores(trainer, len(known), inputs))
@@ -550,12 +550,12 @@ def test_settling_goes_on_after_a_loader_raised(weights: float | None, tmp_path:
     data, path = pictures((0, 1)), tmp_path / "checkpoint"
     arguments = {"epochs": 3, "optimizer": OPTIMIZERS["sgd"]}
     straight, trainer = (trainer_of(trained_mlp(), weights=weights) for _ in range(2))
-    straight.settle(data, **arguments)
+    straight.finetune_masked(data, **arguments)
     before = fingerprint(trainer.model)
     with pytest.raises(OSError, match="disk"):
-        trainer.settle(Raising(data, 1), checkpoint=path, **arguments)
+        trainer.finetune_masked(Raising(data, 1), checkpoint=path, **arguments)
     assert_unchanged(trainer.model, before)
-    trainer.settle(data, checkpoint=path, **arguments)
+    trainer.finetune_masked(data, checkpoint=path, **arguments)
     for one, other in zip(trainer.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(one, other)
 

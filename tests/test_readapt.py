@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import timm.optim
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from networks import assert_unchanged, fingerprint
-from nss_prune.adaptation import training
 from nss_prune.adaptation.attacks import FGSM, PGD
 from nss_prune.adaptation.freezing import (
     Freezing,
@@ -298,7 +298,7 @@ def test_adamw_by_name_is_fused_where_that_is_offered(
             raise RuntimeError("no fused kernel")
         return create_optimizer_v2(model, **arguments)
 
-    monkeypatch.setattr(training, "create_optimizer_v2", make)
+    monkeypatch.setattr(timm.optim, "create_optimizer_v2", make)
     made = ReadaptTrainer(network(), None, train="all", optimizer="adamw").optimizer
     assert isinstance(made, torch.optim.AdamW)
     assert bool(made.defaults["fused"]) == offered

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from nss_prune.adaptation.batch_norm import running_statistics
-from nss_prune.adaptation.restore import Kept, Restorable, together
+from nss_prune.adaptation.restore import FrozenEntries, Restorable, fused
+from nss_prune.core.hooks import attached
 from nss_prune.core.models import flags_kept, submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits, held_channels, parameter_axes
@@ -86,6 +87,15 @@ def train_critical(critical: Slice, model: nn.Module) -> Freezing:
     channels = critical_channels(critical, model)
     frozen = {name: ~kept for name, kept in channels.items()}
     return Freezing(model, critical_entries(critical, model), frozen)
+
+
+def train_all(model: nn.Module) -> Freezing:
+    """Every entry trains."""
+    everything = {
+        name: torch.ones_like(parameter, dtype=torch.bool)
+        for name, parameter in model.named_parameters()
+    }
+    return Freezing(model, everything)
 
 
 def train_others(
@@ -218,11 +228,11 @@ class Freezing:
         if self._kept is not None:
             raise ArgumentError("this freezing is attached already; leave that context first")
         with contextlib.ExitStack() as stack, flags_kept(self.model):
-            self._kept = together(self._freeze(stack, apart, zero_gradients))
+            self._kept = fused(self._freeze(stack, apart, zero_gradients))
             stack.callback(self._release)
             if optimizer is not None:
-                hook = optimizer.register_step_post_hook(lambda *_: self.restore())
-                stack.callback(hook.remove)
+                after = optimizer.register_step_post_hook
+                stack.enter_context(attached((after, lambda *_: self.restore())))
             yield self
 
     def restore(self) -> None:
@@ -242,7 +252,7 @@ class Freezing:
 
     def _freeze(
         self, stack: contextlib.ExitStack, apart: Collection[str], zero_gradients: bool
-    ) -> list[Kept]:
+    ) -> list[FrozenEntries]:
         kept = []
         for name, parameter in self.model.named_parameters():
             if name in apart:
@@ -255,17 +265,20 @@ class Freezing:
             frozen = ~self.trainable[name].to(parameter.device)
             if not frozen.any():
                 continue
-            kept.append(Kept(parameter, frozen))
+            kept.append(FrozenEntries(parameter, frozen))
             if parameter.requires_grad and zero_gradients:
-                hook = parameter.register_post_accumulate_grad_hook(kept[-1].zero_gradient)
-                stack.callback(hook.remove)
+                after = parameter.register_post_accumulate_grad_hook
+                stack.enter_context(attached((after, kept[-1].zero_gradient)))
         for name, frozen in self.frozen_statistics.items():
             norm = submodule(self.model, name)
             assert isinstance(norm, _NormBase)
             assert norm.running_mean is not None
             assert norm.running_var is not None
             frozen = frozen.to(norm.running_mean.device)
-            kept += [Kept(norm.running_mean, frozen), Kept(norm.running_var, frozen)]
+            kept += [
+                FrozenEntries(norm.running_mean, frozen),
+                FrozenEntries(norm.running_var, frozen),
+            ]
             stack.enter_context(running_statistics(norm, frozen))
         return kept
 

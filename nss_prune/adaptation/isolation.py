@@ -13,7 +13,7 @@ from nss_prune.adaptation.freezing import critical_channels, critical_entries
 from nss_prune.core.batches import pick_samples
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.core.nested import map_tensors, tensors_in
-from nss_prune.core.undo import copied, put_back
+from nss_prune.core.undo import values_restored
 from nss_prune.errors import ModelMismatchError
 from nss_prune.graph.slices import Slice
 
@@ -36,12 +36,9 @@ def isolated_part(critical: Slice, model: nn.Module, inputs: Any) -> Slice:
         ModelMismatchError: The slice is of another model, or its mask does not cut a path from
             several layers together.
     """
-    values = copied(model)
-    try:
+    with values_restored(model):
         randomize(model)
         return _only(critical, _layers_cut(critical, model, _few(inputs)))
-    finally:
-        put_back(model, values)
 
 
 def _few(inputs: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from nss_prune.adaptation.freezing import Freezing
+from nss_prune.core.hooks import attached
 
 BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adadelta, RMSprop)
 """Optimisers that treat each entry by itself: a block gets the values it would get in the whole."""
@@ -44,7 +45,7 @@ class Block:
         self.columns = columns
         self.entries = nn.Parameter(self._of(whole.detach()))
 
-    def cut(self) -> None:
+    def load(self) -> None:
         """Take the entries, and what is frozen, as they are in the whole."""
         whole = self.whole.detach()
         every = torch.arange(len(whole), device=whole.device)
@@ -66,7 +67,7 @@ class Block:
             self._places = broad.expand(self.entries.shape)
 
     def read(self) -> None:
-        """Take the entries as they are in the whole; what is frozen stays as it was cut."""
+        """Take the entries as they are in the whole; what is frozen stays as it was loaded."""
         self.entries.data.copy_(self._of(self.whole.detach()))
 
     def write(self) -> None:
@@ -86,13 +87,13 @@ class Block:
 
         What is frozen keeps the bits that it has on entry.
         """
-        self.cut()
+        self.load()
         before, self.whole.grad = self.whole.grad, None
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self.whole, "grad", before)
             if self.whole.requires_grad:
-                hook = self.whole.register_post_accumulate_grad_hook(self._take_gradient)
-                stack.callback(hook.remove)
+                after = self.whole.register_post_accumulate_grad_hook
+                stack.enter_context(attached((after, self._take_gradient)))
             yield
 
     def _take_gradient(self, whole: Tensor) -> None:
@@ -117,7 +118,7 @@ def treats_entries_apart(optimizer: Optimizer) -> bool:
     return type(optimizer) in BY_ENTRY
 
 
-def cut_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
+def extract_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
     """Replace parameters in the optimiser by the blocks of them that train.
 
     Args:
@@ -164,12 +165,12 @@ def _block(parameter: nn.Parameter, entries: Tensor) -> Block | None:
     return None if rows is None and columns is None else Block(parameter, rows, columns)
 
 
-class CompactTraining:
+class BlockTraining:
     """A freezing of which some parameters train as blocks, the others under its masks.
 
     ::
 
-        training = CompactTraining(freezing, optimizer, cut_blocks(freezing, optimizer))
+        training = BlockTraining(freezing, optimizer, extract_blocks(freezing, optimizer))
         with training.attach():
             for inputs, labels in data:
                 optimizer.zero_grad()
@@ -218,8 +219,8 @@ class CompactTraining:
             stack.enter_context(freezing)
             for block in self.blocks.values():
                 stack.enter_context(block.attach())
-            hook = self.optimizer.register_step_post_hook(lambda *_: self._write())
-            stack.callback(hook.remove)
+            after = self.optimizer.register_step_post_hook
+            stack.enter_context(attached((after, lambda *_: self._write())))
             stack.callback(self._restore)
             yield
 

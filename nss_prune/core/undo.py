@@ -15,36 +15,68 @@ from nss_prune.errors import NSSPruneError, RemovalError
 
 
 @contextlib.contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """If the body raises, every module gets back the very tensors and attributes it had.
+def restored_on_error(
+    model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """If the body raises, the model is put back as it was, and the error goes on.
 
-    Tensors are not copied: a removal replaces them and leaves the old ones as they are.
+    Every module gets back the very tensors, children, hooks and attributes it had.
+
+    Args:
+        values: The tensors get their values back too, of which copies are kept; for a body that
+            writes to them. One that replaces them, as a removal does, needs none.
+        optimizer: Likewise put back, its gradients cleared; it takes copies of its state.
+
+    Yields:
+        The values on entry by name, empty without ``values``.
     """
     before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    copies = copied(model) if values else {}
+    state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
     try:
-        yield
-    except BaseException as error:
+        yield copies
+    except BaseException:
         for module, attributes, contents in before:
             vars(module).clear()
             vars(module).update(attributes)
             for container, content in contents:
                 container.clear()
                 container.update(content)
-        if isinstance(error, NSSPruneError) or not isinstance(error, Exception):
-            raise
+        if values:
+            put_back(model, copies)
+        if optimizer is not None and state is not None:
+            optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+        raise
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """A removal as a whole or not at all: :func:`restored_on_error` of one that replaces tensors.
+
+    Raises:
+        RemovalError: In place of what the body raises, unless that is an error of this library or
+            no Exception.
+    """
+    try:
+        with restored_on_error(model):
+            yield
+    except NSSPruneError:
+        raise
+    except Exception as error:
         raise RemovalError(
             f"the removal failed: {type(error).__name__}: {error}; the model was put back"
         ) from error
 
 
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The dicts and sets of a module with what they hold.
-
-    They are refilled and not replaced, because the handles of hooks refer to the dicts.
-    """
-    return [
-        (value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, set))
-    ]
+@contextlib.contextmanager
+def values_restored(model: nn.Module) -> Iterator[None]:
+    """Within the context parameters and buffers may be overwritten; then they are as before."""
+    before = copied(model)
+    try:
+        yield
+    finally:
+        put_back(model, before)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -64,22 +96,11 @@ def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         tensor.data.copy_(values[name])
 
 
-@contextlib.contextmanager
-def undone_on_failure(
-    model: nn.Module, optimizer: Optimizer | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Put model and optimiser back as they were when the body raises.
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dicts and sets of a module with what they hold.
 
-    Yields:
-        The values that the model has on entry.
+    They are refilled and not replaced, because the handles of hooks refer to the dicts.
     """
-    before = copied(model)
-    state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
-    try:
-        yield before
-    except BaseException:
-        put_back(model, before)
-        if optimizer is not None and state is not None:
-            optimizer.load_state_dict(state)
-            optimizer.zero_grad()
-        raise
+    return [
+        (value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, set))
+    ]
