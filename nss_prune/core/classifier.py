@@ -33,7 +33,8 @@ def find_classifier(model: nn.Module, classifier: nn.Module | str | None = None)
         submodule(model, classifier)
         return classifier
     if classifier is not None:
-        names = [name for name, module in model.named_modules() if module is classifier]
+        named: dict[str, nn.Module] = dict(model.named_modules())
+        names = [name for name, module in named.items() if module is classifier]
         if not names:
             raise ModelMismatchError(
                 f"head is a {type(classifier).__name__} that is not in the model; pass its own "
@@ -82,13 +83,13 @@ def outputs_of(model: nn.Module, classifier: str) -> int:
     for width in ("out_features", "out_channels"):
         if isinstance(getattr(layer, width, None), int):
             return int(getattr(layer, width))
-    return len(layer.weight)
+    return int(layer.weight.shape[0])
 
 
-def shifted_bias(layer: nn.Module, shift: Tensor) -> nn.Parameter:
+def shifted_bias(layer: Any, shift: Tensor) -> nn.Parameter:
     """The bias of a layer plus a shift, ``[outputs]``; a new one where it has none."""
-    like: Any = layer.weight if layer.bias is None else layer.bias
-    old: Any = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
+    like = layer.weight if layer.bias is None else layer.bias
+    old = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
     return nn.Parameter((old + shift.cpu().double()).to(like), like.requires_grad)
 
 
