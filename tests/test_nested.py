@@ -88,7 +88,8 @@ def test_tensors_come_in_order_and_are_mapped_in_their_places(name: str) -> None
     else:
         assert type(mapped) is type(nest)
     assert all(
-        torch.equal(one, other + 10) for one, other in zip(tensors_in(mapped), expected, strict=True)
+        torch.equal(one, other + 10)
+        for one, other in zip(tensors_in(mapped), expected, strict=True)
     )
     again = tensors_in(nest)  # what was given stays as it was
     assert all(one is other for one, other in zip(again, found, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,14 +32,20 @@ def overwrite(model: nn.Sequential) -> None:
             tensor.zero_()
 
 
+def fail(error: BaseException, *steps: Callable[[], None]) -> None:
+    """Take some steps, then raise."""
+    for step in steps:
+        step()
+    raise error
+
+
 @pytest.mark.parametrize("values", [False, True])
 def test_structure_comes_back(values: bool) -> None:
     model = cnn()
     hook = model[4].register_forward_hook(lambda *_: None)
     before = fingerprint(model)
     with pytest.raises(KeyError), restored_on_error(model, values=values):
-        damage(model)
-        raise KeyError
+        fail(KeyError(), lambda: damage(model))
     assert_unchanged(model, before)
     assert not hasattr(model[7], "note")
     hook.remove()  # its handle still works
@@ -49,15 +56,11 @@ def test_values_come_back_where_they_are_asked_for() -> None:
     model = cnn()
     before = fingerprint(model)
     with pytest.raises(KeyError), restored_on_error(model, values=True) as copies:
-        known = {name: value.clone() for name, value in copies.items()}
-        overwrite(model)
-        damage(model)
-        raise KeyError
+        fail(KeyError(), lambda: overwrite(model), lambda: damage(model))
     assert_unchanged(model, before)
-    assert known.keys() == model.state_dict().keys()
+    assert copies.keys() == model.state_dict().keys()
     with pytest.raises(KeyError), restored_on_error(model):
-        overwrite(model)
-        raise KeyError
+        fail(KeyError(), lambda: overwrite(model))
     assert not model[0].weight.any()
 
 
@@ -83,8 +86,7 @@ def test_the_optimiser_comes_back_too() -> None:
     state = copy.deepcopy(optimizer.state_dict())
     before = fingerprint(model)
     with pytest.raises(KeyError), restored_on_error(model, values=True, optimizer=optimizer):
-        step()
-        raise KeyError
+        fail(KeyError(), step)
     assert_unchanged(model, before)
     after = optimizer.state_dict()
     assert after["param_groups"] == state["param_groups"]
@@ -101,8 +103,7 @@ def test_errors_of_a_removal_say_so(raised: Exception, expected: type[Exception]
     model = cnn()
     before = fingerprint(model)
     with pytest.raises(expected) as found, undone_on_error(model):
-        damage(model)
-        raise raised
+        fail(raised, lambda: damage(model))
     assert_unchanged(model, before)
     if expected is RemovalError:
         assert "KeyError: 'x'; the model was put back" in str(found.value)
@@ -113,8 +114,7 @@ def test_an_interruption_is_none_of_the_removal() -> None:
     model = cnn()
     before = fingerprint(model)
     with pytest.raises(KeyboardInterrupt), undone_on_error(model):
-        damage(model)
-        raise KeyboardInterrupt
+        fail(KeyboardInterrupt(), lambda: damage(model))
     assert_unchanged(model, before)
 
 
