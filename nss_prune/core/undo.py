@@ -14,39 +14,60 @@ from torch.optim import Optimizer
 from nss_prune.errors import NSSPruneError, RemovalError
 
 
+class Snapshot:
+    """A model as it is now: the very tensors, children, hooks and attributes of every module.
+
+    Args:
+        model: Any module.
+        values: Copy the values of the tensors too, for a change that writes to them. One that
+            replaces them, as a removal does, needs no copies.
+        optimizer: Of the model; its state is copied.
+
+    Attributes:
+        values: The copies by name; empty without ``values``.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.values = copied(model) if values else {}
+        self._modules = [(m, dict(vars(m)), _contents(m)) for m in model.modules()]
+        self._state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+
+    def restore(self) -> None:
+        """Put the model back, and the optimiser, whose gradients are cleared."""
+        for module, attributes, contents in self._modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in contents:
+                container.clear()
+                container.update(content)
+        if self.values:
+            put_back(self.model, self.values)
+        if self.optimizer is not None and self._state is not None:
+            self.optimizer.load_state_dict(self._state)
+            self.optimizer.zero_grad()
+
+
 @contextlib.contextmanager
 def restored_on_error(
     model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """If the body raises, the model is put back as it was, and the error goes on.
 
-    Every module gets back the very tensors, children, hooks and attributes it had.
-
     Args:
-        values: The tensors get their values back too, of which copies are kept; for a body that
-            writes to them. One that replaces them, as a removal does, needs none.
-        optimizer: Likewise put back, its gradients cleared; it takes copies of its state.
+        model, values, optimizer: As :class:`Snapshot` takes them.
 
     Yields:
-        The values on entry by name, empty without ``values``.
+        The values on entry by name; empty without ``values``.
     """
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
-    copies = copied(model) if values else {}
-    state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+    before = Snapshot(model, values=values, optimizer=optimizer)
     try:
-        yield copies
+        yield before.values
     except BaseException:
-        for module, attributes, contents in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, content in contents:
-                container.clear()
-                container.update(content)
-        if values:
-            put_back(model, copies)
-        if optimizer is not None and state is not None:
-            optimizer.load_state_dict(state)
-            optimizer.zero_grad()
+        before.restore()
         raise
 
 
