@@ -65,27 +65,22 @@ def iterative_sparsify(
 ) -> Iterator[Iteration]:
     """Mask a share of the remaining weights again and again; yields after every iteration.
 
-    After k iterations `round(remaining at the start * (1 - rate)^k)` weights are kept, so that
-    rounding does not add up. The model of the loop's body is the pruned one; leaving the loop
-    early is fine. What `finetune` or `evaluate` raise ends the iterations where they are: start
-    again from the checkpoint.
+    After k iterations `round(remaining at the start * (1 - rate)^k)` weights are kept. What
+    `finetune` or `evaluate` raise ends the iterations: start again from the checkpoint.
 
     Args:
         model: any module with float weights; changed in place.
-        rate: share of the remaining weights to mask in an iteration, in (0, 1); the paper takes
-            0.1 for MLP-MNIST and 0.05 elsewhere.
+        rate: share of the remaining weights to mask in an iteration, in (0, 1); in the paper 0.05.
         method: as for `sparsify`.
         until: one or more of `Iterations`, `CompressionRate`, `AccuracyTolerance`, of which the
             first that holds counts. Nothing is done if one holds at the start.
-        finetune: called with the model after each pruning; make the optimizer inside. Masked
-            weights stay zero. Default: no fine-tuning.
+        finetune: called with the model after each pruning, to train it; makes its own optimizer.
         evaluate: called with the model after that; returns the accuracy, a share in [0, 1].
         ignored_layers: as for `sparsify`.
-        checkpoint: a file that is written after every iteration, with the masks, and the weights
-            if there is a `finetune`. If it exists, the model gets its state now and the
-            iterations go on from it. Random states are the caller's to restore.
-        dense_weights: what the compression rate counts from, for a model that lost neurons
-            before: its `weight_count` as it was. Default: this model's.
+        checkpoint: a file written after every iteration: masks, and weights with a `finetune`. If
+            it exists, the iterations go on from it. Random states are the caller's to restore.
+        dense_weights: `weight_count` before neurons were removed, from which the compression rate
+            counts. Default: this model's.
 
     Yields:
         One `Iteration` for each that was accepted.
@@ -94,8 +89,7 @@ def iterative_sparsify(
         ArgumentError: an argument is outside what it may be, or a rule needs `evaluate`.
         FileFormatError: the checkpoint is damaged, foreign, or of a newer version.
         ModelMismatchError: the checkpoint is of another model, rate or method.
-        NothingToPruneError, NumericalError: as `sparsify`; later also when the next iteration
-            would leave no weight.
+        NothingToPruneError, NumericalError: as `sparsify`, or the next iteration leaves no weight.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(100, 100))
