@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.optim import Lamb
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -29,8 +27,9 @@ from nss_prune.adaptation.freezing import (
 from nss_prune.adaptation.partial_gradients import BlockTraining, extract_blocks
 from nss_prune.adaptation.readapt import ReadaptTrainer
 from nss_prune.errors import ModelMismatchError
+from processes import in_processes
 from test_freezing import assert_only_these_moved, bits, entries_with_names, sliced
-from test_readapt import Batches, learned, meet, stripes
+from test_readapt import Batches, learned, stripes
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda model: SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=0.1),
@@ -402,11 +401,9 @@ def test_a_checkpoint_of_training_under_masks_is_refused(tmp_path: Path) -> None
     assert_unchanged(model, state)
 
 
-def part_of(rank: int, world: int) -> Batches:
+def eight_samples() -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    inputs, labels = torch.randn(8, 6), torch.arange(8) % 3
-    size = 8 // world
-    return [(inputs[rank * size :][:size], labels[rank * size :][:size])]
+    return torch.randn(8, 6), torch.arange(8) % 3
 
 
 def adapt(data: Batches) -> nn.Linear:
@@ -417,16 +414,15 @@ def adapt(data: Batches) -> nn.Linear:
     return layer
 
 
-def replica(rank: int, world: int, folder: str) -> None:
-    meet(rank, world, folder)
-    torch.save(adapt(part_of(rank, world)).state_dict(), f"{folder}/{rank}")
-    dist.destroy_process_group()
+def adapt_half(rank: int, folder: str) -> None:
+    half = [tuple(values[4 * rank :][:4] for values in eight_samples())]
+    torch.save(adapt(half).state_dict(), f"{folder}/{rank}")
 
 
-def test_replicas_average_the_gradients_of_blocks(tmp_path: Path) -> None:
-    mp.spawn(replica, args=(2, str(tmp_path)), nprocs=2)
+def test_processes_average_the_gradients_of_blocks(tmp_path: Path) -> None:
+    in_processes(adapt_half, tmp_path)
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in "01")
-    wanted = adapt(part_of(0, 1)).state_dict()
+    wanted = adapt([eight_samples()]).state_dict()
     for name, value in first.items():
         assert torch.equal(value, second[name])
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)

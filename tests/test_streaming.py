@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from networks import batches, cnn, mlp
 from nss_prune import Profile, profile
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.profiling.streaming import dataset_labels
+from processes import in_processes
 
 ROOM_FOR_ONE = 12 * (16**2 + 11**2)  # bytes that one category of mlp() takes
 METRICS = ("taylor", "avg", "var", "ens")
@@ -164,34 +160,24 @@ def test_dense_targets_by_a_function() -> None:
     assert result.samples == tuple(int((labels == c).flatten(1).any(1).sum()) for c in range(4))
 
 
-def shard_profile(rank: int, world: int, folder: str, room: int) -> None:
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    torch.set_num_threads(1)
+ROOMS = (10, 1)
+
+
+def shard_profiles(rank: int, folder: str) -> None:
     model, dataset = torch.load(f"{folder}/input.pt", weights_only=False)
-    shard = Subset(dataset, list(range(rank, len(dataset), world)))
-    result = profile(
-        model,
-        DataLoader(shard, batch_size=8),
-        metrics=METRICS,
-        memory_limit=room * ROOM_FOR_ONE,
-    )
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    shard = Subset(dataset, list(range(rank, len(dataset), 2)))
+    loader = DataLoader(shard, batch_size=8)
+    found = [
+        profile(model, loader, metrics=METRICS, memory_limit=room * ROOM_FOR_ONE) for room in ROOMS
+    ]
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
-@pytest.mark.parametrize("room", [10, 1])
-def test_two_processes_agree_with_one(model, data, tmp_path: Path, room: int) -> None:
+def test_two_processes_agree_with_one(model, data, tmp_path: Path) -> None:
     dataset = TensorDataset(*(torch.cat(parts) for parts in zip(*data, strict=True)))
     torch.save((copy.deepcopy(model), dataset), tmp_path / "input.pt")
-    mp.spawn(shard_profile, args=(2, str(tmp_path), room), nprocs=2)
+    in_processes(shard_profiles, tmp_path)
     one = profile(model, data, metrics=METRICS)
     for rank in range(2):
-        same(one, torch.load(tmp_path / f"{rank}.pt", weights_only=False))
+        for found in torch.load(tmp_path / f"{rank}.pt", weights_only=False):
+            same(one, found)
