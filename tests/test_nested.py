@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from nss_prune.core.nested import add_nested, map_tensors, moved, tensors_in
+from nss_prune.core.nested import (
+    add_nested,
+    at_path,
+    map_tensors,
+    moved,
+    tensors_by_path,
+    tensors_in,
+)
 
 
 class Pair(NamedTuple):
@@ -54,6 +61,14 @@ _pytree.register_pytree_node(
 
 A, B, C = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
 
+
+class WithLogits:
+    """An output of no structure but its scores."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
 NESTS: dict[str, tuple[Any, list[Tensor]]] = {
     "tensor": (A, [A]),
     "nothing": (None, []),
@@ -72,6 +87,7 @@ NESTS: dict[str, tuple[Any, list[Tensor]]] = {
     "dataclass": (Output(A, (B, C)), [A, B, C]),
     "frozen dataclass": ([Frozen(A)], [A]),
     "registered": ((Registered(A), B), [A, B]),
+    "object with logits": (WithLogits(A), [A]),
     "dataclass itself": (Output, []),
 }
 
@@ -93,6 +109,14 @@ def test_tensors_come_in_order_and_are_mapped_in_their_places(name: str) -> None
     )
     again = tensors_in(nest)  # what was given stays as it was
     assert all(one is other for one, other in zip(again, found, strict=True))
+
+
+@pytest.mark.parametrize("name", NESTS)
+def test_a_path_leads_to_each_tensor(name: str) -> None:
+    nest, expected = NESTS[name]
+    paths = [path for path, _ in tensors_by_path(nest)]
+    assert [at_path(nest, path) for path in paths] == expected
+    assert len(set(paths)) == len(paths)
 
 
 def test_other_leaves_and_names_stay() -> None:

@@ -23,13 +23,25 @@ def counted_batches(
     Raises:
         DataError: There is none, or it cannot be used.
     """
+    for number, inputs, _, samples in labelled_batches(model, data, progress, label):
+        yield number, inputs, samples
+
+
+def labelled_batches(
+    model: nn.Module, data: Iterable[Any], progress: bool | None, label: str
+) -> Iterator[tuple[int, Any, Any, int]]:
+    """(number, inputs, labels, samples) of every batch; labels are None where there are none.
+
+    Raises:
+        DataError: There is none, or it cannot be used.
+    """
     number = -1
     hidden = None if progress is None else not progress
     for number, batch in enumerate(
         tqdm(data, desc=label, unit="batch", leave=False, disable=hidden)
     ):
-        inputs, _ = split_batch(batch)
-        yield number, inputs, check_inputs(model, inputs, number)
+        inputs, labels = split_batch(batch)
+        yield number, inputs, labels, check_inputs(model, inputs, number)
     if number < 0:
         raise DataError("the data has no batches; give at least one batch of (inputs, labels)")
 

@@ -158,14 +158,18 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def run(model: nn.Module, inputs: Any, number: int) -> Any:
+def run(model: nn.Module, inputs: Any, number: int, forward: Forward = call_model) -> Any:
     """The model's outputs.
+
+    Args:
+        number: Of the batch, for messages.
+        forward: Calls the model on the inputs of a batch.
 
     Raises:
         DataError: The model refuses the inputs.
     """
     try:
-        return call_model(model, inputs)
+        return forward(model, inputs)
     except NSSPruneError:
         raise
     except Exception as error:
