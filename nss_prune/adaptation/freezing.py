@@ -1,9 +1,9 @@
-"""Which entries of a model belong to its critical neurons, and training that leaves others as is.
+"""Train the critical neurons of a model, or all others; the rest keeps its bits.
 
 An entry of a parameter is critical if the physical removal of all neurons outside the slice would
 leave it: its row belongs to a critical neuron (or to a layer that is not sliced), and its column
-reads a critical neuron (or something that is not sliced). The share of entries that train, the
-paper's TPR, is therefore 1 − ``Slice.compression_rate``.
+to the input from a critical neuron (or from something that is not sliced). The share of entries
+that train, the paper's TPR, is therefore 1 − ``Slice.compression_rate``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def critical_entries(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
         if member.axis is not None:
             _clear(entries[name], member.axis, channels)
             continue
-        for key, (made, read) in parameter_axes(submodule(model, name)).items():
-            axis = read if side == "in" else made
+        for key, (rows, columns) in parameter_axes(submodule(model, name)).items():
+            axis = columns if side == "in" else rows
             parameter = f"{name}.{key}" if name else key
             # A second name of a tied parameter stands for no entries of its own.
             if axis is not None and parameter in entries:
@@ -104,9 +104,9 @@ def train_others(
     """Incremental development: what the masked model computes keeps its bits, all else trains.
 
     Entries whose row and column are both critical are frozen. The rows of critical neurons may
-    train on columns of the others: under the mask these read zero. That holds for what the mask
-    cuts, which is not checked here; where other paths lead past it, take what
-    :func:`nss_prune.adaptation.isolation.isolated_part` gives in place of the slice.
+    train on columns of the others: under the mask the inputs of these are zero. That holds for
+    layers that the mask isolates, which is not checked here; where other paths lead past it, take
+    what :func:`nss_prune.adaptation.isolation.isolated_part` gives in place of the slice.
 
     Args:
         keep: Layer that makes the output -> True for the outputs that keep their bits,
@@ -206,7 +206,7 @@ class Freezing:
         """Within the context, what is frozen keeps the bits that it has on entry.
 
         Gradients of frozen entries are zero, so that clipping sees only those that train.
-        Parameters that are frozen wholly ask for no gradient. On exit, hooks and flags are as
+        Parameters that are frozen wholly require no gradient. On exit, hooks and flags are as
         they were before, also after an exception.
 
         Args:

@@ -4,7 +4,7 @@ A task is a slice and the classes it owns. What its masked model computes depend
 entries alone (see :mod:`nss_prune.adaptation.freezing`) and on its own rows of the classifier:
 these keep their bits while later tasks train everything else, so that its outputs under its mask
 are bit-identical for good. Later tasks use earlier neurons, and change those only through entries
-that read zero under the masks of earlier tasks.
+whose inputs are zero under the masks of earlier tasks.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class LearnedTasks:
         """Position of the task whose outputs have the least entropy, ``[samples]``.
 
         The entropy of a task is relative to that of its classes at random, ln(classes), so that
-        tasks of different size compare; a task with a single class says nothing and comes last.
+        tasks of different size compare; a task with a single class has no entropy and comes last.
         """
         return least_uncertain(self._scores(inputs))
 
@@ -178,7 +178,7 @@ class LearnedTasks:
         return self.masked_freezing(inputs)
 
     def _frozen(self, tasks: Sequence[Task], slices: Sequence[Slice]) -> dict[str, Tensor]:
-        """Parameter -> True for entries that tasks need, or that ask for no gradient anyway."""
+        """Parameter -> True for entries that tasks need, or that require no gradient anyway."""
         frozen = all_needed_entries(tasks, self.model, self.head, slices)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:

@@ -37,9 +37,9 @@ def needed_entries(
         entries[name] &= kept.to(entries[name].device)
     others = torch.ones(outputs_of(model, classifier), dtype=torch.bool)
     others[list(task.classes)] = False
-    for key, (made, _) in parameter_axes(submodule(model, classifier)).items():
+    for key, (rows, _) in parameter_axes(submodule(model, classifier)).items():
         mask = entries[f"{classifier}.{key}" if classifier else key]
-        mask.index_fill_(made, others.nonzero().flatten().to(mask.device), False)
+        mask.index_fill_(rows, others.nonzero().flatten().to(mask.device), False)
     return entries
 
 

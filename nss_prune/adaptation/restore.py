@@ -1,4 +1,4 @@
-"""Tensors of which some entries keep the bits that they have, whatever is written to them.
+"""Frozen entries of tensors: they get their bits back, whatever was written to them.
 
 The work is done on the bits themselves, which is several times as fast as a selection by bool, and
 clears NaN and infinite gradients too.

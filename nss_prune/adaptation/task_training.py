@@ -62,7 +62,7 @@ class TaskTraining:
             objective: The loss.
             data: Batches of (inputs, labels) on the model's device.
             replayed: Batches to replay, one behind each of ``data``.
-            purpose: What tells the checkpoint from others of the model; anything JSON can hold.
+            purpose: Distinguishes the checkpoint from others of the model; anything JSON can hold.
 
         Raises:
             ArgumentError: timm does not make the optimiser.

@@ -42,8 +42,8 @@ def make_optimizer(
         freezing: What trains, of which model.
         optimizer: A name that timm knows, an optimiser of the model's parameters, or a function
             of the list of those that train.
-        learning_rate: For an optimiser by name, as ``weight_decay`` (which spares biases and
-            norms) and ``momentum`` are.
+        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` are, from
+            which biases and norms are exempt.
 
     Raises:
         ArgumentError: timm does not make it, or it has other parameters than the model.

@@ -24,6 +24,8 @@ def items_in(value: Any) -> list[tuple[Any, Any]]:
 
     Keys are those of a mapping, names of fields, and positions in all others.
     """
+    if isinstance(value, Tensor):
+        return []
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, (tuple, list)):
@@ -95,7 +97,7 @@ def _is_leaf(value: Any, parts: list[Any]) -> bool:
 
 def _names(value: Any) -> list[str]:
     """The attributes that hold tensors: fields that have a value, or the scores of an output."""
-    if isinstance(value, (Tensor, type)):
+    if isinstance(value, type):
         return []
     if is_dataclass(value):
         return [field.name for field in fields(value) if hasattr(value, field.name)]

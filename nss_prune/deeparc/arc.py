@@ -39,7 +39,7 @@ class DeepArc:
         threshold: Similarity in (0, 1] from which consecutive layers belong together.
         similarity: "unbiased": minibatch CKA of the HSIC_1 estimator (Nguyen et al. 2021, Eq. 2
             and 3), as in DeepArc's published code, which sums over batches without dividing by
-            their size. Batches of fewer than 4 samples say nothing and are left out. "paper":
+            their size. Batches of fewer than 4 samples are left out. "paper":
             Eq. 2 of the NeuSemSlice paper to the letter, without centring, between all samples
             of all batches; it keeps the inputs, and runs the model again for every
             ``memory_limit`` bytes of activations.
@@ -147,7 +147,7 @@ class DeepArc:
     def trainable(self, critical: Slice | None = None) -> dict[str, Tensor]:
         """Parameter -> bool of its shape, True where it trains.
 
-        Everything outside redundant layers trains, the head and what else is no layer too. A
+        Everything outside redundant layers trains, the classifier and what else is no layer too. A
         parameter that a redundant layer shares with another one trains.
 
         Args:

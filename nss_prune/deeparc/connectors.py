@@ -80,7 +80,7 @@ def fit(
 
     Raises:
         DataError: There are none, or a model refuses them.
-        NumericalError: What is read or given is NaN or infinite.
+        NumericalError: Inputs or outputs of the layer are NaN or infinite.
     """
     linear: Any = next(m for m in connector.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS)))
     regression = Regression()

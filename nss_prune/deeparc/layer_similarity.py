@@ -97,9 +97,9 @@ def outputs_seen(
     layers: Sequence[Layer],
     inputs: Any,
     number: int,
-    look: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """What ``look`` makes of every layer's output ``[samples, features]`` for one batch.
+    """``function`` of every layer's output ``[samples, features]`` for one batch.
 
     Raises:
         DataError: The model refuses the batch, or a layer did not run.
@@ -116,7 +116,7 @@ def outputs_seen(
                     f"{name} gives {tuple(output.shape)} for {samples} samples; the first axis "
                     "must hold the samples. Name other layers in layers="
                 )
-            seen[name] = look(as_computed(output).flatten(1))
+            seen[name] = function(as_computed(output).flatten(1))
 
         return see
 

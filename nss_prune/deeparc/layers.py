@@ -241,7 +241,7 @@ def _bottlenecks(sources: set[Any], ends: Sequence[Any]) -> set[Any]:
 
 
 def _topological(ends: Sequence[Any]) -> list[Any]:
-    """All nodes that lead to the ends, each after those that it reads."""
+    """All nodes that lead to the ends, each after those of its inputs."""
     order, seen = [], set()
     stack = [(node, False) for node in ends]
     while stack:
