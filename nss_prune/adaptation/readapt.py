@@ -76,8 +76,8 @@ class ReadaptTrainer:
         train: "critical" neurons, "all" of the model, or a freezing of one's own.
         optimizer: A name that timm knows, an optimiser of the model's parameters, or a function
             of the list of those that train.
-        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` are, from which
-            biases and norms are exempt.
+        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` are, from
+            which biases and norms are exempt.
         scheduler: A name that timm knows ("cosine", "step", ...), or None.
         epochs: How often the data is gone through.
         loss: Function of (outputs, labels), one value or one for each sample; cross entropy by
