@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from frozen import assert_only_these_moved, bits, entries_with_names
 from networks import assert_unchanged, fingerprint
 from nss_prune.adaptation.freezing import (
     Freezing,
@@ -28,7 +29,7 @@ from nss_prune.adaptation.partial_gradients import BlockTraining, extract_blocks
 from nss_prune.adaptation.readapt import ReadaptTrainer
 from nss_prune.errors import ModelMismatchError
 from processes import in_processes
-from test_freezing import assert_only_these_moved, bits, entries_with_names, sliced
+from test_freezing import sliced
 from test_readapt import Batches, learned, stripes
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
