@@ -124,3 +124,8 @@ def test_importing_the_package_imports_nothing_that_takes_long() -> None:
     own = {name.split(".")[0] for name in done.stdout.split()}
     assert "nss_prune" in own
     assert not own & {"timm", "captum", "matplotlib", "torchvision", "sklearn", "scipy"}
+
+
+def test_tests_are_in_the_folders_of_what_they_test() -> None:
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/test_*.py")}
+    assert folders <= {*FOLDERS, "benchmarks"}

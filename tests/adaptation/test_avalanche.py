@@ -21,7 +21,6 @@ from avalanche.training.supervised import Naive
 
 from nss_prune.adaptation.avalanche import NeuSemSlicePlugin
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning")
 
 
