@@ -421,7 +421,7 @@ class SettledNeurons(NonCriticalNeurons):
 
     def _settle(self, task: Subtask) -> None:
         inputs, _ = next(task.data.train.batches(8))
-        freezing = self.trainer.settling(inputs)
+        freezing = self.trainer.masked_freezing(inputs)
         objective = self.objective(task)
         with self.trainer.tasks[-1].masked(self.model):
             study(freezing, task.data.train, None, objective, self.again, self.course.seed)

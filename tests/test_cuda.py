@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from frozen import assert_only_these_moved, bits, entries_with_names
 from networks import settled
 from nss_prune import (
     DeepArc,
@@ -32,7 +33,6 @@ from nss_prune.profiling.contributions.protocol import metrics_known
 from nss_prune.statistics.consumers import consumer_statistics
 from nss_prune.unstructured import iterative_sparsify
 from nss_prune.unstructured.iterate import Iterations
-from test_freezing import assert_only_these_moved, bits, entries_with_names
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
+from nss_prune.core.hooks import attached
 from nss_prune.errors import ArgumentError, DataError
 
 
@@ -30,13 +32,9 @@ def running_statistics(norm: _NormBase, frozen: Tensor) -> Iterator[None]:
         frozen: ``[channels]``, bool, on the device of the statistics.
     """
     hooks = _Hooks(norm, frozen)
-    before = norm.register_forward_pre_hook(hooks.before)
-    after = norm.register_forward_hook(hooks.after, always_call=True)
-    try:
+    after = partial(norm.register_forward_hook, always_call=True)
+    with attached((norm.register_forward_pre_hook, hooks.before), (after, hooks.after)):
         yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Checkpoint:
         path: Of the file, or None.
         freezing: What trains, of which model.
         optimizer: In use.
-        purpose: What tells this training from others of the model; anything that JSON can hold.
+        purpose: Distinguishes this training from others of the model; anything JSON can hold.
     """
 
     path: str | os.PathLike[str] | None

@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from nss_prune.core.batches import pick_samples, split_batch
-from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.core.models import device_of
+from nss_prune.core.nested import map_tensors, moved, tensors_in
 from nss_prune.errors import DataError
 from nss_prune.profiling.streaming import labelled_draw
 
 Data = Iterable[Any]
 """Batches of (inputs, labels), on any device."""
+
+Checked = Callable[[Any, int], tuple[Any, Tensor]]
+"""Function of a batch and its number that gives inputs and labels, or raises DataError."""
 
 
 def repeatable(data: Data) -> Data:
@@ -94,15 +98,14 @@ class Moved:
     Args:
         data: Batches on any device.
         device: Where they are wanted.
-        checked: Gives inputs and labels of (batch, number), and raises DataError where they are
-            not as needed.
+        checked: Divides a batch.
     """
 
     def __init__(
         self,
         data: Data,
         device: torch.device,
-        checked: Callable[[Any, int], tuple[Any, Tensor]] = with_labels,
+        checked: Checked = with_labels,
     ) -> None:
         self.data = data
         self.device = device
@@ -111,10 +114,12 @@ class Moved:
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         for number, batch in enumerate(self.data):
             inputs, labels = self.checked(batch, number)
-            yield map_tensors(self._move, inputs), self._move(labels)
+            yield moved((inputs, labels), self.device)
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+
+def on_device_of(model: nn.Module, data: Data, checked: Checked = with_classes) -> Moved:
+    """(inputs, labels) on the device of a model; by default labels have to be class indices."""
+    return Moved(data, device_of(model), checked)
 
 
 class Shuffled:

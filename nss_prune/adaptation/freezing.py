@@ -1,9 +1,9 @@
-"""Which entries of a model belong to its critical neurons, and training that leaves others as is.
+"""Train the critical neurons of a model, or all others; the rest keeps its bits.
 
 An entry of a parameter is critical if the physical removal of all neurons outside the slice would
 leave it: its row belongs to a critical neuron (or to a layer that is not sliced), and its column
-reads a critical neuron (or something that is not sliced). The share of entries that train, the
-paper's TPR, is therefore 1 − ``Slice.compression_rate``.
+to the input from a critical neuron (or from something that is not sliced). The share of entries
+that train, the paper's TPR, is therefore 1 − ``Slice.compression_rate``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from nss_prune.adaptation.batch_norm import running_statistics
-from nss_prune.adaptation.restore import Kept, Restorable, together
+from nss_prune.adaptation.restore import FrozenEntries, Restorable, fused
+from nss_prune.core.hooks import attached
 from nss_prune.core.models import flags_kept, submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits, held_channels, parameter_axes
@@ -40,8 +41,8 @@ def critical_entries(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
         if member.axis is not None:
             _clear(entries[name], member.axis, channels)
             continue
-        for key, (made, read) in parameter_axes(submodule(model, name)).items():
-            axis = read if side == "in" else made
+        for key, (rows, columns) in parameter_axes(submodule(model, name)).items():
+            axis = columns if side == "in" else rows
             parameter = f"{name}.{key}" if name else key
             # A second name of a tied parameter stands for no entries of its own.
             if axis is not None and parameter in entries:
@@ -88,15 +89,24 @@ def train_critical(critical: Slice, model: nn.Module) -> Freezing:
     return Freezing(model, critical_entries(critical, model), frozen)
 
 
+def train_all(model: nn.Module) -> Freezing:
+    """Every entry trains."""
+    everything = {
+        name: torch.ones_like(parameter, dtype=torch.bool)
+        for name, parameter in model.named_parameters()
+    }
+    return Freezing(model, everything)
+
+
 def train_others(
     critical: Slice, model: nn.Module, keep: Mapping[str, Tensor] | None = None
 ) -> Freezing:
     """Incremental development: what the masked model computes keeps its bits, all else trains.
 
     Entries whose row and column are both critical are frozen. The rows of critical neurons may
-    train on columns of the others: under the mask these read zero. That holds for what the mask
-    cuts, which is not checked here; where other paths lead past it, take what
-    :func:`nss_prune.adaptation.isolation.isolated_part` gives in place of the slice.
+    train on columns of the others: under the mask the inputs of these are zero. That holds for
+    layers that the mask isolates, which is not checked here; where other paths lead past it, take
+    what :func:`nss_prune.adaptation.isolation.isolated_part` gives in place of the slice.
 
     Args:
         keep: Layer that makes the output -> True for the outputs that keep their bits,
@@ -196,7 +206,7 @@ class Freezing:
         """Within the context, what is frozen keeps the bits that it has on entry.
 
         Gradients of frozen entries are zero, so that clipping sees only those that train.
-        Parameters that are frozen wholly ask for no gradient. On exit, hooks and flags are as
+        Parameters that are frozen wholly require no gradient. On exit, hooks and flags are as
         they were before, also after an exception.
 
         Args:
@@ -218,11 +228,11 @@ class Freezing:
         if self._kept is not None:
             raise ArgumentError("this freezing is attached already; leave that context first")
         with contextlib.ExitStack() as stack, flags_kept(self.model):
-            self._kept = together(self._freeze(stack, apart, zero_gradients))
+            self._kept = fused(self._freeze(stack, apart, zero_gradients))
             stack.callback(self._release)
             if optimizer is not None:
-                hook = optimizer.register_step_post_hook(lambda *_: self.restore())
-                stack.callback(hook.remove)
+                after = optimizer.register_step_post_hook
+                stack.enter_context(attached((after, lambda *_: self.restore())))
             yield self
 
     def restore(self) -> None:
@@ -242,7 +252,7 @@ class Freezing:
 
     def _freeze(
         self, stack: contextlib.ExitStack, apart: Collection[str], zero_gradients: bool
-    ) -> list[Kept]:
+    ) -> list[FrozenEntries]:
         kept = []
         for name, parameter in self.model.named_parameters():
             if name in apart:
@@ -255,17 +265,20 @@ class Freezing:
             frozen = ~self.trainable[name].to(parameter.device)
             if not frozen.any():
                 continue
-            kept.append(Kept(parameter, frozen))
+            kept.append(FrozenEntries(parameter, frozen))
             if parameter.requires_grad and zero_gradients:
-                hook = parameter.register_post_accumulate_grad_hook(kept[-1].zero_gradient)
-                stack.callback(hook.remove)
+                after = parameter.register_post_accumulate_grad_hook
+                stack.enter_context(attached((after, kept[-1].zero_gradient)))
         for name, frozen in self.frozen_statistics.items():
             norm = submodule(self.model, name)
             assert isinstance(norm, _NormBase)
             assert norm.running_mean is not None
             assert norm.running_var is not None
             frozen = frozen.to(norm.running_mean.device)
-            kept += [Kept(norm.running_mean, frozen), Kept(norm.running_var, frozen)]
+            kept += [
+                FrozenEntries(norm.running_mean, frozen),
+                FrozenEntries(norm.running_var, frozen),
+            ]
             stack.enter_context(running_statistics(norm, frozen))
         return kept
 

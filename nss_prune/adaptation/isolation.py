@@ -1,4 +1,4 @@
-"""What the mask of a slice cuts: paths from neurons outside the slice to the outputs."""
+"""Which layers of a slice the outputs under its mask do not depend on outside the slice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nss_prune.adaptation.freezing import critical_channels, critical_entries
 from nss_prune.core.batches import pick_samples
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.core.nested import map_tensors, tensors_in
-from nss_prune.core.undo import copied, put_back
+from nss_prune.core.undo import values_restored
 from nss_prune.errors import ModelMismatchError
 from nss_prune.graph.slices import Slice
 
@@ -23,10 +23,10 @@ TRIED = 8  # samples in a trial
 def isolated_part(critical: Slice, model: nn.Module, inputs: Any) -> Slice:
     """The layers of a slice whose other neurons do not matter under its mask.
 
-    A mask cuts what the layers of a group read. Where something else depends on a neuron too (a
-    gate that is no layer, a sum over channels), the layer is left out, so that all of its neurons
-    count as critical. This is tried with random weights, with which no dependence is too small to
-    be seen; then the model gets its own back.
+    A mask zeroes the inputs of the layers that consume a group. Where something else depends on a
+    neuron too (a gate that is no layer, a sum over channels), the layer is left out, so that all of
+    its neurons count as critical. This is tried with random weights, with which no dependence is
+    too small to be seen; then the model gets its own back.
 
     Args:
         critical: Whose mask is tried.
@@ -36,12 +36,9 @@ def isolated_part(critical: Slice, model: nn.Module, inputs: Any) -> Slice:
         ModelMismatchError: The slice is of another model, or its mask does not cut a path from
             several layers together.
     """
-    values = copied(model)
-    try:
+    with values_restored(model):
         randomize(model)
-        return _only(critical, _layers_cut(critical, model, _few(inputs)))
-    finally:
-        put_back(model, values)
+        return _only(critical, _isolated_layers(critical, model, _few(inputs)))
 
 
 def _few(inputs: Any) -> Any:
@@ -50,21 +47,21 @@ def _few(inputs: Any) -> Any:
     return map_tensors(torch.nan_to_num, few)
 
 
-def _layers_cut(critical: Slice, model: nn.Module, inputs: Any) -> set[str]:
+def _isolated_layers(critical: Slice, model: nn.Module, inputs: Any) -> set[str]:
     layers = set(critical.removed)
-    if _is_cut(layers, critical, model, inputs):
+    if _is_isolated(layers, critical, model, inputs):
         return layers
-    layers = {name for name in layers if _is_cut({name}, critical, model, inputs)}
-    if not _is_cut(layers, critical, model, inputs):
+    layers = {name for name in layers if _is_isolated({name}, critical, model, inputs)}
+    if not _is_isolated(layers, critical, model, inputs):
         raise ModelMismatchError(
             "the outputs under the mask depend on neurons outside the slice; profile with "
-            "ignored_layers= those that are read by other than Linear and convolution layers"
+            "ignored_layers= those whose outputs go to other than Linear and convolution layers"
         )
     return layers
 
 
 @torch.no_grad()
-def _is_cut(layers: Collection[str], critical: Slice, model: nn.Module, inputs: Any) -> bool:
+def _is_isolated(layers: Collection[str], critical: Slice, model: nn.Module, inputs: Any) -> bool:
     """Whether other values in what is free in some layers leave the masked outputs as they are."""
     with evaluation(model), critical.masked(model):
         before = tensors_in(run(model, inputs, 0))

@@ -1,4 +1,4 @@
-"""Trainable entries that form a block are trained as a block.
+"""Train some rows × columns of a weight as a parameter of its own.
 
 The entries of a weight that belong to critical neurons lie at some rows × some columns. Cut out as
 a parameter of their own, they are all that the optimiser sees, and after each of its steps they are
@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from nss_prune.adaptation.freezing import Freezing
+from nss_prune.core.hooks import attached
 
 BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adadelta, RMSprop)
 """Optimisers that treat each entry by itself: a block gets the values it would get in the whole."""
@@ -44,7 +45,7 @@ class Block:
         self.columns = columns
         self.entries = nn.Parameter(self._of(whole.detach()))
 
-    def cut(self) -> None:
+    def load(self) -> None:
         """Take the entries, and what is frozen, as they are in the whole."""
         whole = self.whole.detach()
         every = torch.arange(len(whole), device=whole.device)
@@ -66,7 +67,7 @@ class Block:
             self._places = broad.expand(self.entries.shape)
 
     def read(self) -> None:
-        """Take the entries as they are in the whole; what is frozen stays as it was cut."""
+        """Take the entries as they are in the whole; what is frozen stays as it was loaded."""
         self.entries.data.copy_(self._of(self.whole.detach()))
 
     def write(self) -> None:
@@ -86,13 +87,13 @@ class Block:
 
         What is frozen keeps the bits that it has on entry.
         """
-        self.cut()
+        self.load()
         before, self.whole.grad = self.whole.grad, None
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self.whole, "grad", before)
             if self.whole.requires_grad:
-                hook = self.whole.register_post_accumulate_grad_hook(self._take_gradient)
-                stack.callback(hook.remove)
+                after = self.whole.register_post_accumulate_grad_hook
+                stack.enter_context(attached((after, self._take_gradient)))
             yield
 
     def _take_gradient(self, whole: Tensor) -> None:
@@ -117,7 +118,7 @@ def treats_entries_apart(optimizer: Optimizer) -> bool:
     return type(optimizer) in BY_ENTRY
 
 
-def cut_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
+def extract_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
     """Replace parameters in the optimiser by the blocks of them that train.
 
     Args:
@@ -164,12 +165,12 @@ def _block(parameter: nn.Parameter, entries: Tensor) -> Block | None:
     return None if rows is None and columns is None else Block(parameter, rows, columns)
 
 
-class CompactTraining:
+class BlockTraining:
     """A freezing of which some parameters train as blocks, the others under its masks.
 
     ::
 
-        training = CompactTraining(freezing, optimizer, cut_blocks(freezing, optimizer))
+        training = BlockTraining(freezing, optimizer, extract_blocks(freezing, optimizer))
         with training.attach():
             for inputs, labels in data:
                 optimizer.zero_grad()
@@ -218,8 +219,8 @@ class CompactTraining:
             stack.enter_context(freezing)
             for block in self.blocks.values():
                 stack.enter_context(block.attach())
-            hook = self.optimizer.register_step_post_hook(lambda *_: self._write())
-            stack.callback(hook.remove)
+            after = self.optimizer.register_step_post_hook
+            stack.enter_context(attached((after, lambda *_: self._write())))
             stack.callback(self._restore)
             yield
 
@@ -315,11 +316,11 @@ def _layers(model: nn.Module, blocks: Iterable[Block]) -> Iterator[_Linear | _Co
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _pays(layer: _ConvNd, block: Block, lanes: int = 16, read: int = 256) -> bool:
+def _pays(layer: _ConvNd, block: Block, lanes: int = 16, fewest: int = 256) -> bool:
     """Whether the gradient of the block takes less time than that of the whole weight.
 
     Measured on two cores, forward and backward of the gradient alone: channels count by the 16
-    that a vector holds, and with fewer than some 256 values read by an output the copies of
+    that a vector holds, and with fewer than some 256 inputs of an output the copies of
     inputs and gradients cost more than what they save. On a GPU they always do.
     """
     weight = block.whole
@@ -330,7 +331,7 @@ def _pays(layer: _ConvNd, block: Block, lanes: int = 16, read: int = 256) -> boo
         math.prod(-(-size // lanes) for size in shape[:2])
         for shape in (weight.shape, block.entries.shape)
     )
-    return part < whole and weight[0].numel() >= read
+    return part < whole and weight[0].numel() >= fewest
 
 
 def _in_autocast(
@@ -364,9 +365,9 @@ class _BlockLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, rows, columns = ctx.saved_tensors
-        made = gradient if rows is None else gradient.index_select(1, rows)
-        read = inputs if columns is None else inputs.index_select(1, columns)
-        of_entries = made.t() @ read
+        of_rows = gradient if rows is None else gradient.index_select(1, rows)
+        of_columns = inputs if columns is None else inputs.index_select(1, columns)
+        of_entries = of_rows.t() @ of_columns
         of_inputs = gradient @ weight if ctx.needs_input_grad[1] else None
         of_bias = gradient.sum(0) if ctx.needs_input_grad[3] else None
         return of_entries, of_inputs, None, of_bias, None, None
@@ -414,11 +415,11 @@ class _BlockConvolution(torch.autograd.Function):
         inputs, weight, rows, columns = ctx.saved_tensors
         backward = torch.ops.aten.convolution_backward
         geometry = ctx.geometry.arguments()
-        made = gradient if rows is None else gradient.index_select(1, rows)
-        read = inputs if columns is None else inputs.index_select(1, columns)
+        of_rows = gradient if rows is None else gradient.index_select(1, rows)
+        of_columns = inputs if columns is None else inputs.index_select(1, columns)
         # The gradient of a weight depends on its shape alone, as in torch.nn.grad.
-        part = weight.new_empty(1).expand(made.shape[1], read.shape[1], *weight.shape[2:])
-        of_entries = backward(made, read, part, None, *geometry, [False, True, False])[1]
+        part = weight.new_empty(1).expand(of_rows.shape[1], of_columns.shape[1], *weight.shape[2:])
+        of_entries = backward(of_rows, of_columns, part, None, *geometry, [False, True, False])[1]
         of_inputs = of_bias = None
         if ctx.needs_input_grad[1]:
             of_inputs = backward(gradient, inputs, weight, None, *geometry, [True, False, False])[0]

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 from torch.optim import Optimizer
 
-from nss_prune.adaptation.attacks import Attack, PerChannel, attacked, make_attack
+from nss_prune.adaptation.adversarial_training import AdversarialTraining
+from nss_prune.adaptation.attacks import Attack, PerChannel, make_attack
 from nss_prune.adaptation.checkpoint import Checkpoint
-from nss_prune.adaptation.datasets import Data, Moved, Shuffled, repeatable
-from nss_prune.adaptation.freezing import Freezing, train_critical
-from nss_prune.adaptation.partial_gradients import CompactTraining, cut_blocks
-from nss_prune.adaptation.training import OptimizerFactory, count_correct, make_optimizer, one_pass
-from nss_prune.core.models import device_of, run
-from nss_prune.core.nested import map_tensors
-from nss_prune.core.outputs import cross_entropy
-from nss_prune.core.processes import agree, average_gradients, processes, total
-from nss_prune.core.undo import copied, put_back, undone_on_failure
-from nss_prune.errors import ArgumentError, DataError
+from nss_prune.adaptation.course import Course
+from nss_prune.adaptation.datasets import Data, on_device_of, repeatable, with_labels
+from nss_prune.adaptation.freezing import Freezing, train_all, train_critical
+from nss_prune.adaptation.robustness import (
+    ModelWith,
+    Validation,
+    accuracy,
+    adversaries_of,
+    attacked_once,
+    evaluate_attack,
+    validation_score,
+)
+from nss_prune.adaptation.training import Loss, OptimizerFactory, make_optimizer, make_scheduler
+from nss_prune.core.processes import copy_from_first
+from nss_prune.core.undo import put_back, restored_on_error
+from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
-from nss_prune.profiling.accumulation import Loss
 
-Validation = Data | Callable[[nn.Module], float]
+__all__ = ["ReadaptResult", "ReadaptTrainer", "Validation", "evaluate_attack"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class ReadaptTrainer:
         train: "critical" neurons, "all" of the model, or a freezing of one's own.
         optimizer: A name that timm knows, an optimiser of the model's parameters, or a function
             of the list of those that train.
-        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` (which spares
-            biases and norms) are.
+        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` are, from
+            which biases and norms are exempt.
         scheduler: A name that timm knows ("cosine", "step", ...), or None.
         epochs: How often the data is gone through.
         loss: Function of (outputs, labels), one value or one for each sample; cross entropy by
@@ -123,15 +125,8 @@ class ReadaptTrainer:
         resume: bool = False,
         progress: bool | None = None,
     ) -> None:
-        if adversaries not in ("fresh", "fixed"):
-            raise ArgumentError(f"adversaries is {adversaries!r}; use 'fresh' or 'fixed'")
-        if amp not in (None, torch.bfloat16, torch.float16):
-            raise ArgumentError(f"amp is {amp!r}; use torch.bfloat16, torch.float16 or None")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ArgumentError(f"clip_norm is {clip_norm!r}; give a number above 0, or None")
-        for name, number in (("epochs", epochs), ("patience", patience)):
-            if number is not None and (not isinstance(number, int) or number < 1):
-                raise ArgumentError(f"{name} is {number!r}; give 1 or more")
+        _check_choices(adversaries, amp, clip_norm)
+        _check_counts(epochs=epochs, patience=1 if patience is None else patience)
         if resume and checkpoint is None:
             raise ArgumentError("resume=True needs the file to go on from; give checkpoint=")
         self.model = model
@@ -145,22 +140,26 @@ class ReadaptTrainer:
             weight_decay=weight_decay,
             momentum=momentum,
         )
-        # Not in an optimiser made elsewhere, whose parameters may be known there.
-        own = not isinstance(optimizer, Optimizer)
-        blocks = cut_blocks(self.freezing, self.optimizer) if own else {}
-        read = clip_norm is not None or amp == torch.float16
-        self._training = CompactTraining(self.freezing, self.optimizer, blocks, zero_gradients=read)
-        self.scheduler = _scheduler(scheduler, self.optimizer, epochs)
+        self._training = AdversarialTraining(
+            self.freezing,
+            self.optimizer,
+            # Not in an optimiser made elsewhere, whose parameters may be known there.
+            in_blocks=not isinstance(optimizer, Optimizer),
+            attack=self.attack,
+            fixed=adversaries == "fixed",
+            loss=loss,
+            amp=amp,
+            clip_norm=clip_norm,
+            progress=progress,
+        )
+        self.scheduler = make_scheduler(scheduler, self.optimizer, epochs)
         self.epochs = epochs
-        self.loss: Loss = cross_entropy if loss is None else loss
-        self.amp = amp
-        self.clip_norm = clip_norm
         self.patience = patience
         # Frozen entries are compared besides: the same number of others are the same ones.
-        purpose = {"entries in blocks": self._training.size} if blocks else {}
+        size = self._training.blocks.size
+        purpose = {"entries in blocks": size} if size else {}
         self._checkpoint = Checkpoint(checkpoint, self.freezing, self.optimizer, purpose)
         self.resume = resume
-        self.progress = progress
         self._result: ReadaptResult | None = None
 
     @property
@@ -194,9 +193,9 @@ class ReadaptTrainer:
             raise ArgumentError("patience needs something to watch; give fit(data, validation)")
         data = repeatable(data)
         self._result = None
-        agree(self.model)
-        with undone_on_failure(self.model, self.optimizer) as before:
-            original = _Original(self.model, before)
+        copy_from_first(self.model)
+        with restored_on_error(self.model, values=True, optimizer=self.optimizer) as before:
+            original = ModelWith(self.model, before)
             batches = self._batches(data, original)
             course = self._train(batches, validation)
             self._result = self._measure(batches, data, validation, original, course)
@@ -204,91 +203,33 @@ class ReadaptTrainer:
 
     def _batches(self, data: Data, original: nn.Module) -> Data:
         """The data, or ((inputs, adversaries), labels) if those are fixed."""
-        moved = Moved(data, device_of(self.model))
+        batches = on_device_of(self.model, data, with_labels)
         if self.attack is None or self.adversaries == "fresh":
-            return moved
-        both = _Attacked(moved, self.attack, original)
-        kept = [map_tensors(Tensor.cpu, batch) for batch in both]
-        return Moved(Shuffled(kept), moved.device)
+            return batches
+        return attacked_once(batches, self.attack, original)
 
-    def _train(self, batches: Data, validation: Validation | None) -> _Course:
-        scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
-            device_of(self.model).type, enabled=self.amp == torch.float16
-        )
+    def _train(self, batches: Data, validation: Validation | None) -> Course:
         with self._training.attach():
-            course = self._resumed()
+            course = Course.load(self._checkpoint) if self.resume else Course()
             while len(course.losses) < self.epochs and not course.is_over(self.patience):
                 epoch = len(course.losses)
                 if self.scheduler is not None:
                     self.scheduler.step(epoch, course.scores[-1] if course.scores else None)
                 begin = time.perf_counter()
-                loss = self._epoch(batches, epoch, scaler)
+                loss = self._training.epoch(batches, epoch, f"epoch {epoch + 1}/{self.epochs}")
                 course.seconds += time.perf_counter() - begin
-                agree(self.model)
-                score = None if validation is None else self._score(validation)
+                copy_from_first(self.model)
+                score = (
+                    None
+                    if validation is None
+                    else validation_score(self.model, validation, self.attack)
+                )
                 course.add(loss, score, self.model, self.patience)
-                self._save(course)
+                course.save(self._checkpoint)
             if course.best is not None:
                 put_back(self.model, course.best)
         self.optimizer.zero_grad()
         return course
-
-    def _epoch(self, batches: Data, epoch: int, scaler: Any) -> float:
-        """Mean loss of one pass over the data."""
-        # A checkpoint, the other processes or the validation may have changed the model.
-        self._training.read()
-        sampler = getattr(getattr(batches, "data", None), "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        title = f"epoch {epoch + 1}/{self.epochs}"
-        return one_pass(self.model, batches, partial(self._step, scaler), title, self.progress)
-
-    def _step(self, scaler: Any, batch: Any, number: int) -> Tensor:
-        """One step of the optimiser; the loss, detached."""
-        samples = self._attacked(batch)
-        self.optimizer.zero_grad()
-        with self._training.block_gradients():
-            loss = self._batch_loss(*samples, number)
-            scaler.scale(loss).backward()
-        average_gradients(self._training.parameters())
-        if self.clip_norm is not None:
-            scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._training.parameters(), self.clip_norm)
-        scaler.step(self.optimizer)
-        scaler.update()
-        return loss.detach()
-
-    def _batch_loss(
-        self, inputs: Any, adversaries: Tensor | None, labels: Tensor, number: int
-    ) -> Tensor:
-        device = device_of(self.model)
-        with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
-            if adversaries is None:
-                return self._mean_loss(run(self.model, inputs, number), labels)
-            # Together, so that batch norms see and record both as one.
-            outputs = run(self.model, torch.cat([inputs, adversaries]), number)
-            return 2 * self._mean_loss(outputs, torch.cat([labels, labels]))
-
-    def _attacked(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor | None, Tensor]:
-        """Inputs, adversaries if there is an attack, and labels."""
-        inputs, labels = batch
-        if self.attack is None:
-            return inputs, None, labels
-        if self.adversaries == "fixed":
-            return *inputs, labels
-        return inputs, attacked(self.attack, self.model, inputs, labels), labels
-
-    def _mean_loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        loss = self.loss(outputs, labels)
-        return loss / len(labels) if self.loss is cross_entropy else loss.mean()
-
-    def _score(self, validation: Validation) -> float:
-        if callable(validation):
-            return total([float(validation(self.model))], device_of(self.model))[0] / processes()
-        clean = evaluate_attack(self.model, validation, None)
-        if self.attack is None:
-            return clean
-        return (clean + evaluate_attack(self.model, validation, self.attack)) / 2
 
     def _measure(
         self,
@@ -296,11 +237,11 @@ class ReadaptTrainer:
         data: Data,
         validation: Validation | None,
         original: nn.Module,
-        course: _Course,
+        course: Course,
     ) -> ReadaptResult:
         again = data if validation is None or callable(validation) else validation
         ra = (
-            _accuracy(self.model, _adversaries(batches))
+            accuracy(self.model, adversaries_of(batches))
             if self.attack is not None and self.adversaries == "fixed"
             else evaluate_attack(self.model, data, self.attack, made_for=original)
         )
@@ -313,106 +254,20 @@ class ReadaptTrainer:
             scores=tuple(course.scores),
         )
 
-    def _resumed(self) -> _Course:
-        found = self._checkpoint.load() if self.resume else None
-        if found is None:
-            return _Course([], [], 0.0)
-        notes, best = found
-        return _Course(notes["losses"], notes["scores"], notes["seconds"], best)
 
-    def _save(self, course: _Course) -> None:
-        notes = {"losses": course.losses, "scores": course.scores, "seconds": course.seconds}
-        self._checkpoint.save(notes, course.best)
+def _check_choices(adversaries: str, amp: torch.dtype | None, clip_norm: float | None) -> None:
+    if adversaries not in ("fresh", "fixed"):
+        raise ArgumentError(f"adversaries is {adversaries!r}; use 'fresh' or 'fixed'")
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ArgumentError(f"amp is {amp!r}; use torch.bfloat16, torch.float16 or None")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ArgumentError(f"clip_norm is {clip_norm!r}; give a number above 0, or None")
 
 
-@dataclass
-class _Course:
-    """What happened so far.
-
-    Attributes:
-        best: Parameters and buffers at the best score, if they are wanted.
-    """
-
-    losses: list[float]
-    scores: list[float]
-    seconds: float
-    best: dict[str, Tensor] | None = None
-
-    def add(self, loss: float, score: float | None, model: nn.Module, patience: int | None) -> None:
-        """Another epoch."""
-        is_best = score is not None and score > max(self.scores, default=float("-inf"))
-        if patience is not None and is_best:
-            self.best = copied(model)
-        self.losses.append(loss)
-        if score is not None:
-            self.scores.append(score)
-
-    def is_over(self, patience: int | None) -> bool:
-        """Whether the best score is ``patience`` epochs old."""
-        if patience is None or not self.scores:
-            return False
-        best = self.scores.index(max(self.scores))
-        return len(self.scores) - 1 - best >= patience
-
-
-class _Attacked:
-    """Batches of ((inputs, adversaries made for a model), labels)."""
-
-    def __init__(self, batches: Data, attack: Attack, model: nn.Module) -> None:
-        self.batches = batches
-        self.attack = attack
-        self.model = model
-
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        for inputs, labels in self.batches:
-            yield (inputs, attacked(self.attack, self.model, inputs, labels)), labels
-
-
-def _adversaries(batches: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """(adversaries, labels) of batches of ((inputs, adversaries), labels)."""
-    return ((adversaries, labels) for (_, adversaries), labels in batches)
-
-
-class _Original(nn.Module):
-    """A model with the values that it had before, whatever it has become."""
-
-    def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.values = values
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return functional_call(self.model, self.values, arguments, keywords)
-
-
-def evaluate_attack(
-    model: nn.Module,
-    data: Data,
-    attack: Attack | None,
-    *,
-    made_for: nn.Module | None = None,
-) -> float:
-    """Share of samples that a model gets right under attack, over all processes, in [0, 1].
-
-    Args:
-        data: Batches of (inputs, labels).
-        attack: None for the samples as they are.
-        made_for: The model for which the adversaries are made; ``model`` itself by default.
-
-    Raises:
-        DataError: There are no samples, or the model or the attack refuses them.
-    """
-    batches: Data = Moved(data, device_of(model))
-    if attack is not None:
-        batches = _adversaries(_Attacked(batches, attack, made_for or model))
-    return _accuracy(model, batches)
-
-
-def _accuracy(model: nn.Module, batches: Data) -> float:
-    right, samples = total(count_correct(model, batches), device_of(model))
-    if not samples:
-        raise DataError("there are no samples; give an iterable of (inputs, labels) batches")
-    return right / samples
+def _check_counts(**counts: int) -> None:
+    for name, number in counts.items():
+        if not isinstance(number, int) or number < 1:
+            raise ArgumentError(f"{name} is {number!r}; give 1 or more")
 
 
 def _freezing(
@@ -423,11 +278,7 @@ def _freezing(
             raise ArgumentError("train is a Freezing of another model; make one of this model")
         return train
     if train == "all":
-        everything = {
-            name: torch.ones_like(parameter, dtype=torch.bool)
-            for name, parameter in model.named_parameters()
-        }
-        return Freezing(model, everything)
+        return train_all(model)
     if train != "critical":
         raise ArgumentError(f"train is {train!r}; use 'critical', 'all' or a Freezing")
     if critical is None:
@@ -435,15 +286,3 @@ def _freezing(
             "train='critical' needs a slice; pass profile(model, data).slice(theta), or train='all'"
         )
     return train_critical(critical, model)
-
-
-def _scheduler(name: str | None, optimizer: Optimizer, epochs: int) -> Any:
-    if name is None:
-        return None
-    try:
-        scheduler, _ = create_scheduler_v2(optimizer, sched=name, num_epochs=epochs)
-    except Exception as error:
-        raise ArgumentError(f"timm makes no scheduler {name!r}: {error}") from error
-    if scheduler is None:
-        raise ArgumentError(f"timm has no scheduler {name!r}; use 'cosine', 'step', ..., or None")
-    return scheduler

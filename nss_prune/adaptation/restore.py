@@ -1,4 +1,4 @@
-"""Tensors of which some entries keep the bits that they have, whatever is written to them.
+"""Frozen entries of tensors: they get their bits back, whatever was written to them.
 
 The work is done on the bits themselves, which is several times as fast as a selection by bool, and
 clears NaN and infinite gradients too.
@@ -20,7 +20,7 @@ class Restorable(Protocol):
         """Put the frozen entries back."""
 
 
-class Kept:
+class FrozenEntries:
     """A tensor of which the ``frozen`` entries keep the bits they have now."""
 
     def __init__(self, tensor: Tensor, frozen: Tensor) -> None:
@@ -41,13 +41,13 @@ class Kept:
             bits_of(gradient).bitwise_and_(self.free)
 
 
-class KeptTogether:
+class FusedEntries:
     """Several of them, of one type on one device, in a few operations for all.
 
     They are copied into one vector and back, in the order in which their entries lie in memory.
     """
 
-    def __init__(self, kept: Sequence[Kept]) -> None:
+    def __init__(self, kept: Sequence[FrozenEntries]) -> None:
         self.tensors = [one.tensor for one in kept]
         self.free = torch.cat([_in_memory_order(one.free, one.tensor) for one in kept])
         self.bits = torch.cat([_in_memory_order(one.bits, one.tensor) for one in kept])
@@ -66,16 +66,16 @@ class KeptTogether:
         torch._foreach_copy_(tensors, self._parts)
 
 
-def together(kept: Iterable[Kept]) -> list[Restorable]:
+def fused(kept: Iterable[FrozenEntries]) -> list[Restorable]:
     """The same work in fewer operations on a GPU, where each of them costs a launch."""
     alone: list[Restorable] = []
-    joined: dict[tuple[torch.device, torch.dtype], list[Kept]] = {}
+    joined: dict[tuple[torch.device, torch.dtype], list[FrozenEntries]] = {}
     for one in kept:
         if one.tensor.device.type == "cpu" or not _is_dense(one.tensor):
             alone.append(one)
         else:
             joined.setdefault((one.tensor.device, one.bits.dtype), []).append(one)
-    return [*alone, *map(KeptTogether, joined.values())]
+    return [*alone, *map(FusedEntries, joined.values())]
 
 
 def bits_of(tensor: Tensor | nn.Parameter) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from nss_prune.adaptation.restore import Kept
+from nss_prune.adaptation.restore import FrozenEntries
 from nss_prune.core.models import submodule
 from nss_prune.errors import ModelMismatchError
 from nss_prune.unstructured.allocation import Allocation
@@ -16,25 +16,25 @@ from nss_prune.unstructured.sparsify import best_weights
 from nss_prune.unstructured.weights import readable_layers
 
 
-def thinned(
+def prune_task_weights(
     model: nn.Module,
     entries: Mapping[str, Tensor],
     held: Mapping[str, Tensor],
     share: float,
     *,
     method: str | Allocation = "lamp",
-    head: str,
+    classifier: str,
 ) -> dict[str, Tensor]:
-    """The weights that a task keeps: those of earlier tasks that it reads, and its own best.
+    """The weights that a task keeps: those of earlier tasks that it uses, and its own best.
 
     Args:
         model: It has just learned the task.
         entries: Parameter -> True for the entries that are critical to the task, of its shape.
         held: Parameter -> True for the entries that earlier tasks hold.
         share: What the task keeps of its own at most, of all weights of Linear layers and
-            convolutions but the head's, in (0, 1].
+            convolutions but the classifier's, in (0, 1].
         method: How many each layer keeps, as :func:`nss_prune.sparsify` takes it.
-        head: Name of the layer that makes the outputs, which keeps all.
+        classifier: Name of the layer that makes the outputs, which keeps all.
 
     Returns:
         Parameter -> True for the weights kept, of its shape.
@@ -43,7 +43,7 @@ def thinned(
         ArgumentError, NothingToPruneError: What the method raises, or its budgets break the rule.
         NumericalError: A weight is NaN or infinite.
     """
-    makes_outputs = submodule(model, head)
+    makes_outputs = submodule(model, classifier)
     layers = [
         layer
         for layer in readable_layers(model)
@@ -82,7 +82,7 @@ def zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
         for name, mask in kept.items():
             parameter = model.get_parameter(name)
             others = ~mask.to(parameter.device)
-            hidden.append(Kept(parameter, others))
+            hidden.append(FrozenEntries(parameter, others))
             parameter.data.masked_fill_(others, 0)
         yield
     finally:

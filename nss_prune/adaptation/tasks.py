@@ -16,6 +16,8 @@ from torch.nn import functional
 from nss_prune.adaptation.task_weights import zeroed
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
+from nss_prune.core.hooks import attached
+from nss_prune.core.models import flags_kept, submodule
 from nss_prune.core.text import elided, shortened
 from nss_prune.graph.axes import input_axis
 from nss_prune.graph.slices import Slice, decode_slice, encode_slice
@@ -32,10 +34,10 @@ class Task:
         name: Of the task.
         slice: Its critical neurons, those shared with earlier tasks included.
         classes: The outputs it owns, ascending.
-        outputs: Rows that the head had when it was learned; the first of those it has now.
+        outputs: Rows that the classifier had when it was learned; the first of those it has now.
         weights: Parameter -> True for the weights that it keeps, of the parameter's shape. It
             keeps all of the parameters that are not named.
-        settled: It was trained alone under its mask, so that it always answers with it.
+        finetuned: It was trained alone under its mask, so that it always answers with it.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Task:
     classes: tuple[int, ...]
     outputs: int
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    settled: bool = False
+    finetuned: bool = False
 
     def __repr__(self) -> str:
         classes = ", ".join(elided([*map(str, self.classes)], 10))
@@ -66,6 +68,23 @@ class Task:
         with self.slice.masked(model), zeroed(model, self.weights):
             yield model
 
+    @contextlib.contextmanager
+    def inference(self, model: nn.Module, classifier: str, *, masked: bool) -> Iterator[None]:
+        """Within the context, evaluation mode, and −∞ for classes that the task does not own.
+
+        Args:
+            classifier: Name of the layer that makes the outputs.
+            masked: With its neurons and weights only.
+
+        Raises:
+            ModelMismatchError: ``model`` has other layers or widths.
+        """
+        layer = submodule(model, classifier)
+        with flags_kept(model), self.masked(model) if masked else contextlib.nullcontext():
+            model.eval()
+            with attached((layer.register_forward_hook, self.own_outputs)):
+                yield
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the task as safetensors, one bit a neuron or weight, whole or not at all.
 
@@ -77,8 +96,8 @@ class Task:
         notes |= {"name": self.name, "classes": self.classes, "outputs": self.outputs}
         if self.weights:
             notes["weights"] = shapes(self.weights)
-        if self.settled:
-            notes["settled"] = True
+        if self.finetuned:
+            notes["settled"] = True  # the name in files
         write_file(path, KIND, {**tensors, **weights}, notes)
 
     @staticmethod
@@ -102,17 +121,20 @@ class Task:
             notes.get("settled", False),
         )
 
-    def own_outputs(self, head: nn.Module, arguments: tuple[Any, ...], outputs: Tensor) -> Tensor:
-        """A forward hook of the head: what the task does not own is −∞.
+    def own_outputs(
+        self, classifier: nn.Module, arguments: tuple[Any, ...], outputs: Tensor
+    ) -> Tensor:
+        """A forward hook of the classifier: what the task does not own is −∞.
 
-        A head that has grown computes as many outputs as it had when the task was learned: with
-        others, the order of its sums, and so the last bits, could be different.
+        A classifier that has grown computes as many outputs as it had when the task was learned:
+        with others, the order of its sums, and so the last bits, could be different.
         """
         scores = outputs
-        if isinstance(head, nn.Linear) and head.out_features > self.outputs:
-            bias = None if head.bias is None else head.bias[: self.outputs]
-            scores = functional.linear(arguments[0], head.weight[: self.outputs], bias)
-        axis = input_axis(head)
+        if isinstance(classifier, nn.Linear) and classifier.out_features > self.outputs:
+            weight, bias = classifier.weight[: self.outputs], classifier.bias
+            own = None if bias is None else bias[: self.outputs]
+            scores = functional.linear(arguments[0], weight, own)
+        axis = input_axis(classifier)
         classes = torch.tensor(self.classes, device=outputs.device)
         nothing = torch.full_like(outputs, float("-inf"))
         return nothing.index_copy(axis, classes, scores.index_select(axis, classes))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -17,10 +16,10 @@ from tqdm.auto import tqdm
 from nss_prune.adaptation.freezing import Freezing
 from nss_prune.core.batches import as_computed
 from nss_prune.core.models import evaluation, run
-from nss_prune.core.outputs import class_scores
+from nss_prune.core.outputs import class_scores, cross_entropy
 from nss_prune.core.processes import is_first
 from nss_prune.errors import ArgumentError, DataError, NumericalError
-from nss_prune.profiling.accumulation import Loss
+from nss_prune.profiling.accumulation import Loss as Loss  # for the modules that train
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Function of the parameters that train, wholly or in part."""
@@ -43,8 +42,8 @@ def make_optimizer(
         freezing: What trains, of which model.
         optimizer: A name that timm knows, an optimiser of the model's parameters, or a function
             of the list of those that train.
-        learning_rate: For an optimiser by name, as ``weight_decay`` (which spares biases and
-            norms) and ``momentum`` are.
+        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` are, from
+            which biases and norms are exempt.
 
     Raises:
         ArgumentError: timm does not make it, or it has other parameters than the model.
@@ -75,6 +74,8 @@ def _by_name(model: nn.Module, name: str, options: dict[str, float]) -> Optimize
 
 
 def _timm_optimizer(model: nn.Module, name: str, options: dict[str, Any]) -> Optimizer:
+    from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # here: it takes long
+
     try:
         made: Optimizer = create_optimizer_v2(model, opt=name, **options)
     except Exception as error:  # each optimiser has its own
@@ -84,6 +85,25 @@ def _timm_optimizer(model: nn.Module, name: str, options: dict[str, Any]) -> Opt
             "timm.optim.list_optimizers(), an optimiser, or a function of the parameters"
         ) from error
     return made
+
+
+def make_scheduler(name: str | None, optimizer: Optimizer, epochs: int) -> Any:
+    """The scheduler of a training, stepped with (epoch, score); None without a name.
+
+    Raises:
+        ArgumentError: timm does not make it.
+    """
+    if name is None:
+        return None
+    from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # it takes long
+
+    try:
+        scheduler, _ = create_scheduler_v2(optimizer, sched=name, num_epochs=epochs)
+    except Exception as error:
+        raise ArgumentError(f"timm makes no scheduler {name!r}: {error}") from error
+    if scheduler is None:
+        raise ArgumentError(f"timm has no scheduler {name!r}; use 'cosine', 'step', ..., or None")
+    return scheduler
 
 
 def one_pass(
@@ -126,6 +146,13 @@ def one_pass(
             f"{title}: {what}; use a smaller learning rate, and check the data for NaN"
         )
     return mean
+
+
+def mean_loss(loss: Loss | None, outputs: Any, labels: Tensor) -> Tensor:
+    """The mean of a loss over the samples; cross entropy by default."""
+    if loss is None or loss is cross_entropy:  # a sum over the samples
+        return cross_entropy(outputs, labels) / len(labels)
+    return loss(outputs, labels).mean()
 
 
 def count_correct(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[int, int]:

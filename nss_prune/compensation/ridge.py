@@ -62,3 +62,15 @@ def ridge(
     if observations <= 1 or not expected[best] < total / (1 - 1 / observations) ** 2:
         return None
     return along / shrunk[best] @ directions.T, float(errors[best])
+
+
+def solve_ridge(known: Tensor, cross: Tensor, penalty: float | Tensor) -> Tensor:
+    """B = cross (known + λI)⁻¹ with a given λ, ``[targets, kept]``.
+
+    Args:
+        known: Covariance of what can be used, ``[kept, kept]``, float64.
+        cross: Covariance of the targets with it, ``[targets, kept]``.
+        penalty: λ, large enough that known + λI is positive definite.
+    """
+    shifted = known + penalty * torch.eye(len(known), dtype=known.dtype, device=known.device)
+    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(shifted)).T

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+BitOrder = Literal["little", "big"]
+"""Whether the first of eight entries is in the lowest or in the highest bit of a byte."""
 
-def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Eight weights to a byte, the first in the lowest bit: uint8 `[ceil(weights / 8)]`."""
+
+def pack(masks: Mapping[str, Tensor], order: BitOrder = "little") -> dict[str, Tensor]:
+    """Eight entries to a byte, row by row: bool of any shape -> uint8 `[ceil(entries / 8)]`."""
     return {
-        name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
+        name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder=order))
         for name, mask in masks.items()
     }
 
 
-def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+def unpack(
+    packed: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    order: BitOrder = "little",
+) -> dict[str, Tensor]:
     """The inverse of :func:`pack`."""
     return {
         name: torch.from_numpy(
-            np.unpackbits(packed[name].numpy(), count=math.prod(shape), bitorder="little")
+            np.unpackbits(packed[name].numpy(), count=math.prod(shape), bitorder=order)
         )
         .view(torch.bool)
-        .view(shape)
+        .view(tuple(shape))
         for name, shape in shapes.items()
     }

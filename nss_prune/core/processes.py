@@ -1,4 +1,7 @@
-"""Sums and agreement over the processes of torch.distributed."""
+"""Processes of torch.distributed that share the data: sums over them, and equal models.
+
+Without torch.distributed, or before its init_process_group, there is one process.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,17 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this process writes files and shows progress."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def wait() -> None:
+    """Wait for all processes."""
+    if processes() > 1:
+        dist.barrier()
+
+
 def total_counts(counts: Mapping[int, int]) -> dict[int, int]:
     """Category -> samples over all processes."""
     if processes() == 1:
@@ -28,13 +42,18 @@ def total_counts(counts: Mapping[int, int]) -> dict[int, int]:
     return dict(total)
 
 
-def is_first() -> bool:
-    """Whether this process writes files and shows progress."""
-    return processes() == 1 or dist.get_rank() == 0
+def total(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The sums of some numbers over all processes."""
+    if processes() == 1:
+        return list(numbers)
+    # Not float64 everywhere: some devices have none.
+    summed: Tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
+    dist.all_reduce(summed)
+    return [float(number) for number in summed]
 
 
 @torch.no_grad()
-def agree(model: nn.Module) -> None:
+def copy_from_first(model: nn.Module) -> None:
     """Give every process the parameters and buffers of the first."""
     if processes() == 1:
         return
@@ -62,19 +81,3 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         pieces = packed.split([gradient.numel() for gradient in gradients])
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
-
-
-def total(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The sums over the processes."""
-    if processes() == 1:
-        return list(numbers)
-    # Not float64 everywhere: some devices have none.
-    summed: Tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
-    dist.all_reduce(summed)
-    return [float(number) for number in summed]
-
-
-def wait() -> None:
-    """Wait for all processes."""
-    if processes() > 1:
-        dist.barrier()

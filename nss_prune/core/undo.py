@@ -14,37 +14,90 @@ from torch.optim import Optimizer
 from nss_prune.errors import NSSPruneError, RemovalError
 
 
-@contextlib.contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """If the body raises, every module gets back the very tensors and attributes it had.
+class Snapshot:
+    """A model as it is now: the very tensors, children, hooks and attributes of every module.
 
-    Tensors are not copied: a removal replaces them and leaves the old ones as they are.
+    Args:
+        model: Any module.
+        values: Copy the values of the tensors too, for a change that writes to them. One that
+            replaces them, as a removal does, needs no copies.
+        optimizer: Of the model; its state is copied.
+
+    Attributes:
+        values: The copies by name; empty without ``values``.
     """
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
-    try:
-        yield
-    except BaseException as error:
-        for module, attributes, contents in before:
+
+    def __init__(
+        self, model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.values = copied(model) if values else {}
+        self._modules = [(m, dict(vars(m)), _contents(m)) for m in model.modules()]
+        self._state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+
+    def restore(self) -> None:
+        """Put the model back, and the optimiser, whose gradients are cleared."""
+        for module, attributes, contents in self._modules:
             vars(module).clear()
             vars(module).update(attributes)
             for container, content in contents:
                 container.clear()
                 container.update(content)
-        if isinstance(error, NSSPruneError) or not isinstance(error, Exception):
-            raise
+        if self.values:
+            put_back(self.model, self.values)
+        if self.optimizer is not None and self._state is not None:
+            self.optimizer.load_state_dict(self._state)
+            self.optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def restored_on_error(
+    model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """If the body raises, the model is put back as it was, and the error goes on.
+
+    Args:
+        model, values, optimizer: As :class:`Snapshot` takes them.
+
+    Yields:
+        The values on entry by name; empty without ``values``.
+    """
+    before = Snapshot(model, values=values, optimizer=optimizer)
+    try:
+        yield before.values
+    except BaseException:
+        before.restore()
+        raise
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """A removal as a whole or not at all: :func:`restored_on_error` of one that replaces tensors.
+
+    Raises:
+        RemovalError: In place of what the body raises, unless that is an error of this library or
+            no Exception.
+    """
+    try:
+        with restored_on_error(model):
+            yield
+    except NSSPruneError:
+        raise
+    except Exception as error:
         raise RemovalError(
             f"the removal failed: {type(error).__name__}: {error}; the model was put back"
         ) from error
 
 
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The dicts and sets of a module with what they hold.
-
-    They are refilled and not replaced, because the handles of hooks refer to the dicts.
-    """
-    return [
-        (value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, set))
-    ]
+@contextlib.contextmanager
+def values_restored(model: nn.Module) -> Iterator[None]:
+    """Within the context parameters and buffers may be overwritten; then they are as before."""
+    before = copied(model)
+    try:
+        yield
+    finally:
+        put_back(model, before)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -64,22 +117,11 @@ def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         tensor.data.copy_(values[name])
 
 
-@contextlib.contextmanager
-def undone_on_failure(
-    model: nn.Module, optimizer: Optimizer | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Put model and optimiser back as they were when the body raises.
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dicts and sets of a module with what they hold.
 
-    Yields:
-        The values that the model has on entry.
+    They are refilled and not replaced, because the handles of hooks refer to the dicts.
     """
-    before = copied(model)
-    state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
-    try:
-        yield before
-    except BaseException:
-        put_back(model, before)
-        if optimizer is not None and state is not None:
-            optimizer.load_state_dict(state)
-            optimizer.zero_grad()
-        raise
+    return [
+        (value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, set))
+    ]

@@ -1,9 +1,8 @@
-"""Several views of each sample, such as a picture and its mirror image.
+"""Augmented copies of each sample, such as a picture and its mirror image.
 
-Views add to what a few samples say of a model. To a fold they are samples like others: what the
-neurons that stay miss in single positions hardly repeats itself in another view. But what that adds
-up to over a whole sample does, so that what is predicted of new samples, and what is tried on
-samples left out, has to know which are views of the same one.
+To a fold they are samples like others: the residuals of the kept neurons in single positions hardly
+repeat in another copy. Averaged over a whole sample they do, so that predictions for new samples,
+and trials on samples left out, have to know which are copies of the same one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from nss_prune.errors import ArgumentError, DataError
 
 
 class Views:
-    """Data with more views of each sample; give it wherever ``data`` is asked for.
+    """Data with augmented copies (views) of each sample; an argument wherever ``data`` is one.
 
     Args:
         data: Batches that can be iterated again: a list or a DataLoader.

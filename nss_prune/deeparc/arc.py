@@ -16,7 +16,7 @@ from nss_prune.core.batches import check_inputs, pick_samples, split_batch
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.undo import undone_on_error
-from nss_prune.deeparc.connectors import fit, replace_modules, sewing_layer
+from nss_prune.deeparc.connectors import fit, make_connector, replace_modules
 from nss_prune.deeparc.layer_similarity import complete_sums, normalized, unbiased_sums
 from nss_prune.deeparc.layers import Layer, find_layers, is_inside
 from nss_prune.errors import ArgumentError, DataError, RemovalError
@@ -39,7 +39,7 @@ class DeepArc:
         threshold: Similarity in (0, 1] from which consecutive layers belong together.
         similarity: "unbiased": minibatch CKA of the HSIC_1 estimator (Nguyen et al. 2021, Eq. 2
             and 3), as in DeepArc's published code, which sums over batches without dividing by
-            their size. Batches of fewer than 4 samples say nothing and are left out. "paper":
+            their size. Batches of fewer than 4 samples are left out. "paper":
             Eq. 2 of the NeuSemSlice paper to the letter, without centring, between all samples
             of all batches; it keeps the inputs, and runs the model again for every
             ``memory_limit`` bytes of activations.
@@ -94,7 +94,7 @@ class DeepArc:
     def threshold(self) -> float:
         """Similarity in (0, 1] from which consecutive layers belong together.
 
-        Set another one to see its modules, without another look at the data.
+        Set another one to see its modules, without another pass over the data.
 
         Raises:
             ArgumentError: It is set to something else.
@@ -147,7 +147,7 @@ class DeepArc:
     def trainable(self, critical: Slice | None = None) -> dict[str, Tensor]:
         """Parameter -> bool of its shape, True where it trains.
 
-        Everything outside redundant layers trains, the head and what else is no layer too. A
+        Everything outside redundant layers trains, the classifier and what else is no layer too. A
         parameter that a redundant layer shares with another one trains.
 
         Args:
@@ -198,29 +198,29 @@ class DeepArc:
     def restructure(self, data: Iterable[Any] | None = None, *, inplace: bool = False) -> nn.Module:
         """The model without its redundant layers; without any, the same model.
 
-        A layer that gives the shape that it reads makes way for nothing (an identity). In place
-        of any other comes a sewing layer: a 1 x 1 convolution with stride, or a linear map, which
-        gives by least squares, from what the layers before it now emit, what the removed layer
-        gave. Optimisers must be built afterwards.
+        A layer that keeps the shape of its input is replaced by an identity, any other by a
+        connector: a 1 x 1 convolution with stride, or a linear map, fitted by least squares to
+        the removed layer's output, from what the layers before it now emit. Optimisers must be
+        built afterwards.
 
         Args:
-            data: Batches to fit sewing layers to; by default those of the constructor again.
+            data: Batches to fit connectors to; by default those of the constructor again.
             inplace: Change the model itself instead of a copy.
 
         Returns:
             The copy, or the model itself.
 
         Raises:
-            RemovalError: A layer cannot be sewn, or the smaller model does not give an output of
+            RemovalError: A layer has no connector, or the smaller model does not give an output of
                 the same shape. The model is as it was.
-            DataError: A sewing layer is wanted and the data cannot be read again.
+            DataError: A connector is wanted and the data cannot be read again.
             ModelMismatchError: The model does not have the layers any more.
         """
         with undone_on_error(self.model):
             smaller = copy.deepcopy(self.model)
             replacements: dict[str, nn.Module] = {}
             for layer in self._redundant_layers:
-                replacements |= self._sew(smaller, layer, data)
+                replacements |= self._replace(smaller, layer, data)
             self._check(smaller)
             if not inplace:
                 return smaller
@@ -240,7 +240,7 @@ class DeepArc:
             submodule(self.model, part)
         return {name for name in names if any(name == p or is_inside(name, p) for p in parts)}
 
-    def _sew(
+    def _replace(
         self, smaller: nn.Module, layer: Layer, data: Iterable[Any] | None
     ) -> dict[str, nn.Module]:
         """Replace one layer of ``smaller``.
@@ -250,12 +250,12 @@ class DeepArc:
         """
         removed = submodule(smaller, layer.name)
         weight = next(removed.parameters())
-        sewing = sewing_layer(layer, removed).to(weight.device, weight.dtype)
+        connector = make_connector(layer, removed).to(weight.device, weight.dtype)
         replacements: dict[str, nn.Module] = {part: nn.Identity() for part in layer.parts}
-        replacements[layer.name] = sewing
+        replacements[layer.name] = connector
         replace_modules(smaller, replacements)
-        if not isinstance(sewing, nn.Identity):
-            fit(sewing, layer, self.model, smaller, _inputs(self._data_again(data)))
+        if not isinstance(connector, nn.Identity):
+            fit(connector, layer, self.model, smaller, _inputs(self._data_again(data)))
         return replacements
 
     def _data_again(self, data: Iterable[Any] | None) -> Iterable[Any]:
@@ -263,7 +263,7 @@ class DeepArc:
             return data
         if isinstance(self.data, Iterator):
             raise DataError(
-                "the data can be iterated only once, and a sewing layer is fitted to it; pass "
+                "the data can be iterated only once, and a connector is fitted to it; pass "
                 "restructure(data=...)"
             )
         return self.data

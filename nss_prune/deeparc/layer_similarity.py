@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import as_computed, check_inputs
+from nss_prune.core.hooks import attached
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.deeparc.layers import Layer
 from nss_prune.errors import DataError, NumericalError
@@ -97,9 +97,9 @@ def outputs_seen(
     layers: Sequence[Layer],
     inputs: Any,
     number: int,
-    look: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """What ``look`` makes of every layer's output ``[samples, features]`` for one batch.
+    """``function`` of every layer's output ``[samples, features]`` for one batch.
 
     Raises:
         DataError: The model refuses the batch, or a layer did not run.
@@ -116,14 +116,15 @@ def outputs_seen(
                     f"{name} gives {tuple(output.shape)} for {samples} samples; the first axis "
                     "must hold the samples. Name other layers in layers="
                 )
-            seen[name] = look(as_computed(output).flatten(1))
+            seen[name] = function(as_computed(output).flatten(1))
 
         return see
 
-    with evaluation(model), torch.no_grad(), contextlib.ExitStack() as stack:
-        for layer in layers:
-            last = submodule(model, layer.parts[-1])
-            stack.enter_context(last.register_forward_hook(hook(layer.name)))
+    hooks = [
+        (submodule(model, layer.parts[-1]).register_forward_hook, hook(layer.name))
+        for layer in layers
+    ]
+    with evaluation(model), torch.no_grad(), attached(*hooks):
         run(model, inputs, number)
     for layer in layers:
         if layer.name not in seen:

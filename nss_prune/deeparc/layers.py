@@ -10,7 +10,6 @@ or fully connected layer are part of it.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nss_prune.core.hooks import attached
 from nss_prune.core.models import run
 from nss_prune.core.nested import map_tensors, tensors_in
 from nss_prune.errors import ArgumentError, NothingToPruneError
@@ -41,26 +41,26 @@ class Layer:
     Attributes:
         name: Qualified name of its module.
         parts: ``name``, and the norms and activations that belong to it.
-        read: Shape of what it reads, without the samples.
-        made: Shape of what it gives, without the samples.
+        input_shape: Without the samples.
+        output_shape: Without the samples.
     """
 
     name: str
     parts: tuple[str, ...]
-    read: Shape
-    made: Shape
+    input_shape: Shape
+    output_shape: Shape
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: the autograd nodes and shapes of what it read and made."""
+    """One call of a module: the autograd nodes and shapes of its input and output."""
 
     name: str
     module: nn.Module
-    read: Any
-    made: Any
-    read_shape: Shape
-    made_shape: Shape
+    input_node: Any
+    output_node: Any
+    input_shape: Shape
+    output_shape: Shape
 
 
 def find_layers(
@@ -81,8 +81,8 @@ def find_layers(
         candidates = [
             call
             for call in calls
-            if call.made in bottlenecks
-            and call.made_shape[:1] == (samples,)
+            if call.output_node in bottlenecks
+            and call.output_shape[:1] == (samples,)
             and _has_weights(call.module)
         ]
         chosen = _building_blocks(candidates)[:-1]
@@ -158,11 +158,11 @@ def _with_parts(
     parts, last = [call.name], call
     if not _has_parts(call.module):
         for later in calls[calls.index(call) + 1 :]:
-            if later.read is not last.made:
+            if later.input_node is not last.output_node:
                 continue
             if (
-                later.made not in bottlenecks
-                or later.made_shape != later.read_shape
+                later.output_node not in bottlenecks
+                or later.output_shape != later.input_shape
                 or isinstance(later.module, POOLS)
                 or _has_weights(later.module)
                 or any(is_inside(later.name, layer.name) for layer in layers)
@@ -170,7 +170,7 @@ def _with_parts(
                 break
             parts.append(later.name)
             last = later
-    return Layer(call.name, tuple(parts), call.read_shape[1:], last.made_shape[1:])
+    return Layer(call.name, tuple(parts), call.input_shape[1:], last.output_shape[1:])
 
 
 def _trace(model: nn.Module, inputs: Any) -> tuple[list[Call], set[Any]]:
@@ -188,21 +188,23 @@ def _trace(model: nn.Module, inputs: Any) -> tuple[list[Call], set[Any]]:
     def after(name: str) -> Any:
         def end(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and module in starts:
-                made = output.grad_fn, starts[module][1], tuple(output.shape)
-                calls.append(Call(name, module, starts[module][0], *made))
+                node, shape = starts[module]
+                ends = node, output.grad_fn, shape, tuple(output.shape)
+                calls.append(Call(name, module, *ends))
 
         return end
 
-    with traceable(model), contextlib.ExitStack() as stack:
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after(name)).remove)
+    hooks: list[Any] = []
+    for name, module in model.named_modules():
+        hooks += [(module.register_forward_pre_hook, before)]
+        hooks += [(module.register_forward_hook, after(name))]
+    with traceable(model), attached(*hooks):
         given = map_tensors(_with_history, inputs)
         outputs = run(model, given, 0)
     sources = {tensor.grad_fn for tensor in tensors_in(given)} - {None}
     ends = [tensor.grad_fn for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
     if not sources:  # integers; what looks them up makes the data
-        sources = {call.made for call in calls if call.read is None} - {None}
+        sources = {call.output_node for call in calls if call.input_node is None} - {None}
     once = [call for call in calls if counts[call.module] == 1]
     return once, _bottlenecks(sources, ends)
 
@@ -239,7 +241,7 @@ def _bottlenecks(sources: set[Any], ends: Sequence[Any]) -> set[Any]:
 
 
 def _topological(ends: Sequence[Any]) -> list[Any]:
-    """All nodes that lead to the ends, each after those that it reads."""
+    """All nodes that lead to the ends, each after those of its inputs."""
     order, seen = [], set()
     stack = [(node, False) for node in ends]
     while stack:

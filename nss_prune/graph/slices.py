@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
 from nss_prune.core.text import listing, shortened
@@ -165,8 +165,8 @@ class Slice:
 def encode_slice(critical: Slice) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, one bit a neuron, and JSON that refers to them."""
     tensors, groups = encode_groups(critical.groups)
-    for name, kept in critical.kept.items():
-        tensors[f"kept/{name}"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
+    kept = {f"kept/{name}": mask for name, mask in critical.kept.items()}
+    tensors |= pack(kept, order="big")
     notes = {"groups": groups, "kept": list(critical.kept)}
     return tensors, {**notes, "rule": critical.rule} if critical.rule else notes
 
@@ -174,11 +174,7 @@ def encode_slice(critical: Slice) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def decode_slice(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Slice:
     """What :func:`encode_slice` encoded."""
     groups = decode_groups(tensors, notes["groups"])
-    sizes = {group.name: group.size for group in groups}
-    kept = {
-        name: torch.from_numpy(
-            np.unpackbits(tensors[f"kept/{name}"].numpy(), count=sizes[name])
-        ).bool()
-        for name in notes["kept"]
-    }
+    sizes = {group.name: [group.size] for group in groups}
+    packed = {name: tensors[f"kept/{name}"] for name in notes["kept"]}
+    kept = unpack(packed, {name: sizes[name] for name in packed}, order="big")
     return Slice(kept, groups, notes.get("rule", ""))

@@ -7,17 +7,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
-from nss_prune.errors import ArgumentError, ModelMismatchError, NothingToPruneError
+from nss_prune.core.undo import Snapshot
+from nss_prune.errors import ModelMismatchError, NothingToPruneError
 from nss_prune.unstructured.allocation import Allocation, find_method
 from nss_prune.unstructured.masks import masks_of, refresh, set_masks
 from nss_prune.unstructured.sparsify import check_share, keep_best
+from nss_prune.unstructured.stopping import (
+    AccuracyTolerance,
+    CompressionRate,
+    Iteration,
+    Iterations,
+    StopRule,
+    check_accuracy,
+    checked_rules,
+)
 from nss_prune.unstructured.storage import match, shapes
 from nss_prune.unstructured.weights import (
     IgnoredLayers,
@@ -29,111 +39,16 @@ from nss_prune.unstructured.weights import (
     weight_count,
 )
 
+__all__ = [
+    "AccuracyTolerance",
+    "CompressionRate",
+    "Iteration",
+    "Iterations",
+    "StopRule",
+    "iterative_sparsify",
+]
+
 _CHECKPOINT = "nss_prune iterations"
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """The state of a model after an iteration.
-
-    Attributes:
-        number: from 1; 0 is the state before the first.
-        compression_rate: share of the dense Linear and convolution weights that are gone.
-        accuracy: what `evaluate` returned, a share in [0, 1]; None without it.
-        seconds: wall-clock time of pruning, fine-tuning and evaluating.
-    """
-
-    number: int
-    compression_rate: float
-    accuracy: float | None
-    seconds: float
-
-
-class StopRule:
-    """When to stop; derive from it and override one of the two to write another.
-
-    Attributes:
-        needs_accuracy: whether it reads the accuracy, so that `evaluate` must be given.
-        may_reject: whether it overrides `rejects`, so that the state before is remembered.
-    """
-
-    needs_accuracy: ClassVar[bool] = False
-    may_reject: ClassVar[bool] = False
-
-    def reached(self, iteration: Iteration) -> bool:
-        """Whether this iteration, which is accepted, is the last."""
-        return False
-
-    def rejects(self, iteration: Iteration) -> bool:
-        """Whether this iteration must be undone, so that the one before it is the last."""
-        return False
-
-
-@dataclass(frozen=True)
-class Iterations(StopRule):
-    """Stop after so many iterations in all, those before a resumption included.
-
-    Attributes:
-        count: at least 1.
-    """
-
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ArgumentError(f"Iterations is {self.count}: pass 1 or more")
-
-    def reached(self, iteration: Iteration) -> bool:
-        return iteration.number >= self.count
-
-
-@dataclass(frozen=True)
-class CompressionRate(StopRule):
-    """Stop with the first iteration that has this compression rate or more.
-
-    Attributes:
-        share: of the dense weights that are to be gone, in (0, 1).
-    """
-
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ArgumentError(
-                f"CompressionRate is {self.share}: it is a share of the dense weights, pass a "
-                "number in (0, 1), for example 0.9 for 90 %"
-            )
-
-    def reached(self, iteration: Iteration) -> bool:
-        return iteration.compression_rate >= self.share
-
-
-@dataclass(frozen=True)
-class AccuracyTolerance(StopRule):
-    """Stop before the first iteration that loses more accuracy than this.
-
-    That iteration is undone and not yielded: the model has the masks, and the weights, of
-    the last iteration within the tolerance.
-
-    Attributes:
-        points: loss that is tolerated, in percentage points, at least 0.
-        reference: accuracy that the loss counts from, a share in [0, 1].
-    """
-
-    needs_accuracy: ClassVar[bool] = True
-    may_reject: ClassVar[bool] = True
-
-    points: float
-    reference: float
-
-    def __post_init__(self) -> None:
-        if not self.points >= 0:
-            raise ArgumentError(f"points is {self.points}: pass 0 or more percentage points")
-        _check_accuracy("reference", self.reference)
-
-    def rejects(self, iteration: Iteration) -> bool:
-        assert iteration.accuracy is not None
-        return iteration.accuracy < self.reference - self.points / 100
 
 
 def iterative_sparsify(
@@ -150,28 +65,22 @@ def iterative_sparsify(
 ) -> Iterator[Iteration]:
     """Mask a share of the remaining weights again and again; yields after every iteration.
 
-    After k iterations `round(remaining at the start * (1 - rate)^k)` weights are kept, so
-    that rounding does not add up. The model of the loop's body is the pruned one; leaving
-    the loop early is fine. What `finetune` or `evaluate` raise ends the iterations where
-    they are: start again from the checkpoint.
+    After k iterations `round(remaining at the start * (1 - rate)^k)` weights are kept. What
+    `finetune` or `evaluate` raise ends the iterations: start again from the checkpoint.
 
     Args:
         model: any module with float weights; changed in place.
-        rate: share of the remaining weights to mask in an iteration, in (0, 1); the paper
-            takes 0.1 for MLP-MNIST and 0.05 elsewhere.
+        rate: share of the remaining weights to mask in an iteration, in (0, 1); in the paper 0.05.
         method: as for `sparsify`.
-        until: a stop rule, or several of which the first that holds counts:
-            `Iterations`, `CompressionRate`, `AccuracyTolerance`. Nothing is done if one
-            holds at the start.
-        finetune: called with the model after each pruning; make the optimizer inside. Masked
-            weights stay zero. Default: no fine-tuning.
+        until: one or more of `Iterations`, `CompressionRate`, `AccuracyTolerance`, of which the
+            first that holds counts. Nothing is done if one holds at the start.
+        finetune: called with the model after each pruning, to train it; makes its own optimizer.
         evaluate: called with the model after that; returns the accuracy, a share in [0, 1].
         ignored_layers: as for `sparsify`.
-        checkpoint: a file that is written after every iteration, with the masks, and the
-            weights if there is a `finetune`. If it exists, the model gets its state now and
-            the iterations go on from it. Random states are the caller's to restore.
-        dense_weights: number of weights that the compression rate counts from, for a model
-            that lost neurons before: its `weight_count` as it was. Default: this model's.
+        checkpoint: a file written after every iteration: masks, and weights with a `finetune`. If
+            it exists, the iterations go on from it. Random states are the caller's to restore.
+        dense_weights: `weight_count` before neurons were removed, from which the compression rate
+            counts. Default: this model's.
 
     Yields:
         One `Iteration` for each that was accepted.
@@ -180,20 +89,16 @@ def iterative_sparsify(
         ArgumentError: an argument is outside what it may be, or a rule needs `evaluate`.
         FileFormatError: the checkpoint is damaged, foreign, or of a newer version.
         ModelMismatchError: the checkpoint is of another model, rate or method.
-        NothingToPruneError, NumericalError: as `sparsify`; later also when the next
-            iteration would leave no weight.
+        NothingToPruneError, NumericalError: as `sparsify`, or the next iteration leaves no weight.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(100, 100))
-        >>> for iteration in iterative_sparsify(model, 0.1, until=CompressionRate(0.2)):
-        ...     print(iteration.number, round(iteration.compression_rate, 6))
-        1 0.1
-        2 0.19
-        3 0.271
+        >>> [i.number for i in iterative_sparsify(model, 0.1, until=CompressionRate(0.2))]
+        [1, 2, 3]
     """
     check_share("rate", rate, least_is_allowed=False)
     find_method(method)
-    rules = _rules(until, evaluate)
+    rules = checked_rules(until, evaluate)
     ignored = as_sequence(ignored_layers)
     layers = prunable_layers(model, ignored)
     dense_weights = weight_count(model) if dense_weights is None else int(dense_weights)
@@ -243,10 +148,12 @@ class _Run:
     def iterations(self, start: _Start, file: _Checkpoint | None) -> Iterator[Iteration]:
         last = start.last
         while not any(rule.reached(last) for rule in self.rules):
-            undo = self._undo() if any(rule.may_reject for rule in self.rules) else None
+            before = None
+            if any(rule.may_reject for rule in self.rules):
+                before = Snapshot(self.model, values=self.finetune is not None)
             last = self._next(last.number + 1, start.remaining)
-            if undo is not None and any(rule.rejects(last) for rule in self.rules):
-                undo()
+            if before is not None and any(rule.rejects(last) for rule in self.rules):
+                before.restore()
                 return
             if file is not None:
                 file.write(self.model, _Start(last, start.remaining))
@@ -267,44 +174,9 @@ class _Run:
             refresh(self.model)
         accuracy = None if self.evaluate is None else float(self.evaluate(self.model))
         if accuracy is not None:
-            _check_accuracy("what evaluate returned", accuracy)
+            check_accuracy("what evaluate returned", accuracy)
         rate = compression_rate(self.model, self.dense_weights)
         return Iteration(number, rate, accuracy, time.perf_counter() - began)
-
-    def _undo(self) -> Callable[[], None]:
-        """What brings back the masks as they are now and, after a finetune, all values."""
-        model = self.model
-        masks = {layer: layer.mask for layer in prunable_layers(model, self.ignored_layers)}
-        tensors = _state(model).values() if self.finetune is not None else ()
-        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-        def undo() -> None:
-            _copy(values)
-            set_masks(model, masks)
-            refresh(model)
-
-        return undo
-
-
-def _rules(
-    until: StopRule | Sequence[StopRule], evaluate: Callable[[nn.Module], float] | None
-) -> tuple[StopRule, ...]:
-    rules = tuple(until) if isinstance(until, Sequence) else (until,)
-    if not rules or not all(isinstance(rule, StopRule) for rule in rules):
-        raise ArgumentError(
-            f"until is {until!r}: pass one or more of Iterations, CompressionRate, "
-            "AccuracyTolerance, for example until=Iterations(10)"
-        )
-    if evaluate is None and any(rule.needs_accuracy for rule in rules):
-        raise ArgumentError(f"until is {until!r}, which needs the accuracy: pass evaluate")
-    return rules
-
-
-def _check_accuracy(name: str, accuracy: float) -> None:
-    if not 0 <= accuracy <= 1:
-        raise ArgumentError(
-            f"{name} is {accuracy}: an accuracy is a share in [0, 1], for example 0.984 for 98.4 %"
-        )
 
 
 def _copy(values: Iterable[tuple[Tensor, Tensor]]) -> None:

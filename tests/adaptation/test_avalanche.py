@@ -21,6 +21,8 @@ from avalanche.training.supervised import Naive
 
 from nss_prune.adaptation.avalanche import NeuSemSlicePlugin
 
+pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning")
+
 
 class Labelled(TensorDataset):
     """What Avalanche asks of a data set."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
+from frozen import assert_only_these_moved, bits, entries_with_names
 from networks import Tied, assert_unchanged, cnn, fingerprint, mlp
 from nss_prune.adaptation.freezing import (
     Freezing,
@@ -111,31 +112,6 @@ def train(
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def entries_with_names(
-    model: nn.Module, entries: dict[str, Tensor], channels: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    yield from entries.items()
-    for name, mask in channels.items():
-        yield f"{name}.running_mean", mask
-        yield f"{name}.running_var", mask
-
-
-def assert_only_these_moved(
-    model: nn.Module, before: dict[str, Tensor], trains: Iterator[tuple[str, Tensor]]
-) -> None:
-    after = model.state_dict()
-    for name, mask in trains:
-        old, new = before[name], after[name]
-        assert torch.equal(old[~mask], new[~mask]), name
-        if mask.any():
-            assert (old[mask] != new[mask]).any(), name
-        assert new.isfinite().all()
 
 
 @pytest.mark.parametrize("name", MODELS)

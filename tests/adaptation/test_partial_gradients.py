@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from test_freezing import sliced
+from test_readapt import Batches, learned, stripes
 from timm.optim import Lamb
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from frozen import assert_only_these_moved, bits, entries_with_names
 from networks import assert_unchanged, fingerprint
 from nss_prune.adaptation.freezing import (
     Freezing,
@@ -26,11 +27,10 @@ from nss_prune.adaptation.freezing import (
     train_critical,
     train_others,
 )
-from nss_prune.adaptation.partial_gradients import CompactTraining, cut_blocks
+from nss_prune.adaptation.partial_gradients import BlockTraining, extract_blocks
 from nss_prune.adaptation.readapt import ReadaptTrainer
 from nss_prune.errors import ModelMismatchError
-from test_freezing import assert_only_these_moved, bits, entries_with_names, sliced
-from test_readapt import Batches, learned, meet, stripes
+from processes import in_processes
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda model: SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=0.1),
@@ -39,12 +39,12 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 MODELS = ["mlp", "cnn", "vit", "tied", "norm with activation"]
 
 
-def compact(freezing: Freezing, optimizer: Optimizer) -> CompactTraining:
-    return CompactTraining(freezing, optimizer, cut_blocks(freezing, optimizer))
+def compact(freezing: Freezing, optimizer: Optimizer) -> BlockTraining:
+    return BlockTraining(freezing, optimizer, extract_blocks(freezing, optimizer))
 
 
 def train(
-    training: CompactTraining,
+    training: BlockTraining,
     inputs: Tensor,
     labels: Tensor,
     steps: int,
@@ -72,11 +72,11 @@ def test_blocks_end_at_the_values_that_masks_give(
     name: str, optimizer: str, clip: float | None
 ) -> None:
     states = []
-    for cut in (cut_blocks, lambda *_: {}):
+    for cut in (extract_blocks, lambda *_: {}):
         model, critical, inputs, labels = sliced(name)
         freezing = train_critical(critical, model.double())
         update = OPTIMIZERS[optimizer](model)
-        training = CompactTraining(freezing, update, cut(freezing, update))
+        training = BlockTraining(freezing, update, cut(freezing, update))
         train(training, inputs.double(), labels, 10, clip=clip)
         states.append(bits(model))
     for key, value in states[0].items():
@@ -232,12 +232,12 @@ class Twice(nn.Module):
 def test_a_weight_may_be_used_twice_and_recomputed() -> None:
     states = []
     trains = {"layer.weight": torch.arange(6)[:, None] % 2 + torch.arange(6) % 3 == 0}
-    for cut in (cut_blocks, lambda *_: {}):
+    for cut in (extract_blocks, lambda *_: {}):
         torch.manual_seed(0)
         model, inputs = Twice().double(), torch.randn(5, 6, dtype=torch.float64)
         freezing, update = Freezing(model, trains), OPTIMIZERS["sgd"](model)
         blocks = cut(freezing, update)
-        train(CompactTraining(freezing, update, blocks), inputs, torch.arange(5), 5)
+        train(BlockTraining(freezing, update, blocks), inputs, torch.arange(5), 5)
         states.append(bits(model))
     torch.manual_seed(0)
     assert not torch.equal(states[0]["layer.weight"], bits(Twice().double())["layer.weight"])
@@ -275,7 +275,7 @@ def test_the_optimiser_sees_blocks_in_the_groups_of_their_wholes() -> None:
     vectors = [value for value in model.parameters() if value.dim() < 2]
     matrices = [value for value in model.parameters() if value.dim() == 2]
     update = SGD([{"params": vectors, "weight_decay": 0.0}, {"params": matrices}], 0.1)
-    blocks = cut_blocks(train_critical(critical, model), update)
+    blocks = extract_blocks(train_critical(critical, model), update)
     entries = critical_entries(critical, model)
     seen = [value for group in update.param_groups for value in group["params"]]
     assert [value.dim() for value in seen] == [1, 1, 1, 2, 2, 2]
@@ -288,10 +288,10 @@ def test_what_is_no_block_trains_under_masks() -> None:
     model, critical, inputs, labels = sliced("mlp")
     before = bits(model)
     freezing, update = train_others(critical, model), OPTIMIZERS["sgd"](model)
-    blocks = cut_blocks(freezing, update)
+    blocks = extract_blocks(freezing, update)
     assert "3.weight" not in blocks  # rows of the others, and columns of the others
     assert "3.bias" in blocks
-    train(CompactTraining(freezing, update, blocks), inputs, labels, 5)
+    train(BlockTraining(freezing, update, blocks), inputs, labels, 5)
     entries = {name: ~mask for name, mask in critical_entries(critical, model).items()}
     assert_only_these_moved(model, before, iter(entries.items()))
 
@@ -299,7 +299,7 @@ def test_what_is_no_block_trains_under_masks() -> None:
 def test_an_optimiser_that_scales_whole_layers_keeps_them() -> None:
     model, critical, _, _ = sliced("mlp")
     update = Lamb(model.parameters(), 0.1)
-    assert not cut_blocks(train_critical(critical, model), update)
+    assert not extract_blocks(train_critical(critical, model), update)
     assert update.param_groups[0]["params"] == list(model.parameters())
 
 
@@ -402,11 +402,9 @@ def test_a_checkpoint_of_training_under_masks_is_refused(tmp_path: Path) -> None
     assert_unchanged(model, state)
 
 
-def part_of(rank: int, world: int) -> Batches:
+def eight_samples() -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    inputs, labels = torch.randn(8, 6), torch.arange(8) % 3
-    size = 8 // world
-    return [(inputs[rank * size :][:size], labels[rank * size :][:size])]
+    return torch.randn(8, 6), torch.arange(8) % 3
 
 
 def adapt(data: Batches) -> nn.Linear:
@@ -417,16 +415,15 @@ def adapt(data: Batches) -> nn.Linear:
     return layer
 
 
-def replica(rank: int, world: int, folder: str) -> None:
-    meet(rank, world, folder)
-    torch.save(adapt(part_of(rank, world)).state_dict(), f"{folder}/{rank}")
-    dist.destroy_process_group()
+def adapt_half(rank: int, folder: str) -> None:
+    half = [tuple(values[4 * rank :][:4] for values in eight_samples())]
+    torch.save(adapt(half).state_dict(), f"{folder}/{rank}")
 
 
-def test_replicas_average_the_gradients_of_blocks(tmp_path: Path) -> None:
-    mp.spawn(replica, args=(2, str(tmp_path)), nprocs=2)
+def test_processes_average_the_gradients_of_blocks(tmp_path: Path) -> None:
+    in_processes(adapt_half, tmp_path)
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in "01")
-    wanted = adapt(part_of(0, 1)).state_dict()
+    wanted = adapt([eight_samples()]).state_dict()
     for name, value in first.items():
         assert torch.equal(value, second[name])
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
@@ -443,7 +440,7 @@ def test_gradients_of_frozen_entries_are_zero_where_something_reads_them(
     model, critical, _, _ = sliced("cnn")
     options = {"optimizer": "momentum", "attack": None, "progress": False} | arguments
     trainer = ReadaptTrainer(model, critical, **options)
-    assert trainer._training.zero_gradients == zero
+    assert trainer._training.blocks.zero_gradients == zero
 
 
 def test_masks_whose_gradients_are_not_zero_end_at_the_same_values() -> None:
@@ -453,7 +450,7 @@ def test_masks_whose_gradients_are_not_zero_end_at_the_same_values() -> None:
         optimizer = OPTIMIZERS["adamw"](model)
         before = bits(model)
         freezing = train_critical(critical, model)
-        train(CompactTraining(freezing, optimizer, {}, zero_gradients=zero), inputs, labels, 5)
+        train(BlockTraining(freezing, optimizer, {}, zero_gradients=zero), inputs, labels, 5)
         trains = entries_with_names(
             model, critical_entries(critical, model), critical_channels(critical, model)
         )

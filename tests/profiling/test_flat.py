@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_streaming import in_two_processes, same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,7 +16,6 @@ from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.profiling import flat
 from nss_prune.profiling.flat import DrawnSamples, landscape_kernel
 from reference import landscape_similarity
-from test_streaming import in_two_processes, same
 
 FLAT = {"features": "flat", "centered": True, "positions": None}
 
@@ -136,7 +136,7 @@ def test_two_processes_compare_pairs_across_them(tmp_path: Path) -> None:
     data[0][1][:5] = -100  # these are not used, and counted together as well
     one = profile(model, data, **PAPER)
     assert (one.used, one.unused) == (48, 5)
-    for found in in_two_processes(model, TensorDataset(*data[0]), tmp_path, **PAPER):
+    for (found,) in in_two_processes(model, TensorDataset(*data[0]), tmp_path, PAPER):
         same(one, found)
         assert (found.used, found.unused) == (48, 5)
 

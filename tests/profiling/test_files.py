@@ -9,13 +9,13 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from test_streaming import same
 
 from networks import Residual, batches, cnn, mlp
 from nss_prune import Profile, Slice, profile
 from nss_prune.core import files
 from nss_prune.errors import ArgumentError, FileFormatError
 from nss_prune.profiling.profile import KIND
-from test_streaming import same
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nss_prune.adaptation.restore import Kept, KeptTogether, bits_of, together
+from nss_prune.adaptation.restore import FrozenEntries, FusedEntries, bits_of, fused
 
 
 def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -25,8 +25,8 @@ def test_frozen_bits_come_back_and_others_stay(dtype: torch.dtype, all_together:
     frozen = [torch.rand(value.shape) < 0.5 for value in values]
     frozen[0][:4] = torch.tensor([True, True, True, False])
     before = [bits_of(value).clone() for value in values]
-    kept = [Kept(value, mask) for value, mask in zip(values, frozen, strict=True)]
-    restorable = [KeptTogether(kept)] if all_together else kept
+    kept = [FrozenEntries(value, mask) for value, mask in zip(values, frozen, strict=True)]
+    restorable = [FusedEntries(kept)] if all_together else kept
     for value in values:
         value.fill_(torch.nan)
     written = [bits_of(value).clone() for value in values]
@@ -38,16 +38,17 @@ def test_frozen_bits_come_back_and_others_stay(dtype: torch.dtype, all_together:
 
 def test_on_a_cpu_each_tensor_is_restored_alone() -> None:
     kept = [
-        Kept(value, torch.ones_like(value, dtype=torch.bool)) for value in tensors(torch.float32)
+        FrozenEntries(value, torch.ones_like(value, dtype=torch.bool))
+        for value in tensors(torch.float32)
     ]
-    assert together(kept) == kept
+    assert fused(kept) == kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_dense_tensors_are_restored_together() -> None:
     values = [value.cuda() for value in [*tensors(torch.float32), *tensors(torch.float64)]]
     values.append(torch.randn(6, 6, device="cuda")[:, ::2])
-    kept = [Kept(value, torch.ones_like(value, dtype=torch.bool)) for value in values]
-    found = together(kept)
-    assert sum(isinstance(one, KeptTogether) for one in found) == 2
-    assert sum(isinstance(one, Kept) for one in found) == 1
+    kept = [FrozenEntries(value, torch.ones_like(value, dtype=torch.bool)) for value in values]
+    found = fused(kept)
+    assert sum(isinstance(one, FusedEntries) for one in found) == 2
+    assert sum(isinstance(one, FrozenEntries) for one in found) == 1

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from networks import batches, cnn, mlp
 from nss_prune import Profile, profile
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
 from nss_prune.profiling.streaming import dataset_labels
+from processes import in_processes
 
 ROOM_FOR_ONE = 12 * (16**2 + 11**2)  # bytes that one category of mlp() takes
 METRICS = ("taylor", "avg", "var", "ens")
@@ -165,38 +161,30 @@ def test_dense_targets_by_a_function() -> None:
     assert result.samples == tuple(int((labels == c).flatten(1).any(1).sum()) for c in range(4))
 
 
-def shard_profile(rank: int, world: int, folder: str, arguments: dict[str, Any]) -> None:
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    torch.set_num_threads(1)
-    model, dataset = torch.load(f"{folder}/input.pt", weights_only=False)
-    shard = Subset(dataset, list(range(rank, len(dataset), world)))
-    result = profile(model, DataLoader(shard, batch_size=8), **arguments)
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+ROOMS = (10, 1)
+
+
+def shard_profiles(rank: int, folder: str) -> None:
+    model, dataset, cases = torch.load(f"{folder}/input.pt", weights_only=False)
+    shard = Subset(dataset, list(range(rank, len(dataset), 2)))
+    found = [profile(model, DataLoader(shard, batch_size=8), **case) for case in cases]
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
 def in_two_processes(
-    model: torch.nn.Module, dataset: TensorDataset, folder: Path, **arguments: Any
-) -> list[Profile]:
-    """The profiles that each of two processes makes of its half of the samples."""
-    torch.save((copy.deepcopy(model), dataset), folder / "input.pt")
-    mp.spawn(shard_profile, args=(2, str(folder), arguments), nprocs=2)
+    model: torch.nn.Module, dataset: TensorDataset, folder: Path, *cases: dict[str, Any]
+) -> list[list[Profile]]:
+    """The profiles that each of two processes makes of its half of the samples, by case."""
+    torch.save((copy.deepcopy(model), dataset, cases), folder / "input.pt")
+    in_processes(shard_profiles, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("room", [10, 1])
-def test_two_processes_agree_with_one(model, data, tmp_path: Path, room: int) -> None:
+def test_two_processes_agree_with_one(model, data, tmp_path: Path) -> None:
     dataset = TensorDataset(*(torch.cat(parts) for parts in zip(*data, strict=True)))
     one = profile(model, data, metrics=METRICS)
-    limit = room * ROOM_FOR_ONE
-    for found in in_two_processes(model, dataset, tmp_path, metrics=METRICS, memory_limit=limit):
-        same(one, found)
-        assert (found.used, found.unused) == (60, 0)
+    cases = [{"metrics": METRICS, "memory_limit": room * ROOM_FOR_ONE} for room in ROOMS]
+    for by_case in in_two_processes(model, dataset, tmp_path, *cases):
+        for found in by_case:
+            same(one, found)
+            assert (found.used, found.unused) == (60, 0)

@@ -12,6 +12,7 @@ from torch import nn
 from networks import batches, cnn, mlp
 from nss_prune import NSSImportance, Profile, profile
 from nss_prune.errors import ModelMismatchError
+from reference import algorithm_1, taylor
 
 INPUTS = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
 
@@ -27,16 +28,39 @@ def known(model: nn.Sequential) -> Profile:
     return profile(model, batches(48, (3, 12, 12), 3))
 
 
-def test_scores_are_one_minus_the_entry_threshold(model, known) -> None:
+def test_what_lies_above_one_minus_theta_is_what_algorithm_1_keeps() -> None:
+    """At every θ between two scores, with contributions and activations by hand."""
+    torch.manual_seed(0)
+    model, data = mlp().eval(), batches(48, (12,), 3)
+    inputs, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    importance = NSSImportance(profile(model, data))
+    graph = tp.DependencyGraph().build_dependency(model, (inputs[:2],))
+    for layer, reader in ((1, 3), (3, 5)):
+        width = model[layer].out_features
+        members = (model[layer], tp.prune_linear_out_channels, list(range(width)))
+        scores = importance(graph.get_pruning_group(*members)).double()
+        of_category = [
+            (
+                model[:reader](inputs[mine]).detach(),
+                taylor(model, reader, inputs[mine], labels[mine]),
+            )
+            for mine in (labels == category for category in range(3))
+        ]
+        between = scores.sort().values.unfold(0, 2, 1)
+        bounds = [float(pair.mean()) for pair in between if pair[1] - pair[0] > 1e-5]
+        assert len(bounds) > width // 2
+        for bound in bounds:
+            kept = set.union(*(algorithm_1(*values, 1 - bound) for values in of_category))
+            assert set((scores > bound).nonzero().flatten().tolist()) == kept
+
+
+def test_scores_are_distinct_and_stay_so_in_double(model, known) -> None:
     graph = tp.DependencyGraph().build_dependency(model, (INPUTS,))
     importance = NSSImportance(known)
     for group in graph.get_all_groups(ignored_layers=[model[9]]):
         scores = importance(group)
-        name = graph._module2name[group[0].dep.target.module]
-        entry = known.thresholds["taylor"][name].min(0).values
         assert scores.dtype == torch.float32
         assert scores.is_contiguous()
-        torch.testing.assert_close(scores.double(), 1 - entry, rtol=0, atol=1e-5)
         assert len(scores.unique()) == len(scores)
         assert torch.equal(scores.argsort(), scores.double().argsort())
 

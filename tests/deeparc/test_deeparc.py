@@ -139,8 +139,8 @@ def test_equal_constant_layers_are_similar_and_a_constant_one_is_to_no_other() -
 def test_a_layer_takes_in_the_norm_and_activation_that_follow_it_and_no_pool() -> None:
     layers = find_layers(cnn(), torch.randn(2, 3, 12, 12).double())
     assert [layer.parts for layer in layers] == [("0", "1", "2"), ("4", "5"), ("7", "8")]
-    assert [layer.read for layer in layers] == [(3, 12, 12), (8, 6, 6), (160,)]
-    assert [layer.made for layer in layers] == [(8, 12, 12), (10, 4, 4), (14,)]
+    assert [layer.input_shape for layer in layers] == [(3, 12, 12), (8, 6, 6), (160,)]
+    assert [layer.output_shape for layer in layers] == [(8, 12, 12), (10, 4, 4), (14,)]
 
 
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
@@ -264,7 +264,7 @@ def test_regression_is_least_squares() -> None:
     )
 
 
-def test_a_linear_layer_is_sewn_by_a_linear_layer_that_does_the_same() -> None:
+def test_a_linear_layer_is_replaced_by_a_linear_layer_that_does_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(8, 3)).double()
     data = batches(80, (6,), 3)
@@ -276,7 +276,7 @@ def test_a_linear_layer_is_sewn_by_a_linear_layer_that_does_the_same() -> None:
     torch.testing.assert_close(smaller(data[0][0]), model(data[0][0]), rtol=1e-3, atol=1e-3)
 
 
-def test_a_strided_convolution_is_sewn_by_a_1_x_1_convolution_that_does_the_same() -> None:
+def test_a_strided_convolution_is_replaced_by_a_1_x_1_convolution_that_does_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 5, 3, padding=1),
@@ -291,7 +291,7 @@ def test_a_strided_convolution_is_sewn_by_a_1_x_1_convolution_that_does_the_same
     torch.testing.assert_close(smaller(data[0][0]), model(data[0][0]), rtol=1e-3, atol=1e-3)
 
 
-def test_a_sewing_layer_fits_what_is_left_before_it() -> None:
+def test_a_connector_fits_what_is_left_before_it() -> None:
     """Of three redundant layers in a row the last is fitted to what the others now give."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 6), nn.Linear(6, 2))
@@ -302,7 +302,7 @@ def test_a_sewing_layer_fits_what_is_left_before_it() -> None:
     torch.testing.assert_close(smaller(data[0][0]), model(data[0][0]), rtol=1e-3, atol=1e-3)
 
 
-def test_a_convolution_without_padding_is_sewn_by_one_that_crops() -> None:
+def test_a_convolution_without_padding_is_replaced_by_one_that_crops() -> None:
     model, data = cnn(), batches(32, (3, 12, 12), 5)
     settled(model, data[0][0])
     arc = DeepArc(model, data, layers=["0", "4", "7"])
@@ -312,7 +312,7 @@ def test_a_convolution_without_padding_is_sewn_by_one_that_crops() -> None:
     assert smaller(data[0][0]).shape == (16, 5)
 
 
-def test_sewing_layers_keep_type_mode_and_trainability() -> None:
+def test_connectors_keep_type_mode_and_trainability() -> None:
     model = mlp(hidden=(16, 11)).to(torch.bfloat16).train()
     data = [(x.bfloat16(), y) for x, y in batches(32, (12,), 3)]
     smaller = DeepArc(model, data, threshold=0.001).restructure()
@@ -369,7 +369,7 @@ def test_a_removal_that_fails_leaves_the_model_as_it_was(
     assert_unchanged(model, before)
 
 
-def test_data_that_ends_is_asked_for_again_where_a_layer_is_sewn() -> None:
+def test_data_that_ends_is_asked_for_again_where_a_layer_gets_a_connector() -> None:
     model, data = mlp(), batches(32, (12,), 3)
     before = fingerprint(model)
     arc = DeepArc(model, iter(data), threshold=0.001)

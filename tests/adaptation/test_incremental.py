@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from networks import assert_unchanged, fingerprint, mlp
 from nss_prune.adaptation.datasets import parts
@@ -71,14 +72,18 @@ def small_vit() -> nn.Module:
     return model
 
 
-def resnet18() -> nn.Module:
-    return torchvision.models.resnet18(num_classes=2)
+def resnet() -> nn.Module:
+    """A ResNet's stem and first two stages, of a block each."""
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(128, 2)
+    return model
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mlp": (small_mlp, 4),
     "cnn": (bn_cnn, 8),
-    "resnet18": (resnet18, 8),
+    "resnet": (resnet, 8),
     "vit": (small_vit, 16),
 }
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -213,46 +218,46 @@ def slower(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
-def test_settling_changes_what_the_last_task_needs_alone(name: str, optimizer: str) -> None:
+def test_finetuning_changes_what_the_last_task_needs_alone(name: str, optimizer: str) -> None:
     model, first, inputs = started(name)
     trainer = IncrementalTrainer(model, data=first, share=0.5, progress=False)
     for mask in trainer.tasks[0].slice.kept.values():
         assert int(mask.sum()) == round(0.5 * len(mask))
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
     before = model.eval()(inputs)
-    trainer.settle(**arguments)
+    trainer.finetune_masked(**arguments)
     assert (model.eval()(inputs) - before).abs().max() > 0
     known = [scores(trainer, 0, inputs)]
     for classes in ((2, 3), (4, 5)):
         trainer.share = None
         trainer.theta = 0.9
         trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
-        trainer.settle(**arguments)
+        trainer.finetune_masked(**arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
         with trainer.task(-1, masked=True), torch.no_grad():
             known.append(scores(trainer, len(known), inputs))
 
 
-def test_a_small_slice_settles_to_do_the_task_alone() -> None:
+def test_a_small_slice_is_finetuned_to_do_the_task_alone() -> None:
     data = pictures((0, 1), samples=400, deviation=5.0)
     model = trained(small_mlp(), data)
     trainer = IncrementalTrainer(model, data=data, share=0.1, progress=False)
     with trainer.task_a() as masked:
         before = accuracy(masked, data)
-    trainer.settle(epochs=10, learning_rate=0.01)
+    trainer.finetune_masked(epochs=10, learning_rate=0.01)
     with trainer.task_a() as masked:
         assert accuracy(masked, data) > before + 0.05
 
 
-def test_a_task_that_is_settled_answers_with_its_mask(tmp_path: Path) -> None:
+def test_a_task_that_is_finetuned_answers_with_its_mask(tmp_path: Path) -> None:
     trainer = trainer_of(trained_mlp(), weights=0.1)
     trainer.fit(pictures((2, 3)), epochs=2)
     inputs = torch.randn(9, 3, 4, 4)
     masked = scores(trainer, 1, inputs)
     with trainer.task_b() as model:
         assert not torch.equal(model(inputs)[:, 2:4], masked)
-    trainer.settle(epochs=2)
+    trainer.finetune_masked(epochs=2)
     trainer.tasks[1].save(tmp_path / "task")
     later = IncrementalTrainer(
         trainer.model, tasks=[trainer.tasks[0], Task.load(tmp_path / "task")], progress=False
@@ -264,18 +269,35 @@ def test_a_task_that_is_settled_answers_with_its_mask(tmp_path: Path) -> None:
             assert torch.equal(model(inputs)[:, 2:4], settled)
 
 
-def test_settling_fails_without_a_trace() -> None:
+def test_finetuning_fails_without_a_trace() -> None:
     model = trained_mlp()
     data = pictures((0, 1))
     trainer = IncrementalTrainer(model, trainer_of(model).tasks[0].slice, progress=False)
     before = fingerprint(model)
     with pytest.raises(ArgumentError, match="not known"):
-        trainer.settle()
+        trainer.finetune_masked()
     with pytest.raises(ArgumentError, match="epochs"):
-        trainer.settle(data, epochs=0)
+        trainer.finetune_masked(data, epochs=0)
     with pytest.raises(NumericalError):
-        trainer.settle(data, loss=lambda outputs, labels: outputs.sum(1) * math.nan)
+        trainer.finetune_masked(data, loss=lambda outputs, labels: outputs.sum(1) * math.nan)
     assert_unchanged(model, before)
+
+
+def test_the_names_before_still_work() -> None:
+    trainer, other = trainer_of(trained_mlp()), trainer_of(trained_mlp())
+    torch.manual_seed(1)
+    with pytest.warns(DeprecationWarning, match="finetune_masked"):
+        trainer.settle(epochs=1)
+    torch.manual_seed(1)
+    other.finetune_masked(epochs=1)
+    for one, two in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    inputs = torch.randn(3, 3, 4, 4)
+    with pytest.warns(DeprecationWarning, match="masked_freezing"):
+        old = trainer.settling(inputs)
+    new = trainer.masked_freezing(inputs)
+    assert old.trainable.keys() == new.trainable.keys()
+    assert all(torch.equal(old.trainable[name], new.trainable[name]) for name in old.trainable)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -284,13 +306,13 @@ def test_tasks_in_a_share_of_the_weights_keep_their_logits(name: str, optimizer:
     model, first, inputs = started(name)
     trainer = IncrementalTrainer(model, data=first, share=0.8, weights=0.2, progress=False)
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
-    trainer.settle(**arguments)
+    trainer.finetune_masked(**arguments)
     known = [scores(trainer, 0, inputs)]
     for classes in ((2, 3), (4, 5)):
         trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
-        trainer.settle(**arguments)
+        trainer.finetune_masked(**arguments)
         for task, expected in enumerate(known):
             assert torch.equal(scores(trainer, task, inputs), expected)
         known.append(scores(trainer, len(known), inputs))
@@ -546,16 +568,16 @@ def test_after_a_loader_raised_the_model_is_as_before_and_training_goes_on(
 
 
 @pytest.mark.parametrize("weights", [None, 0.2])
-def test_settling_goes_on_after_a_loader_raised(weights: float | None, tmp_path: Path) -> None:
+def test_finetuning_goes_on_after_a_loader_raised(weights: float | None, tmp_path: Path) -> None:
     data, path = pictures((0, 1)), tmp_path / "checkpoint"
     arguments = {"epochs": 3, "optimizer": OPTIMIZERS["sgd"]}
     straight, trainer = (trainer_of(trained_mlp(), weights=weights) for _ in range(2))
-    straight.settle(data, **arguments)
+    straight.finetune_masked(data, **arguments)
     before = fingerprint(trainer.model)
     with pytest.raises(OSError, match="disk"):
-        trainer.settle(Raising(data, 1), checkpoint=path, **arguments)
+        trainer.finetune_masked(Raising(data, 1), checkpoint=path, **arguments)
     assert_unchanged(trainer.model, before)
-    trainer.settle(data, checkpoint=path, **arguments)
+    trainer.finetune_masked(data, checkpoint=path, **arguments)
     for one, other in zip(trainer.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import timm.optim
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from networks import assert_unchanged, fingerprint
-from nss_prune.adaptation import training
 from nss_prune.adaptation.attacks import FGSM, PGD
 from nss_prune.adaptation.freezing import (
     Freezing,
@@ -35,6 +30,7 @@ from nss_prune.errors import (
     NumericalError,
 )
 from nss_prune.graph.slices import Slice
+from processes import in_processes
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -298,7 +294,7 @@ def test_adamw_by_name_is_fused_where_that_is_offered(
             raise RuntimeError("no fused kernel")
         return create_optimizer_v2(model, **arguments)
 
-    monkeypatch.setattr(training, "create_optimizer_v2", make)
+    monkeypatch.setattr(timm.optim, "create_optimizer_v2", make)
     made = ReadaptTrainer(network(), None, train="all", optimizer="adamw").optimizer
     assert isinstance(made, torch.optim.AdamW)
     assert bool(made.defaults["fused"]) == offered
@@ -356,21 +352,7 @@ def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was() -> None:
         ReadaptTrainer(model, critical, patience=1).fit(stripes())
 
 
-def meet(rank: int, world: int, folder: str) -> None:
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    torch.set_num_threads(1)
-
-
-def replica(rank: int, world: int, folder: str) -> None:
-    meet(rank, world, folder)
+def adapt_part(rank: int, folder: str) -> None:
     model, layer = network(), linear()
     critical = half_of(model, stripes()[0][0])
     torch.manual_seed(rank)
@@ -381,7 +363,6 @@ def replica(rank: int, world: int, folder: str) -> None:
     ReadaptTrainer(layer, None, None, train="all", epochs=1).fit(part)
     found = {"ra": result.ra, "scores": result.scores, "linear": layer.weight.detach()}
     torch.save({**found, "state": model.state_dict()}, f"{folder}/{rank}")
-    dist.destroy_process_group()
 
 
 def linear() -> nn.Linear:
@@ -394,8 +375,8 @@ def samples() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 6), torch.arange(8) % 3
 
 
-def test_replicas_stay_equal_and_learn_from_all_samples(tmp_path: Path) -> None:
-    mp.spawn(replica, args=(2, str(tmp_path)), nprocs=2)
+def test_processes_stay_equal_and_learn_from_all_samples(tmp_path: Path) -> None:
+    in_processes(adapt_part, tmp_path)
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in "01")
     assert first["scores"] == second["scores"]
     assert first["ra"] == second["ra"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_streaming import same
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -13,7 +14,6 @@ from networks import mlp
 from nss_prune import NSSPruner, Profile, profile
 from nss_prune.errors import DataError
 from nss_prune.profiling.categories import members
-from test_streaming import same
 
 INPUTS = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)).double()
 
