@@ -44,8 +44,10 @@ class NSSImportance:
         None, which torch-pruning takes as 'leave it alone', for groups that were not profiled,
         and for the heads of attention, which it would take apart.
 
+        Over several steps of one pruner the scores follow the channels that are left.
+
         Raises:
-            ModelMismatchError: The group has another size than the profiled one.
+            ModelMismatchError: The layer has other channels than those profiled.
         """
         graph = group._DG
         for dependency, _ in group:
@@ -54,13 +56,27 @@ class NSSImportance:
                 break
         else:
             return None
-        scores, neurons = self.scores[name].repeat(self._ties[name]), group[0].root_idxs
-        if max(neurons) >= len(scores):
+        by_channel = self.scores[name].repeat(self._ties[name])
+        left = by_channel[_survivors(graph, name, len(by_channel))]
+        width = graph.get_out_channels(dependency.target.module)
+        if len(left) != width:
             raise ModelMismatchError(
-                f"{name} has {max(neurons) + 1} neurons, {len(scores)} were profiled; profile "
-                "the model as it is now"
+                f"{name} has {width} channels, {len(by_channel)} were profiled and {len(left)} of "
+                "them should be left by the pruner's history; profile the model as it is now, "
+                "and give a pruner of its own each profile"
             )
-        return scores[torch.as_tensor(neurons)].contiguous()
+        return left[torch.as_tensor(group[0].root_idxs)].contiguous()
+
+
+def _survivors(graph: Any, name: str, width: int) -> Tensor:
+    """Of the channels that a layer had, those that earlier steps of a pruner left, ``[left]``."""
+    left = torch.arange(width)
+    for layer, outputs, gone in graph.pruning_history():
+        if layer == name and outputs:
+            stays = torch.ones(len(left), dtype=torch.bool)
+            stays[torch.as_tensor(gone, dtype=torch.long)] = False
+            left = left[stays]
+    return left
 
 
 def _without_ties(importance: Tensor, contribution: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ from nss_prune.pruner.assembly import (
     strategy_for,
 )
 from nss_prune.pruner.execution import carry_out
-from nss_prune.pruner.interactive import count_heads, entries, pruning_groups
+from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.observation import evidence_of
 from nss_prune.pruner.planning import Plan, Planner
 from nss_prune.pruner.report import Report, report_of
-from nss_prune.pruner.state import restored_on_error, trace_graph, without_graph
+from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.tracer import TIMEOUT, Tracer
 from nss_prune.pruner.types import (
@@ -174,7 +174,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         model, self.wrapper = unwrapped(model)
         settings = own_arguments(model, torch_pruning_arguments, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
-        tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
+        tracer = Tracer.of(
+            example_inputs, settings, adapters, check_timeout(timeout), needs_graph
+        )
         self._subject = self._first_subject(model, importance, tracer, settings)
         sizes = {group.name: group.size for group in self._subject.groups}
         self._strategy = strategy_for(
@@ -189,6 +191,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._whole: float | None = None
         self._stale = False
         self._history: list[Any] = []
+        share_history(self)
         self.report: Report | None = None
         self.folded: tuple[str, ...] = ()
 
@@ -201,7 +204,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> Subject:
         """From torch-pruning's constructor; the model is left as found."""
         chosen = importance or self._semantic_importance
-
         def build(recorder: Any) -> Any:
             own = {**settings, "output_transform": recorder}
             super(NSSPruner, self).__init__(model, tracer.arguments, chosen, **own)
@@ -232,7 +234,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """The profile of the model, made on first use, and anew for every further step."""
         if self._profiled is None:
             by_profile = is_by_profile(self._strategy)
-            self._profiled = self.evidence if by_profile else self._profiling.observe(self._subject)
+            self._profiled = (
+                self.evidence if by_profile else self._profiling.observe(self._subject)
+            )
         profile: Profile = self._profiled.profile
         return profile
 
@@ -296,10 +300,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Trace the model again after an earlier step, and forget what was observed of it."""
         if not self._stale:
             return
-        if self.DG is not None:
-            self._history += self.DG.pruning_history()
         self._subject = self._subject.fresh()
         self.DG = self._subject.graph
+        share_history(self)
         self._given = self._profiled = self._evidence = self._plan = None
         self._stale = False
 
@@ -322,7 +325,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Keep what was done, and let what is around the model follow."""
         self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
         self._stale = True
-        self._history += entries(plan.slice)
+        self._history += map(list, history(plan.slice))
         count_heads(self.num_heads, self.model, plan.slice)
 
     def _groups(self, plan: Plan) -> Iterator[Any]:
@@ -331,11 +334,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         def groups() -> Iterator[Any]:
             self._stale = True
-            yield from pruning_groups(plan.subject, plan.slice)
+            yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
 
         return groups()
 
     def pruning_history(self) -> list[Any]:
         """What all steps removed, for ``load_pruning_history`` on a fresh model."""
-        last = [] if self.DG is None else self.DG.pruning_history()
-        return [list(entry) for entry in (*self._history, *last)]
+        return list(self._history)
