@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nss_prune.allocation.budget import TOLERANCE, Limits
+from torch import nn
+
+from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
+from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.cost import everything, shares
@@ -88,12 +91,15 @@ class Planner:
         return Target(ratio=(1 - aim.ratio * done) / left)
 
     def _limits(self, subject: Subject) -> Limits:
-        least = {
-            name: math.ceil(size * (1 - self.max_pruning_ratio) - 1e-9)
-            for name, size in self.first_sizes.items()
-        }
+        sizes = self.first_sizes
+        share = 1 - self.max_pruning_ratio
+        least = {name: math.ceil(size * share - 1e-9) for name, size in sizes.items()}
+        for group in subject.groups:
+            if _is_normalised(subject.model, group):
+                least[group.name] = max(2, least.get(group.name, 1))
         heads = (group.name for group in subject.groups if not group.has_channels)
-        return Limits(least, self.round_to or 1, frozenset(heads))
+        floor = {name: math.ceil(size * FLOOR) for name, size in sizes.items()}
+        return Limits(least, self.round_to or 1, frozenset(heads), floor)
 
     def _shortfall(self, subject: Subject, chosen: Slice, target: Target) -> tuple[str, ...]:
         if target.budget is not None and target.share is not None:
@@ -103,13 +109,20 @@ class Planner:
         return ()
 
 
+def _is_normalised(model: nn.Module, group: NeuronGroup) -> bool:
+    """Whether a norm over the neurons of each sample would make one neuron a constant."""
+    norms = (nn.LayerNorm, nn.GroupNorm)
+    modules = dict(model.named_modules())
+    return any(isinstance(modules.get(member.name), norms) for member in group.members)
+
+
 def budget_shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:
     """What the report says about a budget that is not met, in zero or one lines."""
     if abs(reached - wanted) <= TOLERANCE:
         return ()
     why = (
-        "all neurons that may go are gone; those of the layers left alone, the limits and the "
-        "rest of the model take more"
+        "all neurons that may go are gone, a tenth of each layer stays; the layers left alone, "
+        "the limits and the rest of the model take more"
         if reached > wanted
         else "one more neuron, or the next multiple of round_to, would go beyond it"
     )

@@ -174,9 +174,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         model, self.wrapper = unwrapped(model)
         settings = own_arguments(model, torch_pruning_arguments, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
-        tracer = Tracer.of(
-            example_inputs, settings, adapters, check_timeout(timeout), needs_graph
-        )
+        tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)
         sizes = {group.name: group.size for group in self._subject.groups}
         self._strategy = strategy_for(
@@ -204,6 +202,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> Subject:
         """From torch-pruning's constructor; the model is left as found."""
         chosen = importance or self._semantic_importance
+
         def build(recorder: Any) -> Any:
             own = {**settings, "output_transform": recorder}
             super(NSSPruner, self).__init__(model, tracer.arguments, chosen, **own)
@@ -234,9 +233,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """The profile of the model, made on first use, and anew for every further step."""
         if self._profiled is None:
             by_profile = is_by_profile(self._strategy)
-            self._profiled = (
-                self.evidence if by_profile else self._profiling.observe(self._subject)
-            )
+            self._profiled = self.evidence if by_profile else self._profiling.observe(self._subject)
         profile: Profile = self._profiled.profile
         return profile
 
