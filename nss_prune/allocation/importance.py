@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,25 +58,41 @@ class NSSImportance:
         else:
             return None
         by_channel = self.scores[name].repeat(self._ties[name])
-        left = by_channel[_survivors(graph, name, len(by_channel))]
         width = graph.get_out_channels(dependency.target.module)
-        if len(left) != width:
+        left = _survivors(graph.pruning_history(), name, len(by_channel), width)
+        if left is None:
             raise ModelMismatchError(
-                f"{name} has {width} channels, {len(by_channel)} were profiled and {len(left)} of "
-                "them should be left by the pruner's history; profile the model as it is now, "
-                "and give a pruner of its own each profile"
+                f"{name} has {width} channels, {len(by_channel)} were profiled, and the pruner's "
+                "history does not say which of them are left; profile the model as it is now, "
+                "before each step"
             )
-        return left[torch.as_tensor(group[0].root_idxs)].contiguous()
+        return by_channel[left][torch.as_tensor(group[0].root_idxs)].contiguous()
 
 
-def _survivors(graph: Any, name: str, width: int) -> Tensor:
-    """Of the channels that a layer had, those that earlier steps of a pruner left, ``[left]``."""
-    left = torch.arange(width)
-    for layer, outputs, gone in graph.pruning_history():
-        if layer == name and outputs:
-            stays = torch.ones(len(left), dtype=torch.bool)
-            stays[torch.as_tensor(gone, dtype=torch.long)] = False
-            left = left[stays]
+def _survivors(
+    history: Sequence[tuple[str, bool, Sequence[int]]], layer: str, before: int, now: int
+) -> Tensor | None:
+    """Of the channels that a layer had, those that the last steps of a pruner left, ``[now]``.
+
+    Args:
+        history: Layer, whether output channels went, and which, step after step.
+
+    Returns:
+        None where no number of last steps makes the difference.
+    """
+    steps: list[Sequence[int]] = []
+    for name, outputs, gone in reversed(history):
+        if before - sum(map(len, steps)) <= now:
+            break
+        if name == layer and outputs:
+            steps.append(gone)
+    if before - sum(map(len, steps)) != now:
+        return None
+    left = torch.arange(before)
+    for gone in reversed(steps):
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[torch.as_tensor(gone, dtype=torch.long)] = False
+        left = left[stays]
     return left
 
 

@@ -14,6 +14,7 @@ from nss_prune.pruner.arguments import (
     check_steps,
     check_timeout,
     find_aim,
+    is_uniform,
     own_arguments,
     set_without_graph,
     unwrapped,
@@ -130,6 +131,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     iterative_steps: int
     ignored_layers: list[nn.Module]
     num_heads: dict[nn.Module, int]
+    report: Report | None = None
+    folded: tuple[str, ...] = ()
+    _plan: Plan | None = None
+    _whole: float | None = None
+    _stale = False
 
     def __init__(
         self,
@@ -180,18 +186,14 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._strategy = strategy_for(
             self.strategy, aim, importance, self._profiling, self, sizes, **common
         )
-        self._planner = Planner(self._strategy, aim, sizes, self.max_pruning_ratio, self.round_to)
+        limits = (self.max_pruning_ratio, self.round_to)
+        self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
         self._given = None if profile is None else evidence_of(profile, self._subject)
         check_steps(self.iterative_steps, importance, data, profile)
         self._profiled: Any = self._given
         self._evidence: Any = None
-        self._plan: Plan | None = None
-        self._whole: float | None = None
-        self._stale = False
         self._history: list[Any] = []
         share_history(self)
-        self.report: Report | None = None
-        self.folded: tuple[str, ...] = ()
 
     def _first_subject(
         self,

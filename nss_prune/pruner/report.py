@@ -134,7 +134,7 @@ def _unknown(subject: Subject) -> dict[str, int]:
     known = {member.name for group in subject.groups for member in group.members}
     traced = set() if subject.graph is None else set(subject.graph.module2node)
     return {
-        name: len(layer.weight)
+        name: layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         for name, layer in subject.model.named_modules()
         if isinstance(layer, (nn.Linear, _ConvNd)) and name not in known and layer not in traced
     }
