@@ -387,9 +387,7 @@ def test_a_pruned_model_can_be_copied_and_pickled(model, data) -> None:
 def example_in(protocol: type) -> dict[str, object]:
     """What the example in a docstring defines."""
     _, _, code = inspect.getdoc(protocol).partition("::\n\n")
-    code = "\n".join(
-        itertools.takewhile(lambda line: not line or line[0] == " ", code.splitlines())
-    )
+    lines = itertools.takewhile(lambda line: not line or line[0] == " ", code.splitlines())
     defined = {"torch": torch, "nn": nn, "Slice": Slice, "Evidence": Evidence, "Repaired": Repaired}
     before = set(defined)
     exec(textwrap.dedent("\n".join(lines)), defined)
