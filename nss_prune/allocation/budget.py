@@ -58,7 +58,7 @@ class Limits:
 
 
 def limited(critical: Slice, limits: Limits, scores: Scores) -> Slice:
-    """A slice and, where the limits or a reader ask for more, the best of the neurons outside."""
+    """A slice and, where the limits or a consumer ask for more, the best of the neurons outside."""
     kept = {}
     for name, mask in critical.kept.items():
         count = limits.kept(name, len(mask), int(mask.sum()))
