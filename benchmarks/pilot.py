@@ -17,21 +17,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from torch import Tensor, nn
 
-import results
-import targets
-from data import Data, Split, load
-from nss_prune import Profile, Slice
-from nss_prune.errors import NSSPruneError
-from nss_prune import profile
+from benchmarks.common import results
+from benchmarks.common.data import Data, Split, load
+from benchmarks.common.options import add_metrics, checked_seeds, common, run, usable_device
+from benchmarks.common.results import Cell, Column, spread
+from benchmarks.common.settings import Setting, chosen
+from benchmarks.common.training import accuracy, trained
+from benchmarks.paper import slicing as targets
+from benchmarks.rq1 import profiled_batches
+from nss_prune import Profile, Slice, profile
 from nss_prune.profiling.similarity import ranked
-from options import add_metrics, checked_seeds, common, usable_device
-from results import Cell, Column, spread
-from rq1 import profiled_batches
-from settings import Setting, chosen
-from training import accuracy, trained
 
 BANDS = ((0.0, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5))
 SINGLE = (0, 3, 6, 9)  # the categories of Table 3, counted from 0
@@ -187,7 +188,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"pilot.py: {error}")
+    run(main)

@@ -12,12 +12,15 @@ loses most loses on it, with and without balance. `headlines` is one table of al
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import results
-from accuracy import (
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.board.all import (
     AGREEMENT_COLUMNS,
     BEST,
     CLASS_COLUMNS,
@@ -26,13 +29,14 @@ from accuracy import (
     class_drops,
     summary,
 )
-from accuracy import SUMMARY_COLUMNS as LEADS
-from results import Cell, Column
-from rq1 import THETA_COLUMNS
-from rq2 import SUMMARY_COLUMNS as GAINS
-from rq3 import SUMMARY_COLUMNS as CLAIMS
-from rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
-from storage import written_aside
+from benchmarks.board.all import SUMMARY_COLUMNS as LEADS
+from benchmarks.common import results
+from benchmarks.common.results import Cell, Column
+from benchmarks.common.storage import written_aside
+from benchmarks.rq1 import THETA_COLUMNS
+from benchmarks.rq2 import SUMMARY_COLUMNS as GAINS
+from benchmarks.rq3 import SUMMARY_COLUMNS as CLAIMS
+from benchmarks.rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = (README, results.FOLDER / "README.md")

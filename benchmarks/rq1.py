@@ -29,26 +29,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-matplotlib.use("Agg")
 import numpy as np
 import torch
-from matplotlib import pyplot
 from torch import nn
 
-import results
-import targets
-from data import Data, Split, load
-from figures import save_figure
-from nss_prune import Profile, Slice
+from benchmarks.common import results
+from benchmarks.common.data import Data, Split, load
+from benchmarks.common.figures import pyplot, save_figure
+from benchmarks.common.options import add_metrics, checked_seeds, common, run, usable_device
+from benchmarks.common.results import Cell, Column, spread
+from benchmarks.common.settings import SIMILAR, Setting, chosen
+from benchmarks.common.training import accuracy, trained
+from benchmarks.paper import slicing as targets
+from nss_prune import Profile, Slice, profile
 from nss_prune.deeparc import DeepArc
-from nss_prune.errors import NSSPruneError
-from nss_prune import profile
-from options import add_metrics, checked_seeds, common, usable_device
-from results import Cell, Column, spread
-from settings import SIMILAR, Setting, chosen
-from training import accuracy, trained
 
 STRATEGIES = ("semantic", "category", "global")
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))
@@ -363,7 +360,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"rq1.py: {error}")
+    run(main)

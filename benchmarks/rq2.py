@@ -40,24 +40,23 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import matplotlib
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from torch import nn
 
-import results
-import targets
-from data import Data, load
-from figures import save_figure
+from benchmarks.common import results
+from benchmarks.common.data import Data, load
+from benchmarks.common.figures import pyplot, save_figure
+from benchmarks.common.options import checked_seeds, common, named, run, usable_device
+from benchmarks.common.results import Cell, Column, spread
+from benchmarks.common.settings import Setting, chosen
+from benchmarks.common.training import Recipe, accuracy, suitable_threads, train, trained
+from benchmarks.paper import slicing as targets
+from benchmarks.reports.stopping import Pair, Point, Rule, Run, gain, last_held, means
 from nss_prune import NSSPruner
-from nss_prune.errors import NothingToPruneError, NSSPruneError
+from nss_prune.errors import NothingToPruneError
 from nss_prune.unstructured import Iterations, compression_rate, iterative_sparsify, weight_count
-from options import checked_seeds, common, named, usable_device
-from results import Cell, Column, spread
-from settings import Setting, chosen
-from stopping import Pair, Point, Rule, Run, gain, last_held, means
-from training import Recipe, accuracy, suitable_threads, train, trained
 
 METHODS = {"lamp": "LAMP", "global": "Global", "uniform+": "Uniform+", "erk": "ERK"}
 TOLERANCE = 0.5  # points
@@ -384,7 +383,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"rq2.py: {error}")
+    run(main)

@@ -47,18 +47,28 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot
 from torch import Tensor, nn
 
-import results
-import targets_adaptation as targets
-from data import SOURCES, Data, Split, load
-from figures import save_figure
-from nss_prune import Profile, Slice
+from benchmarks.common import results
+from benchmarks.common.data import SOURCES, Data, Split, load
+from benchmarks.common.figures import pyplot, save_figure
+from benchmarks.common.options import add_resume, checked_seeds, common, named, run, usable_device
+from benchmarks.common.results import Cell, Column, spread
+from benchmarks.common.settings import SIMILAR, Setting, chosen
+from benchmarks.common.training import (
+    Recipe,
+    accuracy,
+    fast,
+    make_optimiser,
+    suitable_threads,
+    trained,
+)
+from benchmarks.paper import adaptation as targets
+from nss_prune import Profile, Slice, profile
 from nss_prune.adaptation import (
     FGSM,
     PGD,
@@ -69,12 +79,7 @@ from nss_prune.adaptation import (
 )
 from nss_prune.adaptation.attacks import Attack
 from nss_prune.deeparc import DeepArc
-from nss_prune.errors import ArgumentError, NSSPruneError
-from nss_prune import profile
-from options import add_resume, checked_seeds, common, named, usable_device
-from results import Cell, Column, spread
-from settings import SIMILAR, Setting, chosen
-from training import Recipe, accuracy, fast, make_optimiser, suitable_threads, trained
+from nss_prune.errors import ArgumentError
 
 ATTACKS = {"fgsm": "FGSM", "pgd": "PGD"}
 METHODS = {
@@ -691,7 +696,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"rq3.py: {error}")
+    run(main)

@@ -66,33 +66,39 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import matplotlib
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import results
-import targets_adaptation as targets
-from data import Data, Split, load
-from figures import save_figure
-from hat import HardAttention
-from nss_prune import Slice
+from benchmarks.common import results
+from benchmarks.common.data import Data, Split, load
+from benchmarks.common.figures import pyplot, save_figure
+from benchmarks.common.options import add_resume, checked_seeds, common, named, run, usable_device
+from benchmarks.common.results import Cell, Column, spread
+from benchmarks.common.settings import SIMILAR, Setting, chosen
+from benchmarks.common.training import (
+    Recipe,
+    fast,
+    make_optimiser,
+    suitable_layout,
+    suitable_threads,
+    take,
+    trained,
+)
+from benchmarks.paper import adaptation as targets
+from benchmarks.rivals.hat import HardAttention
+from benchmarks.rivals.packnet import PackNet
+from nss_prune import Slice, profile
 from nss_prune.adaptation import Freezing
 from nss_prune.adaptation.datasets import mixed
 from nss_prune.adaptation.incremental import IncrementalTrainer
 from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.training import Objective, TaskLoss
 from nss_prune.deeparc import DeepArc
-from nss_prune.errors import ArgumentError, NothingToPruneError, NSSPruneError
-from nss_prune import profile
-from options import add_resume, checked_seeds, common, named, usable_device
-from packnet import PackNet
-from results import Cell, Column, spread
-from settings import SIMILAR, Setting, chosen
-from training import Recipe, fast, make_optimiser, suitable_layout, suitable_threads, take, trained
+from nss_prune.errors import ArgumentError, NothingToPruneError
 
 CLASSES = 10
 TRACED = 20  # samples of each class, where only the neurons of a model are asked for
@@ -901,7 +907,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"rq4.py: {error}")
+    run(main)

@@ -10,20 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-import accuracy
-import data
-import models
-import settings
-import training
-from accuracy import BOARDS, UNTUNED, Board, Level, Measured, Variant
-from data import Split
+from benchmarks.board import all as accuracy
+from benchmarks.board.all import BOARDS, UNTUNED, Board, Level, Measured, Variant
+from benchmarks.common import data, models, settings, training
+from benchmarks.common.data import Split
+from benchmarks.common.training import Recipe
 from networks import assert_unchanged, cnn, fingerprint, mlp, settled
 from nss_prune import Slice
 from nss_prune.allocation.budget import Limits, solve
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.views import views_of
 from nss_prune.errors import ArgumentError
-from training import Recipe
 
 DIGITS = BOARDS["mlp-digits"]
 OURS = Variant("divergence", "ours")

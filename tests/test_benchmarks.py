@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import rq2
+from benchmarks.common import data, results, settings, training
+from benchmarks.paper import slicing as targets
+from benchmarks.reports import stopping
 from nss_prune.errors import ArgumentError, DataError, FileFormatError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NAMES = (
-    "storage",
-    "data",
-    "models",
-    "targets",
-    "training",
-    "settings",
-    "results",
-    "stopping",
-    "rq2",
-)
 REAL_DATA = os.environ.get("NSS_PRUNE_DATA", "")
-
-for package in ("torchvision", "sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(package, reason="the benchmarks need the extra [bench]")
-
-
-def import_benchmarks() -> list[ModuleType]:
-    """The scripts, which import each other by plain names that the tests use too (`models`)."""
-    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return [importlib.import_module(name) for name in NAMES]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-_, data, _, targets, training, settings, results, stopping, rq2 = import_benchmarks()
 
 
 def parameters(model: nn.Module) -> int:

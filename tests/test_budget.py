@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp
-from nss_prune import NSSPruner
+from nss_prune import NSSPruner, profile
 from nss_prune.allocation.budget import Limits, limited, mac_share, parameter_share, solve
 from nss_prune.allocation.importance import NSSImportance
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.costs import measure
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.slices import Slice
-from nss_prune import profile
 from nss_prune.surgery.removal import remove
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3)).double()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import timm
@@ -16,24 +14,10 @@ import torch
 import torchvision
 from torch import nn
 
-import results
+from benchmarks.architectures import all as coverage
+from benchmarks.common import results
 from nss_prune.errors import ArgumentError
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "coverage.py"
-
-
-def imported() -> ModuleType:
-    """The script under a name of its own: "coverage" is also the package that measures tests."""
-    spec = importlib.util.spec_from_file_location("coverage_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-coverage = imported()
 Model, Outcome, State = coverage.Model, coverage.Outcome, coverage.State
 OURS, THEIRS = coverage.OURS, coverage.THEIRS
 RESNET = Model("timm", "test_resnet")

@@ -10,9 +10,8 @@ import torch_pruning as tp
 from torch import nn
 
 from networks import batches, cnn, mlp
-from nss_prune import NSSImportance, Profile
+from nss_prune import NSSImportance, Profile, profile
 from nss_prune.errors import ModelMismatchError
-from nss_prune import profile
 
 INPUTS = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp
-from nss_prune import NSSPruner
+from nss_prune import NSSPruner, profile
 from nss_prune.errors import (
     ArgumentError,
     DataError,
@@ -25,7 +25,6 @@ from nss_prune.errors import (
     NSSPruneError,
     NumericalError,
 )
-from nss_prune import profile
 
 INPUTS = torch.randn(4, 12, generator=torch.Generator().manual_seed(3)).double()
 

@@ -10,15 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-import accuracy
-import coverage
-import pilot
-import readme
-import rq1
-import rq2
-import rq3
-import rq4
-import speed
+from benchmarks import pilot, readme, rq1, rq2, rq3, rq4, speed
+from benchmarks.architectures import all as coverage
+from benchmarks.board import all as accuracy
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")

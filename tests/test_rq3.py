@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import results
-import rq3
-import targets_adaptation as targets
-from data import Data, load
-from nss_prune import Profile
+from benchmarks import rq3
+from benchmarks.common import results
+from benchmarks.common.data import Data, load
+from benchmarks.common.settings import SETTINGS
+from benchmarks.common.training import initialised, trained
+from benchmarks.paper import adaptation as targets
+from benchmarks.rq3 import Course, Outcome, Subject
+from nss_prune import Profile, profile
 from nss_prune.adaptation import FGSM, PGD
 from nss_prune.errors import ArgumentError
-from nss_prune import profile
-from rq3 import Course, Outcome, Subject
-from settings import SETTINGS
-from training import initialised, trained
 
 FULL = Outcome("mlp-mnist", 0, "fgsm", "full", 1.0, 0.98, 0.20, 0.95, seconds=4.0)
 SLICED = Outcome("mlp-mnist", 0, "fgsm", "neusemslice", 0.6, 0.99, 0.25, 0.96, seconds=3.0)

@@ -10,18 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-import data
-import models
-import results
-import rq4
-import targets_adaptation as targets
-from hat import HardAttention
-from nss_prune.errors import ArgumentError, NothingToPruneError
+from benchmarks import rq4
+from benchmarks.common import data, models, results
+from benchmarks.common.settings import SETTINGS
+from benchmarks.common.training import Recipe, accuracy, train
+from benchmarks.paper import adaptation as targets
+from benchmarks.rivals.hat import HardAttention
+from benchmarks.rivals.packnet import PackNet
+from benchmarks.rq4 import Course, Outcome
 from nss_prune import profile
-from packnet import PackNet
-from rq4 import Course, Outcome
-from settings import SETTINGS
-from training import Recipe, accuracy, train
+from nss_prune.errors import ArgumentError, NothingToPruneError
 
 RECIPE = Recipe(epochs=20, learning_rate=0.02, batch=64)
 COURSE = Course(RECIPE, seed=0)

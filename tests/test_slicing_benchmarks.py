@@ -7,16 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import models
-import pilot
-import results
-import rq1
-import speed
-import speed_freezing
-import targets
+from benchmarks import pilot, rq1, speed
+from benchmarks.common import models, results
+from benchmarks.paper import slicing as targets
+from benchmarks.rq1 import Point
+from benchmarks.timings import freezing as speed_freezing
 from nss_prune.errors import ArgumentError, NSSPruneError
 from nss_prune.profiling.contributions.protocol import metrics_known
-from rq1 import Point
 
 
 def points(strategy: str, *pairs: tuple[float, float]) -> list[Point]:
@@ -134,7 +131,7 @@ def test_deeparcs_star_is_the_model_without_its_redundant_layers(tmp_path: Path,
 def test_scripts_end_to_end(script, tmp_path: Path, capsys) -> None:
     words = ["--epochs", "3", "--seeds", "1", "--output", str(tmp_path), "--cache", str(tmp_path)]
     script.main(words)
-    name = script.__name__
+    name = script.__name__.rpartition(".")[2]
     content = results.read(tmp_path / f"{name}-mlp-digits.json")
     assert content["rows"]
     printed = capsys.readouterr().out

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import results
-from results import Cell, Column
+from benchmarks.common import results
+from benchmarks.common.results import Cell, Column
 
 COLUMNS = (
     Column("what", "what"),
@@ -20,6 +20,7 @@ COLUMNS = (
     Column("ratio", "ratio, median (min .. max)"),
     Column("target", "target"),
 )
+ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, Cell]]
 
 
@@ -76,11 +77,12 @@ def resident_peak() -> float:
     return float(line.split()[1]) / 1024
 
 
-def printed_by(script: str, *words: str) -> list[float]:
-    """The numbers that a script prints in a process of its own."""
+def printed_by(module: str, *words: str) -> list[float]:
+    """The numbers that a module of the benchmarks prints in a process of its own."""
     done = subprocess.run(
-        [sys.executable, script, *words], check=True, capture_output=True, text=True
-    )
+        [sys.executable, "-m", module, *words],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
     return [float(word) for word in done.stdout.split()]
 
 

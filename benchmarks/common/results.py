@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.common.storage import written_aside
 from nss_prune.errors import ArgumentError, FileFormatError
-from storage import written_aside
 
 FORMAT = 1
-FOLDER = Path(__file__).parent / "results"  # the committed ones
+FOLDER = Path(__file__).parents[1] / "results"  # the committed ones
 OUTPUT = Path("results")  # of a run: it neither goes on from the committed ones nor replaces them
 PACKAGES = ("nss_prune", "torch", "torchvision", "torch-pruning", "captum", "timm")
 

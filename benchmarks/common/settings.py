@@ -11,9 +11,9 @@ from functools import partial
 
 from torch import nn
 
-import models
+from benchmarks.common import models
+from benchmarks.common.training import Recipe
 from nss_prune.errors import ArgumentError
-from training import Recipe
 
 
 @dataclass(frozen=True)

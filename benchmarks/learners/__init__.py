@@ -1,0 +1,1 @@
+"""How rq4.py learns one task after another."""
