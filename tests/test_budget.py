@@ -169,7 +169,8 @@ def test_every_reader_keeps_something_to_read() -> None:
         ({"params_budget": 0.5, "macs_budget": 0.5}, "one of them"),
         ({"latency_budget": 0.5, "macs_budget": 0.5}, "one of them"),
         ({"params_budget": 0.5, "pruning_ratio": 0.5}, "one of them"),
-        ({"params_budget": 0.5, "importance": lambda group: None}, "importance"),
+        ({"params_budget": 0.5, "theta": 0.9}, "no effect"),
+        ({"budget": 0.5}, "give both"),
         ({"timeout": 0}, "seconds"),
     ],
 )

@@ -229,7 +229,7 @@ def test_the_pruner_measures_what_can_be_read_twice() -> None:
     for pruner in (twice, once):
         assert pruner.slice.removed
     raised = [
-        twice._eliminations[name].divergence > elimination.divergence
-        for name, elimination in once._eliminations.items()
+        twice.evidence.eliminations[name].divergence > elimination.divergence
+        for name, elimination in once.evidence.eliminations.items()
     ]
     assert any(bool(more.any()) for more in raised)

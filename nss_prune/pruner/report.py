@@ -10,6 +10,7 @@ from torch import nn
 from nss_prune.graph.costs import Cost
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.planning import Plan
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,19 @@ class Report:
         lines.append(_change("MACs", self.before.macs, self.after.macs))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+
+def report_of(plan: Plan, before: Cost, notes: Sequence[str] = ()) -> Report:
+    """The report of a step that was taken.
+
+    Args:
+        before: The model's cost before it.
+        notes: Of the repairs.
+    """
+    subject, evidence = plan.subject, plan.evidence
+    rows = report_rows(subject.model, plan.slice, subject.neurons)
+    found = (*subject.neurons.notes, *plan.notes, *evidence.notes, *notes)
+    return Report(rows, before, subject.cost(), found)
 
 
 def report_rows(model: nn.Module, critical: Slice, neurons: NeuronMap) -> tuple[Row, ...]:

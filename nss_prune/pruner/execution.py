@@ -1,0 +1,43 @@
+"""Carry a plan out, with the repairs around the removal, or leave everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nss_prune.core.undo import undone_on_error
+from nss_prune.pruner.planning import Plan
+from nss_prune.pruner.repair import Repair, Repaired
+from nss_prune.pruner.wrapper import wrap_again
+
+
+def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None = None) -> Repaired:
+    """Remove what a plan does not keep, in place.
+
+    Args:
+        wrapper: Around the model, which follows where it refers to the parameters.
+
+    Raises:
+        RemovalError: The smaller model would not work.
+        DataError, NumericalError: From the repairs. In every case the model is as before.
+    """
+    subject, chosen = plan.subject, plan.slice
+    seen = [repair.observe(subject, plan.evidence) for repair in repairs]
+    with undone_on_error(subject.model):
+        done = [
+            repair.before(subject, chosen, known)
+            for repair, known in zip(repairs, seen, strict=True)
+        ]
+        subject.remove(subject.model, chosen)
+        done += [
+            repair.after(subject, chosen, known)
+            for repair, known in zip(repairs, seen, strict=True)
+        ]
+    if isinstance(wrapper, DistributedDataParallel):
+        wrap_again(wrapper)
+    return Repaired(
+        tuple(note for repaired in done for note in repaired.notes),
+        tuple(layer for repaired in done for layer in repaired.changed),
+    )

@@ -1,0 +1,159 @@
+"""What torch-pruning's criteria say of the neurons, and what its pruners would remove."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.slices import Slice
+from nss_prune.pruner.strategy import Importance
+from nss_prune.pruner.subject import Subject
+
+
+class Asked:
+    """An importance that is asked once for each group, in case it draws or costs much."""
+
+    def __init__(self, importance: Importance) -> None:
+        self._importance = importance
+        self._answers: dict[Any, Any] = {}
+
+    def __call__(self, group: Any) -> Any:
+        """The importance of a torch-pruning group's channels, ``[channels]``, or None."""
+        root, channels = group[0].dep, tuple(group[0].idxs)
+        key = (root.target.module, root.handler, channels)
+        if key not in self._answers:
+            self._answers[key] = self._importance(group)
+        return self._answers[key]
+
+
+def importance_of(subject: Subject, group: NeuronGroup, importance: Importance) -> Tensor | None:
+    """What a criterion says of the neurons of a group, ``[neurons]``, or None.
+
+    A neuron of several channels gets their mean.
+    """
+    module = subject.model.get_submodule(group.name)
+    function = subject.graph.get_pruner_of_module(module).prune_out_channels
+    root = next((member for member in group.members if member.name == group.name), None)
+    width = group.size * group.ties if group.has_channels or root is None else root.width
+    found = importance(subject.graph.get_pruning_group(module, function, list(range(width))))
+    if found is None or len(found) != width:
+        return None
+    by_channel: Tensor = found.detach().cpu()
+    if group.has_channels or root is None:
+        return by_channel.view(group.ties, group.size).mean(0)
+    by_channel = by_channel[root.channels]
+    total = torch.zeros(group.size).index_add(0, root.neurons, by_channel.float())
+    return total / torch.bincount(root.neurons, minlength=group.size)
+
+
+class Ranking:
+    """torch-pruning's own ranking for the next step, read off without pruning anything.
+
+    Args:
+        pruner: Of torch-pruning: its ratios, scopes and numbers of heads decide.
+        first_sizes: Layer -> neurons before the first step.
+    """
+
+    def __init__(self, pruner: Any, first_sizes: Mapping[str, int]) -> None:
+        self._pruner = pruner
+        self._first_sizes = first_sizes
+
+    def slice(
+        self, subject: Subject, importance: Importance, scores: Callable[[str], Tensor]
+    ) -> Slice:
+        """What it keeps.
+
+        Args:
+            importance: Of torch-pruning's groups.
+            scores: Layer -> importance of its neurons, ``[neurons]``.
+        """
+        kept = {group.name: torch.ones(group.size, dtype=torch.bool) for group in subject.groups}
+        ranked = {group.name for group in subject.groups if group.has_channels}
+        with self._next_step(subject, importance):
+            for group in self._pruner._prune():
+                name = subject.graph._module2name[group[0].dep.target.module]
+                if name in ranked:
+                    channels = torch.as_tensor(group[0].idxs, dtype=torch.long)
+                    kept[name][channels % len(kept[name])] = False
+            for name in self._vanished(subject, {name: kept[name] for name in ranked}, scores):
+                kept[name] = scores(name) >= scores(name).max()
+            if self._pruner.prune_num_heads:
+                kept.update(self._heads(subject, scores))
+        return Slice(kept, subject.groups)
+
+    @contextlib.contextmanager
+    def _next_step(self, subject: Subject, importance: Importance) -> Iterator[None]:
+        """The pruner as it ranks for the next step, without limits of its own.
+
+        It forgets the largest ratio, and rounds some layers to nothing:
+        :func:`nss_prune.allocation.budget.limited` applies both afterwards. What it notes about
+        heads while it ranks is not what is removed.
+        """
+        own = vars(self._pruner)
+        left_alone = [subject.model.get_submodule(name) for name in subject.neurons.left_alone]
+        changed = {
+            "estimate_importance": importance,
+            "current_step": max(self._pruner.current_step, 1),
+            "round_to": None,
+            "max_pruning_ratio": 1.0,
+            "ignored_layers": [*self._pruner.ignored_layers, *left_alone],
+            "num_heads": dict(self._pruner.num_heads),
+            "out_channel_groups": dict(self._pruner.out_channel_groups),
+        }
+        before = {name: own[name] for name in changed if name in own}
+        own.update(changed)
+        try:
+            yield
+        finally:
+            for name in changed:
+                own.pop(name)
+            own.update(before)
+
+    def _vanished(
+        self, subject: Subject, kept: Mapping[str, Tensor], scores: Callable[[str], Tensor]
+    ) -> list[str]:
+        """Layers that would lose all neurons, which torch-pruning then skips without a word."""
+        untouched = [name for name, mask in kept.items() if mask.all()]
+        if not self._pruner.global_pruning:
+            ratios = {name: self._ratio(subject, name) for name in untouched}
+            return [
+                name
+                for name, ratio in ratios.items()
+                if int(self._first_sizes[name] * (1 - ratio)) == 0
+            ]
+        pruned = [scores(name)[~mask].max() for name, mask in kept.items() if not mask.all()]
+        threshold = max(pruned, default=torch.tensor(-math.inf))
+        return [name for name in untouched if scores(name).max() <= threshold]
+
+    def _ratio(self, subject: Subject, name: str) -> float:
+        ratio: float = self._pruner.get_target_pruning_ratio(subject.model.get_submodule(name))
+        return ratio
+
+    def _heads(self, subject: Subject, scores: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Heads by head_pruning_ratio: of each layer, or of all together with global_pruning."""
+        heads = [group for group in subject.groups if not group.has_channels]
+        by_layer = {group.name: scores(group.name) for group in heads}
+        gone = {}
+        for group in heads:
+            module = subject.model.get_submodule(group.name)
+            ratio = self._pruner.get_target_head_pruning_ratio(module)
+            left = int(self._first_sizes[group.name] * (1 - ratio) + 1e-9)
+            gone[group.name] = group.size - left
+        if self._pruner.global_pruning and heads:
+            pooled = torch.cat(list(by_layer.values()))
+            out = torch.zeros(len(pooled), dtype=torch.bool)
+            out[pooled.argsort(stable=True)[: sum(gone.values())]] = True
+            parts = out.split([group.size for group in heads])
+            gone = {group.name: int(part.sum()) for group, part in zip(heads, parts, strict=True)}
+        kept = {}
+        for group in heads:
+            most = min(gone[group.name], group.size - 1)
+            kept[group.name] = torch.ones(group.size, dtype=torch.bool)
+            kept[group.name][by_layer[group.name].argsort(stable=True)[:most]] = False
+        return kept

@@ -1,0 +1,171 @@
+"""The repairs: folding, refitting, recalibration of norms, balance of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nss_prune.compensation.balance import ClassShares, balance, class_shares
+from nss_prune.compensation.folding import Folded, fold
+from nss_prune.compensation.recalibration import (
+    NormStatistics,
+    kept_statistics,
+    norm_statistics,
+    recalibrate,
+    running_norms,
+)
+from nss_prune.compensation.refit import refit
+from nss_prune.core.processes import processes
+from nss_prune.graph.slices import Slice
+from nss_prune.pruner.repair import Repaired
+from nss_prune.pruner.strategy import Evidence
+from nss_prune.pruner.subject import Subject
+from nss_prune.statistics.consumers import consumer_statistics
+from nss_prune.statistics.moments import ConsumerStatistics
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Folds the neurons that go into their consumers, see :mod:`nss_prune.compensation.folding`.
+
+    Attributes:
+        data: Batches; None where there are none.
+        progress: Show a progress bar; None for only on a terminal.
+    """
+
+    data: Iterable[Any] | None
+    progress: bool | None = None
+
+    def observe(
+        self, subject: Subject, evidence: Evidence
+    ) -> Mapping[str, ConsumerStatistics] | None:
+        """What the consumers see, from the strategy's own pass where there was one."""
+        if evidence.statistics is not None or self.data is None or processes() > 1:
+            return evidence.statistics
+        return consumer_statistics(
+            subject.model, self.data, subject.groups, progress=self.progress, **subject.calling
+        )
+
+    def before(
+        self, subject: Subject, chosen: Slice, seen: Mapping[str, ConsumerStatistics] | None
+    ) -> Repaired:
+        """Fold."""
+        if seen is None:
+            return Repaired(("nothing was folded: there is no data",))
+        return _as_repaired(fold(subject.model, chosen, seen))
+
+    def after(self, subject: Subject, chosen: Slice, seen: Any) -> Repaired:
+        """Nothing more."""
+        return Repaired()
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fits consumer after consumer to the whole model, see :mod:`nss_prune.compensation.refit`.
+
+    Attributes:
+        data: Batches that can be iterated again.
+        progress: Show a progress bar; None for only on a terminal.
+    """
+
+    data: Iterable[Any]
+    progress: bool | None = None
+
+    def observe(self, subject: Subject, evidence: Evidence) -> None:
+        """Nothing: what the consumers see depends on those before them."""
+
+    def before(self, subject: Subject, chosen: Slice, seen: None) -> Repaired:
+        """Refit."""
+        return _as_repaired(
+            refit(subject.model, chosen, self.data, progress=self.progress, **subject.calling)
+        )
+
+    def after(self, subject: Subject, chosen: Slice, seen: None) -> Repaired:
+        """Nothing more."""
+        return Repaired()
+
+
+def _as_repaired(folded: Folded) -> Repaired:
+    return Repaired(folded.notes, tuple(folded.errors))
+
+
+@dataclass(frozen=True)
+class Recalibrate:
+    """Moves the running statistics of BatchNorms as far as those of the data moved.
+
+    See :mod:`nss_prune.compensation.recalibration`.
+
+    Attributes:
+        data: Batches that can be iterated again.
+        progress: Show a progress bar; None for only on a terminal.
+    """
+
+    data: Iterable[Any]
+    progress: bool | None = None
+
+    def observe(self, subject: Subject, evidence: Evidence) -> dict[str, NormStatistics]:
+        """What the BatchNorms see in the whole model."""
+        return norm_statistics(subject.model, self.data, progress=self.progress, **subject.calling)
+
+    def before(self, subject: Subject, chosen: Slice, seen: Any) -> Repaired:
+        """Nothing yet."""
+        return Repaired()
+
+    def after(self, subject: Subject, chosen: Slice, seen: dict[str, NormStatistics]) -> Repaired:
+        """Recalibrate, where there is a norm."""
+        if seen:
+            kept = kept_statistics(seen, chosen)
+            recalibrate(
+                subject.model, self.data, whole=kept, progress=self.progress, **subject.calling
+            )
+        if running_norms(subject.model):
+            return Repaired()
+        return Repaired(("nothing was recalibrated: the model has no BatchNorm",))
+
+
+@dataclass
+class Balance:
+    """Shifts the class scores to the probabilities that the first model gave each class.
+
+    See :mod:`nss_prune.compensation.balance`.
+
+    Attributes:
+        data: Batches that can be iterated again.
+        progress: Show a progress bar; None for only on a terminal.
+        settings: Further keywords of :func:`nss_prune.compensation.balance.balance` and
+            :func:`nss_prune.compensation.balance.class_shares`.
+    """
+
+    data: Iterable[Any]
+    progress: bool | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    _whole: ClassShares | None = None
+
+    def observe(self, subject: Subject, evidence: Evidence) -> ClassShares:
+        """What the model gives each class before the first removal."""
+        if self._whole is None:
+            self._whole = class_shares(
+                subject.model,
+                self.data,
+                progress=self.progress,
+                **self.settings,
+                **subject.calling,
+            )
+        return self._whole
+
+    def before(self, subject: Subject, chosen: Slice, seen: Any) -> Repaired:
+        """Nothing yet."""
+        return Repaired()
+
+    def after(self, subject: Subject, chosen: Slice, seen: ClassShares) -> Repaired:
+        """Balance, where that helps."""
+        balanced = balance(
+            subject.model,
+            self.data,
+            seen,
+            progress=self.progress,
+            **self.settings,
+            **subject.calling,
+        )
+        return Repaired((balanced.note,) if balanced.note else ())

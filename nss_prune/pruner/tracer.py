@@ -1,0 +1,169 @@
+"""A model -> what a step prunes, traced as a whole or in parts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from nss_prune.core.models import call_model
+from nss_prune.discovery.calls import recording
+from nss_prune.discovery.claims import Claim, claims
+from nss_prune.discovery.parts import discover_parts
+from nss_prune.discovery.trial import adapted_on_trial
+from nss_prune.discovery.whole import TIMEOUT, WHOLE_SHARE
+from nss_prune.errors import GraphError, NothingToPruneError
+from nss_prune.graph.deadline import deadline
+from nss_prune.graph.groups import find_neurons
+from nss_prune.graph.neurons import NeuronMap
+from nss_prune.graph.tracing import OutputRecorder, as_arguments, trace, traceable
+from nss_prune.pruner.subject import Subject
+
+__all__ = ["TIMEOUT", "Tracer"]
+
+GRAPH_ARGUMENTS = ("forward_fn", "output_transform", "customized_pruners", "unwrapped_parameters")
+
+ROOT_TYPES = inspect.signature(tp.pruner.BasePruner).parameters["root_module_types"].default
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """How a model is followed.
+
+    Attributes:
+        example_inputs: Inputs of one call.
+        forward: Function of (model, inputs) that gives the outputs.
+        ignored: Modules whose output channels must stay, and parameters.
+        root_module_types: Types of the layers whose outputs are neurons.
+        graph_arguments: ``forward_fn``, ``output_transform``, ``customized_pruners`` and
+            ``unwrapped_parameters``, where they are given, as torch-pruning takes them.
+        adapters: The structures in which neurons are more than channels.
+        timeout: Seconds.
+        needs_graph: Whether parts will not do.
+        untraceable: Why the model cannot be traced as a whole; None where it can.
+    """
+
+    example_inputs: Any
+    forward: Callable[[nn.Module, Any], Any]
+    ignored: Sequence[nn.Module | nn.Parameter]
+    root_module_types: Sequence[type]
+    graph_arguments: Mapping[str, Any]
+    adapters: Sequence[Any]
+    timeout: float
+    needs_graph: bool
+    untraceable: GraphError | None = None
+
+    @staticmethod
+    def of(
+        example_inputs: Any,
+        arguments: Mapping[str, Any],
+        adapters: Sequence[Any],
+        timeout: float,
+        needs_graph: bool,
+    ) -> Tracer:
+        """By the arguments of torch-pruning's pruners, see :func:`own_arguments`."""
+        given = {name: arguments[name] for name in GRAPH_ARGUMENTS if name in arguments}
+        types = arguments.get("root_module_types", ROOT_TYPES)
+        forward = arguments.get("forward_fn") or call_model
+        ignored = tuple(arguments["ignored_layers"])
+        return Tracer(
+            example_inputs, forward, ignored, types, given, tuple(adapters), timeout, needs_graph
+        )
+
+    @property
+    def arguments(self) -> Any:
+        """The example inputs as torch-pruning takes them."""
+        return as_arguments(self.example_inputs)
+
+    def first(self, model: nn.Module, build: Callable[[OutputRecorder], Any]) -> Subject:
+        """The subject of the first step.
+
+        Args:
+            build: Builds torch-pruning's graph, with the recorder as its ``output_transform``.
+
+        Raises:
+            GraphError: No part of the model can be traced, or parts will not do.
+            NothingToPruneError: No group is left.
+        """
+        tracer, graph, claimed = self, None, self._claims(model)
+        with recording({module for module, _, _ in claimed}) as calls, traceable(model):
+            try:
+                with deadline(WHOLE_SHARE * self.timeout, model):
+                    recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
+                    graph = build(recorder)
+                    found = self._neurons(model, graph, recorder.nodes)
+            except NothingToPruneError:
+                raise
+            except Exception as error:
+                graph, tracer = None, replace(self, untraceable=_in_words(model, error))
+                found = tracer._neurons_in_parts(model)
+        return tracer._subject(model, graph, adapted_on_trial(model, found, claimed, calls))
+
+    def again(self, model: nn.Module) -> Subject:
+        """The subject of a further step, traced as that of the first.
+
+        Raises:
+            GraphError, NothingToPruneError: As :meth:`first`.
+        """
+        graph, claimed = None, self._claims(model)
+        with recording({module for module, _, _ in claimed}) as calls:
+            if self.untraceable is not None:
+                found = self._neurons_in_parts(model)
+            else:
+                with deadline(self.timeout, model):
+                    graph, output_nodes = self.graph(model)
+                    found = self._neurons(model, graph, output_nodes)
+        return self._subject(model, graph, adapted_on_trial(model, found, claimed, calls))
+
+    def graph(self, model: nn.Module) -> tuple[Any, set[Any]]:
+        """torch-pruning's graph, and the autograd nodes that make the outputs."""
+        arguments = dict(self.graph_arguments)
+        # A list of its own: torch-pruning appends to it.
+        arguments["unwrapped_parameters"] = list(arguments.get("unwrapped_parameters") or ())
+        ignored = [layer for layer in self.ignored if isinstance(layer, nn.Parameter)]
+        return trace(model, self.example_inputs, ignored_params=ignored, **arguments)
+
+    def _claims(self, model: nn.Module) -> list[Claim]:
+        return list(claims(model, self.adapters, self.ignored))
+
+    def _neurons(self, model: nn.Module, graph: Any, output_nodes: set[Any]) -> NeuronMap:
+        return find_neurons(model, graph, output_nodes, self.ignored, self.root_module_types)
+
+    def _neurons_in_parts(self, model: nn.Module) -> NeuronMap:
+        assert self.untraceable is not None
+        if self.needs_graph:
+            raise self.untraceable
+        return discover_parts(
+            model,
+            self.example_inputs,
+            self.ignored,
+            self.untraceable,
+            timeout=(1 - WHOLE_SHARE) * self.timeout,
+            forward=self.forward,
+        )
+
+    def _subject(self, model: nn.Module, graph: Any, neurons: NeuronMap) -> Subject:
+        return Subject(
+            model,
+            self.example_inputs,
+            neurons,
+            self.forward,
+            self.adapters,
+            self.graph_arguments.get("customized_pruners"),
+            graph,
+            self,
+        )
+
+
+def _in_words(model: nn.Module, error: Exception) -> GraphError:
+    """torch-pruning's error in our words."""
+    if isinstance(error, GraphError):
+        return error
+    return GraphError(
+        f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
+        "model(*example_inputs) runs"
+    )
