@@ -23,11 +23,11 @@ if __name__ == "__main__":  # a script imports from the repository, as the tests
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import results
+from benchmarks.common import results, tables
 from benchmarks.common.data import Data, Split, load
 from benchmarks.common.options import add_metrics, checked_seeds, common, run, usable_device
-from benchmarks.common.results import Cell, Column, spread
 from benchmarks.common.settings import Setting, chosen
+from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.common.training import accuracy, trained
 from benchmarks.paper import slicing as targets
 from benchmarks.rq1 import profiled_batches
@@ -93,7 +93,7 @@ def band_name(band: tuple[float, float]) -> str:
     return f"{band[0]:.0%} to {band[1]:.0%}"
 
 
-def tables(
+def tables_of(
     setting: str, found: dict[str, list[dict[str, list[float]]]]
 ) -> dict[str, tuple[list[Column], list[dict[str, Cell]]]]:
     """Title -> columns and rows."""
@@ -164,7 +164,7 @@ def report(
     )  # fmt: skip
     for title, (columns, rows) in made.items():
         print(f"\n{setting.name}, {title}: accuracy, %\n")
-        print(results.text_table(columns, rows))
+        print(tables.text_table(columns, rows))
     print(f"\n{path} written\n")
 
 
@@ -184,7 +184,7 @@ def main(words: Sequence[str] | None = None) -> None:
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
         found = run_setting(setting, data, seeds, metrics, asked.cache)
-        report(setting, data, tables(setting.name, found), seeds, asked.output)
+        report(setting, data, tables_of(setting.name, found), seeds, asked.output)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,19 @@ from typing import Any
 if __name__ == "__main__":  # a script imports from the repository, as the tests do
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.board.all import (
+from benchmarks.board.cells import Measured
+from benchmarks.board.tables import (
     AGREEMENT_COLUMNS,
     BEST,
     CLASS_COLUMNS,
-    Measured,
     agreements,
     class_drops,
     summary,
 )
-from benchmarks.board.all import SUMMARY_COLUMNS as LEADS
-from benchmarks.common import results
-from benchmarks.common.results import Cell, Column
+from benchmarks.board.tables import SUMMARY_COLUMNS as LEADS
+from benchmarks.common import results, tables
 from benchmarks.common.storage import written_aside
+from benchmarks.common.tables import Cell, Column
 from benchmarks.rq1 import THETA_COLUMNS
 from benchmarks.rq2 import SUMMARY_COLUMNS as GAINS
 from benchmarks.rq3 import SUMMARY_COLUMNS as CLAIMS
@@ -68,17 +68,17 @@ def table(name: str) -> str:
             for row in content["thetas"]
             if row["metric"] == "taylor" and row["theta"] in SHOWN_THETAS
         ]
-        return results.markdown_table(THETA_COLUMNS, rows)
+        return tables.markdown_table(THETA_COLUMNS, rows)
     if part == ["leads"]:
         return leads(LEADS, summary(cells(content)))
     if part == ["agreement"]:
         return leads(AGREEMENT_COLUMNS, agreements(cells(content)))
     if part == ["classes"]:
-        return results.markdown_table(CLASS_COLUMNS, class_drops(cells(content)))
+        return tables.markdown_table(CLASS_COLUMNS, class_drops(cells(content)))
     if part == ["summary"]:
         columns = {"rq3": CLAIMS, "rq4": TASK_CLAIMS}.get(file.partition("-")[0], GAINS)
-        return results.markdown_table(columns, content["summary"])
-    return results.markdown_table(content["columns"], content["rows"])
+        return tables.markdown_table(columns, content["summary"])
+    return tables.markdown_table(content["columns"], content["rows"])
 
 
 def headlines() -> str:
@@ -89,7 +89,7 @@ def headlines() -> str:
         best = [row for row in summary(cells(content)) if row["kind"] == "untuned"]
         rows += [{"model": model, **row} for row in best if row["level"] in levels]
     shown = [column for column in LEADS if column.key != "kind"]
-    return results.markdown_table([Column("model", "model"), *shown], rows)
+    return tables.markdown_table([Column("model", "model"), *shown], rows)
 
 
 def cells(content: Mapping[str, Any]) -> list[Measured]:
@@ -102,7 +102,7 @@ def leads(columns: Sequence[Column], rows: Sequence[Mapping[str, Cell]]) -> str:
     best = [row for row in rows if row["kind"] in BEST]
     tuned = any(row["kind"] == "tuned" for row in best)
     shown = [column for column in columns if column.key != "kind" or tuned]
-    return results.markdown_table(shown, best)
+    return tables.markdown_table(shown, best)
 
 
 def rendered(text: str) -> str:

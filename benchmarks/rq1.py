@@ -36,12 +36,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.common import results
+from benchmarks.common import results, tables
 from benchmarks.common.data import Data, Split, load
 from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.options import add_metrics, checked_seeds, common, run, usable_device
-from benchmarks.common.results import Cell, Column, spread
 from benchmarks.common.settings import SIMILAR, Setting, chosen
+from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.common.training import accuracy, trained
 from benchmarks.paper import slicing as targets
 from nss_prune import Profile, Slice, profile
@@ -324,12 +324,12 @@ def report(
     )  # fmt: skip
     plot(setting.name, points, metrics, path.with_suffix(".png"))
     print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
-    print(results.text_table(COLUMNS, rows))
-    print(f"\n{results.text_table(THETA_COLUMNS, thetas)}")
+    print(tables.text_table(COLUMNS, rows))
+    print(f"\n{tables.text_table(THETA_COLUMNS, thetas)}")
     if layers:
-        print(f"\n{results.text_table(LAYER_COLUMNS, layers)}")
+        print(f"\n{tables.text_table(LAYER_COLUMNS, layers)}")
     if paper:
-        print(f"\n{results.text_table(PAPER_COLUMNS, paper)}")
+        print(f"\n{tables.text_table(PAPER_COLUMNS, paper)}")
     print(f"\n{path} and {path.with_suffix('.png').name} written\n")
 
 

@@ -45,12 +45,12 @@ if __name__ == "__main__":  # a script imports from the repository, as the tests
 
 from torch import nn
 
-from benchmarks.common import results
+from benchmarks.common import results, tables
 from benchmarks.common.data import Data, load
 from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.options import checked_seeds, common, named, run, usable_device
-from benchmarks.common.results import Cell, Column, spread
 from benchmarks.common.settings import Setting, chosen
+from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.common.training import Recipe, accuracy, suitable_threads, train, trained
 from benchmarks.paper import slicing as targets
 from benchmarks.reports.stopping import Pair, Point, Rule, Run, gain, last_held, means
@@ -299,8 +299,8 @@ def report(
     )  # fmt: skip
     plot(setting.name, pairs, path.with_suffix(".png"))
     print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
-    print(results.text_table(COLUMNS, rows))
-    print(f"\n{results.text_table(SUMMARY_COLUMNS, gains)}")
+    print(tables.text_table(COLUMNS, rows))
+    print(f"\n{tables.text_table(SUMMARY_COLUMNS, gains)}")
     print(f"\n{path} and {path.with_suffix('.png').name} written\n")
 
 
@@ -328,7 +328,7 @@ def report_all(
     rows, title = summary(pairs, tolerance), f"RQ2 over {', '.join(names)}"
     path = output / "rq2.json"
     results.write(path, title, SUMMARY_COLUMNS, rows, seeds=seeds, device=device)
-    print(f"{title}\n\n{results.text_table(SUMMARY_COLUMNS, rows)}\n\n{path} written")
+    print(f"{title}\n\n{tables.text_table(SUMMARY_COLUMNS, rows)}\n\n{path} written")
 
 
 def parser() -> argparse.ArgumentParser:

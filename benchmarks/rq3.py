@@ -53,12 +53,12 @@ if __name__ == "__main__":  # a script imports from the repository, as the tests
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import results
+from benchmarks.common import results, tables
 from benchmarks.common.data import SOURCES, Data, Split, load
 from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.options import add_resume, checked_seeds, common, named, run, usable_device
-from benchmarks.common.results import Cell, Column, spread
 from benchmarks.common.settings import SIMILAR, Setting, chosen
+from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.common.training import (
     Recipe,
     accuracy,
@@ -593,8 +593,8 @@ class Record:
             f"{self.options['attacked_samples']} attacked afterwards; "
             f"mean ± deviation of {len(seeds)} seed(s)\n"
         )
-        print(results.text_table(COLUMNS, table_rows(outcomes)))
-        print(f"\n{results.text_table(SUMMARY_COLUMNS, summary(outcomes))}")
+        print(tables.text_table(COLUMNS, table_rows(outcomes)))
+        print(f"\n{tables.text_table(SUMMARY_COLUMNS, summary(outcomes))}")
         print(f"\n{self.path} and {self.path.with_suffix('.png').name} written\n")
 
 
@@ -621,8 +621,8 @@ def report_all(adversaries: Adversaries, *, device: str, output: Path) -> None:
     title = f"RQ3 over {', '.join(contents)}, {adversaries} adversaries"
     path = output / f"{start}.json"
     results.write(path, title, COLUMNS, rows, seeds=seeds, device=device, summary=claims)
-    print(f"{title}\n\n{results.text_table(COLUMNS, rows)}\n")
-    print(f"{results.text_table(SUMMARY_COLUMNS, claims)}\n\n{path} written")
+    print(f"{title}\n\n{tables.text_table(COLUMNS, rows)}\n")
+    print(f"{tables.text_table(SUMMARY_COLUMNS, claims)}\n\n{path} written")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -73,12 +73,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common import results
+from benchmarks.common import results, tables
 from benchmarks.common.data import Data, Split, load
 from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.options import add_resume, checked_seeds, common, named, run, usable_device
-from benchmarks.common.results import Cell, Column, spread
 from benchmarks.common.settings import SIMILAR, Setting, chosen
+from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.common.training import (
     Recipe,
     fast,
@@ -859,9 +859,9 @@ class Record:
         print(
             f"\n{self.title}; data: {self.data.origin}; mean ± deviation of {len(seeds)} seed(s)\n"
         )
-        print(results.text_table(columns(self.count), rows))
+        print(tables.text_table(columns(self.count), rows))
         if self.count == 2 and (claims := summary(self.setting.name, outcomes)):
-            print(f"\n{results.text_table(SUMMARY_COLUMNS, claims)}")
+            print(f"\n{tables.text_table(SUMMARY_COLUMNS, claims)}")
         print(f"\n{self.path} and {self.path.with_suffix('.png').name} written\n")
 
 

@@ -44,9 +44,9 @@ from captum.attr import LayerDeepLift
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common import models, results
+from benchmarks.common import models, results, tables
 from benchmarks.common.options import run
-from benchmarks.common.results import Column
+from benchmarks.common.tables import Column
 from benchmarks.common.timing import (
     COLUMNS,
     Rows,
@@ -326,7 +326,7 @@ def report(part: str, rows: Rows, output: Path) -> None:
     columns = OTHER_COLUMNS.get(part, COLUMNS)
     path = output / f"speed-{part}.json"
     results.write(path, f"Speed: {part}", columns, rows, seeds=[0])
-    print(f"\n{results.text_table(columns, rows)}\n\n{path} written\n")
+    print(f"\n{tables.text_table(columns, rows)}\n\n{path} written\n")
 
 
 def parser() -> argparse.ArgumentParser:

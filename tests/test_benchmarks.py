@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import rq2
-from benchmarks.common import data, results, settings, training
+from benchmarks.common import data, provenance, results, settings, tables, training
 from benchmarks.paper import slicing as targets
 from benchmarks.reports import stopping
 from nss_prune.errors import ArgumentError, DataError, FileFormatError
@@ -254,10 +254,10 @@ class TestTraining:
 
 
 class TestResults:
-    COLUMNS = (results.Column("method", "Method"), results.Column("CR", "CR %"),
-               results.Column("paper", "paper", 1), results.Column("none", "None"))  # fmt: skip
-    ROWS = ({"method": "LAMP", "CR": results.spread([1.0, 2.0, 3.0]), "paper": 2.5, "none": None},
-            {"method": "LAMP + more", "CR": results.spread([4.0]), "paper": None})  # fmt: skip
+    COLUMNS = (tables.Column("method", "Method"), tables.Column("CR", "CR %"),
+               tables.Column("paper", "paper", 1), tables.Column("none", "None"))  # fmt: skip
+    ROWS = ({"method": "LAMP", "CR": tables.spread([1.0, 2.0, 3.0]), "paper": 2.5, "none": None},
+            {"method": "LAMP + more", "CR": tables.spread([4.0]), "paper": None})  # fmt: skip
 
     def write(self, path):
         results.write(path, "A title", self.COLUMNS, self.ROWS, seeds=[0, 1, 2], extra={"a": 1})
@@ -284,13 +284,13 @@ class TestResults:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_tables(self):
-        assert results.text_table(self.COLUMNS, self.ROWS).splitlines() == [
+        assert tables.text_table(self.COLUMNS, self.ROWS).splitlines() == [
             "Method              CR %  paper",
             "-------------------------------",
             "LAMP         2.00 ± 1.00    2.5",
             "LAMP + more         4.00      -",
         ]
-        assert results.markdown_table(self.COLUMNS, self.ROWS).splitlines() == [
+        assert tables.markdown_table(self.COLUMNS, self.ROWS).splitlines() == [
             "| Method | CR % | paper |",
             "| --- | ---: | ---: |",
             "| LAMP | 2.00 ± 1.00 | 2.5 |",
@@ -305,7 +305,7 @@ class TestResults:
 
     def test_folders_of_this_machine_stay_out(self):
         words = ["/home/me/rq2.py", "--data", "/home/me/data", "--cache=/home/me/c", "--seeds", "3"]
-        assert results.command(words) == "python benchmarks/rq2.py --data DIR --cache=DIR --seeds 3"
+        assert provenance.command(words) == "python benchmarks/rq2.py --data DIR --cache=DIR --seeds 3"
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}'])
     def test_what_is_no_result_file(self, text, tmp_path):

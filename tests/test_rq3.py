@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import rq3
-from benchmarks.common import results
+from benchmarks.common import results, tables
 from benchmarks.common.data import Data, load
 from benchmarks.common.settings import SETTINGS
 from benchmarks.common.training import initialised, trained
@@ -172,8 +172,8 @@ def test_rows_hold_the_papers_cells_beside_ours() -> None:
     rows = rq3.table_rows(rq3.timed([FULL, SLICED]))
     assert [row["method"] for row in rows] == ["FGSM: full training", "FGSM: NeuSemSlice"]
     found = rows[1]
-    assert found["TPR"] == results.spread([60.0])
-    assert found["time"] == results.spread([75.0])
+    assert found["TPR"] == tables.spread([60.0])
+    assert found["time"] == tables.spread([75.0])
     assert [found[f"paper_{key}"] for key in ("TPR", "RA", "RAA")] == [26.74, 100.0, 18.1]
 
 

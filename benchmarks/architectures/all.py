@@ -38,8 +38,8 @@ import torch_pruning as tp
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks.common import results
-from benchmarks.common.results import Column
+from benchmarks.common import provenance, results, tables
+from benchmarks.common.tables import Column
 from benchmarks.rivals.recipe import attention_heads
 from nss_prune import NSSPruner, Report
 from nss_prune.core.nested import tensors_in
@@ -79,7 +79,7 @@ CAUSES = (
     Column("stage", "stage"),
     Column("models", "models", 0),
 )
-Rows = list[dict[str, results.Cell]]
+Rows = list[dict[str, tables.Cell]]
 
 
 class Model(NamedTuple):
@@ -168,7 +168,7 @@ def parameters(model: nn.Module) -> int:
 
 def choose(source: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
     """Family -> its smallest model, beside the version of the package that this holds for."""
-    version = results.version(source)
+    version = provenance.version(source)
     known = earlier["models"] if earlier.get("version") == version else {}
     every = families(source)
     missing = {family: names for family, names in every.items() if known.get(family) is None}
@@ -495,7 +495,7 @@ class State:
             return cls(path)
         content = results.read(path)
         state = cls(path, content["choice"])
-        if content["made_by"]["versions"] != results.provenance([], "cpu")["versions"]:
+        if content["made_by"]["versions"] != provenance.provenance([], "cpu")["versions"]:
             print(f"{path} is of other versions: everything is measured again", flush=True)
             return state
         for values in content["outcomes"]:
@@ -602,7 +602,7 @@ def counted(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.model not in out]
 
 
-def totals(outcomes: Sequence[Outcome], side: str) -> dict[str, results.Cell]:
+def totals(outcomes: Sequence[Outcome], side: str) -> dict[str, tables.Cell]:
     """The row of one side: models by status, the failed ones by stage."""
     ours = [outcome for outcome in counted(outcomes) if outcome.side == side]
     status = Counter(outcome.status for outcome in ours)
@@ -646,9 +646,9 @@ def lost(outcomes: Sequence[Outcome]) -> list[str]:
 def report(state: State) -> None:
     """Print what the result file says."""
     outcomes = list(state.outcomes.values())
-    print(f"\n{results.text_table(TOTALS, [totals(outcomes, side) for side in SIDES])}")
+    print(f"\n{tables.text_table(TOTALS, [totals(outcomes, side) for side in SIDES])}")
     if rows := causes(outcomes):
-        print(f"\n{results.text_table(CAUSES, rows)}")
+        print(f"\n{tables.text_table(CAUSES, rows)}")
     for model, cause in sorted(excluded(outcomes).items()):
         print(f"\nexcluded, does not run before pruning: {model}: {cause}")
     for family in state.not_created():

@@ -60,6 +60,12 @@ def named(names: str, known: Collection[str], kind: str) -> list[str]:
     return wanted
 
 
+def in_order(names: str, known: Collection[str], kind: str) -> list[str]:
+    """What a comma-separated list names ("all": everything known), in the order known."""
+    wanted = named(names, known, kind)
+    return [name for name in known if name in wanted]
+
+
 def checked_seeds(count: int) -> Sequence[int]:
     """The seeds 0 .. count - 1."""
     if count < 1:

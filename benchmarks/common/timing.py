@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.common import results
-from benchmarks.common.results import Cell, Column
+from benchmarks.common import tables
+from benchmarks.common.tables import Cell, Column
 
 COLUMNS = (
     Column("what", "what"),
@@ -88,4 +88,4 @@ def printed_by(module: str, *words: str) -> list[float]:
 
 def show(row: dict[str, Cell]) -> None:
     """Print a row as soon as it is known."""
-    print("  ".join(results.show(cell, 3) for cell in row.values() if cell != ""), flush=True)
+    print("  ".join(tables.show(cell, 3) for cell in row.values() if cell != ""), flush=True)

@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.common.results import Column
+from benchmarks.common.tables import Column
 from benchmarks.common.timing import COLUMNS, Rows, in_turn, ratio_row, seconds, show
 from benchmarks.rivals.recipe import attention_heads
 from nss_prune import NSSPruner, Profile, profile

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from benchmarks.common.results import Cell, Column
+from benchmarks.common.tables import Cell, Column
 from benchmarks.common.timing import (
     COLUMNS,
     Rows,
