@@ -15,7 +15,8 @@ from benchmarks.common.data import Data, load
 from benchmarks.common.settings import SETTINGS
 from benchmarks.common.training import initialised, trained
 from benchmarks.paper import adaptation as targets
-from benchmarks.rq3 import Course, Outcome, Subject
+from benchmarks.reports.rq3 import Outcome
+from benchmarks.rq3 import Course, Subject
 from nss_prune import Profile, profile
 from nss_prune.adaptation import FGSM, PGD
 from nss_prune.errors import ArgumentError
