@@ -14,7 +14,7 @@ from benchmarks import rq4
 from benchmarks.common import data, models, results
 from benchmarks.common.settings import SETTINGS
 from benchmarks.common.training import Recipe, accuracy, train
-from benchmarks.learners import course, plain
+from benchmarks.learners import course, plain, rivals, semantic
 from benchmarks.learners.course import Course
 from benchmarks.learners.rivals import PackedWeights
 from benchmarks.paper import adaptation as targets
