@@ -1,4 +1,4 @@
-"""Architectures pruned, from the command line: see benchmarks/architectures.
+"""Architectures pruned, from the command line: see benchmarks/architectures/cli.py.
 
 python benchmarks/coverage.py                        all, hours on two cores; goes on if stopped
 python benchmarks/coverage.py --models convnext_atto,torchvision:resnet18
@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script imports from the repository, as the tests do
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.architectures.all import main, parser
+from benchmarks.architectures.cli import main, parser
 from benchmarks.common.options import run
 
 __all__ = ["main", "parser"]

@@ -77,6 +77,19 @@ def resident_peak() -> float:
     return float(line.split()[1]) / 1024
 
 
+def with_peak(function: Callable[[], object]) -> tuple[float, float | None]:
+    """How long one call takes, and the memory that it takes at most beyond what was held, MB.
+
+    The memory is None where the system does not let a process forget its earlier peak.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return seconds(function), None
+    before = resident_peak()
+    return seconds(function), resident_peak() - before
+
+
 def printed_by(module: str, *words: str) -> list[float]:
     """The numbers that a module of the benchmarks prints in a process of its own."""
     done = subprocess.run(
