@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from benchmarks.common import results, tables
 from benchmarks.common.data import Data, Split, load
 from benchmarks.common.options import add_metrics, checked_seeds, common, run, usable_device
-from benchmarks.common.settings import Setting, chosen
+from benchmarks.common.settings import Setting, chosen, profiled_batches
 from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.common.training import accuracy, trained
 from benchmarks.paper import slicing as targets
-from benchmarks.rq1 import profiled_batches
 from nss_prune import Profile, Slice, profile
 from nss_prune.profiling.similarity import ranked
 

@@ -6,7 +6,8 @@ A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a re
 `NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
 RQ2, RQ3 or RQ4 says in all, `NAME leads`: the best of every criterion on that accuracy board,
 `NAME agreement`: the same by agreement with the whole model, or `NAME classes`: what the class that
-loses most loses on it, with and without balance. `headlines` is one table of all accuracy boards.
+loses most loses on it, with and without balance, or `coverage costs`: what the allocation of every
+architecture cost. `headlines` is one table of all accuracy boards.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 if __name__ == "__main__":  # a script imports from the repository, as the tests do
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.architectures.outcomes import COSTS
 from benchmarks.board.cells import Measured
 from benchmarks.board.tables import (
     AGREEMENT_COLUMNS,
@@ -33,10 +35,10 @@ from benchmarks.board.tables import SUMMARY_COLUMNS as LEADS
 from benchmarks.common import results, tables
 from benchmarks.common.storage import written_aside
 from benchmarks.common.tables import Cell, Column
-from benchmarks.rq1 import THETA_COLUMNS
-from benchmarks.rq2 import SUMMARY_COLUMNS as GAINS
-from benchmarks.rq3 import SUMMARY_COLUMNS as CLAIMS
-from benchmarks.rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
+from benchmarks.reports.rq1 import THETA_COLUMNS
+from benchmarks.reports.rq2 import SUMMARY_COLUMNS as GAINS
+from benchmarks.reports.rq3 import SUMMARY_COLUMNS as CLAIMS
+from benchmarks.reports.rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = (README, results.FOLDER / "README.md")
@@ -75,6 +77,8 @@ def table(name: str) -> str:
         return leads(AGREEMENT_COLUMNS, agreements(cells(content)))
     if part == ["classes"]:
         return tables.markdown_table(CLASS_COLUMNS, class_drops(cells(content)))
+    if part == ["costs"]:
+        return tables.markdown_table(COSTS, content["costs"])
     if part == ["summary"]:
         columns = {"rq3": CLAIMS, "rq4": TASK_CLAIMS}.get(file.partition("-")[0], GAINS)
         return tables.markdown_table(columns, content["summary"])

@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks import rq2
 from benchmarks.common import data, provenance, results, settings, tables, training
 from benchmarks.paper import slicing as targets
+from benchmarks.reports import rq2 as rq2_report
 from benchmarks.reports import stopping
 from nss_prune.errors import ArgumentError, DataError, FileFormatError
 
@@ -305,7 +306,9 @@ class TestResults:
 
     def test_folders_of_this_machine_stay_out(self):
         words = ["/home/me/rq2.py", "--data", "/home/me/data", "--cache=/home/me/c", "--seeds", "3"]
-        assert provenance.command(words) == "python benchmarks/rq2.py --data DIR --cache=DIR --seeds 3"
+        assert (
+            provenance.command(words) == "python benchmarks/rq2.py --data DIR --cache=DIR --seeds 3"
+        )
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}'])
     def test_what_is_no_result_file(self, text, tmp_path):
@@ -352,12 +355,12 @@ class TestRule:
         assert gain == pytest.approx(expected)
 
     def test_summary_gives_every_rule_and_the_paper(self):
-        rows = rq2.summary([self.pair()], 0.005)
+        rows = rq2_report.summary([self.pair()], 0.005)
         assert [row["compression"] for row in rows] == pytest.approx([4.5, 4.5, 4.5, 3.0])
         assert [row["fewer_iterations"] for row in rows] == pytest.approx([50, 50, 50, 13.46])
 
     def test_rows_stand_beside_the_papers(self):
-        rows = rq2.table_rows("mlp-mnist", [self.pair()], stopping.Rule("match", 0.005))
+        rows = rq2_report.table_rows("mlp-mnist", [self.pair()], stopping.Rule("match", 0.005))
         names = ["dense", "NeuSemSlice", "LAMP", "NeuSemSlice + LAMP"]
         assert [row["method"] for row in rows] == names
         assert [row["paper_NI"] for row in rows] == [None, None, 7, 5]

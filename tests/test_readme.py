@@ -10,9 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import pilot, readme, rq1, rq2, rq3, rq4, speed
-from benchmarks.architectures import all as coverage
-from benchmarks.board import all as accuracy
+from benchmarks import accuracy, coverage, pilot, readme, rq1, rq2, rq3, rq4, speed
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")

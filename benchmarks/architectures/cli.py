@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=SAMPLES, metavar="N",
         help="pictures that an allocation sees (default: %(default)s)")  # fmt: skip
     add("--pixels", type=int, metavar="N",
-        help="their height (default: the least of 64, 128 and its own that a model takes)")  # fmt: skip
+        help="their height (default: the least of 64, 128, its own that works)")  # fmt: skip
     add("--limit", type=float, metavar="SECONDS",
         help=f"for one model on one side (default: {limits})")  # fmt: skip
     add("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
