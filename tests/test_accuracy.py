@@ -19,7 +19,7 @@ from benchmarks.common import data, models, settings, training
 from benchmarks.common.data import Split
 from benchmarks.common.record import Record
 from benchmarks.common.training import Recipe
-from benchmarks.rivals import torch_pruning
+from benchmarks.rivals import ranking
 from networks import assert_unchanged, cnn, fingerprint, mlp, settled
 from nss_prune import NSSPruner
 from nss_prune.core.nested import tensors_in
@@ -168,8 +168,8 @@ class TestPrune:
 
     def test_taylor_sees_the_gradient_of_the_mean_loss_and_hessian_all_samples(self, of_mlp):
         model, batches = of_mlp.model, of_mlp.batches
-        mean = torch_pruning.mean_gradients(model, batches)
-        squared = torch_pruning.squared_gradients(model, batches)
+        mean = ranking.mean_gradients(model, batches)
+        squared = ranking.squared_gradients(model, batches)
         inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         by_sample = []
         for x, y in zip(inputs, labels, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.rivals.torch_pruning import CRITERIA as TORCH_PRUNING
+from benchmarks.rivals.ranking import CRITERIA as TORCH_PRUNING
 
 SEMANTIC, VBP, CORP, DIVERGENCE = "semantic", "vbp", "corp", "divergence"
 CRITERIA = (*TORCH_PRUNING, SEMANTIC, VBP, CORP, DIVERGENCE)

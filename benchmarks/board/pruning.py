@@ -15,7 +15,7 @@ from benchmarks.board.boards import Board, Level
 from benchmarks.board.cells import CORP, DIVERGENCE, SEMANTIC, VBP, Variant
 from benchmarks.common.data import Split
 from benchmarks.common.training import Recipe, train
-from benchmarks.rivals import torch_pruning
+from benchmarks.rivals import ranking
 from benchmarks.rivals.corp import ActivationEnergy, RidgeCompensation
 from benchmarks.rivals.vbp import ActivationVariance, MeanShift
 from nss_prune import NSSImportance, NSSPruner, Profile, Slice
@@ -93,8 +93,8 @@ class Calibration:
         A criterion that draws is the same for all levels and kinds of a seed.
         """
         model, parts = copy.deepcopy(self.model), kind.split("-")
-        if variant.criterion in torch_pruning.GRADIENTS:
-            torch_pruning.set_gradients(model, self._gradients(variant.criterion))
+        if variant.criterion in ranking.GRADIENTS:
+            ranking.set_gradients(model, self._gradients(variant.criterion))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             try:
@@ -135,7 +135,7 @@ class Calibration:
         importance = (
             NSSImportance(self.profile)
             if variant.criterion == SEMANTIC
-            else torch_pruning.CRITERIA[variant.criterion]()
+            else ranking.CRITERIA[variant.criterion]()
         )
         return {"importance": importance, "profile": self.profile, "global_pruning": together}
 
@@ -177,7 +177,7 @@ class Calibration:
 
     def _gradients(self, criterion: str) -> dict[str, Tensor]:
         if criterion not in self._known_gradients:
-            found = torch_pruning.GRADIENTS[criterion](self.model, self.batches)
+            found = ranking.GRADIENTS[criterion](self.model, self.batches)
             self._known_gradients[criterion] = found
         return self._known_gradients[criterion]
 

@@ -1,1 +1,1 @@
-"""How rq4.py learns one task after another."""
+"""How rq3.py and rq4.py let a trained model learn more."""
