@@ -19,10 +19,14 @@ from benchmarks.rivals import ranking
 from benchmarks.rivals.corp import ActivationEnergy, RidgeCompensation
 from benchmarks.rivals.vbp import ActivationVariance, MeanShift
 from nss_prune import NSSImportance, NSSPruner, Profile, Slice
+from nss_prune.allocation.budget import Limits
 from nss_prune.errors import NothingToPruneError
 from nss_prune.graph.costs import macs_by_module
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.pruner.cost import MACs, everything
+from nss_prune.pruner.observation import Eliminating
+from nss_prune.pruner.strategies import DivergenceStrategy
+from nss_prune.pruner.strategy import Strategy, Target
 from nss_prune.pruner.subject import Subject
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -65,6 +69,24 @@ def is_hidden(group: NeuronGroup) -> bool:
     return any(consumer.name.endswith(HIDDEN_CONSUMERS) for consumer in group.readers)
 
 
+class ObservedOnce:
+    """A strategy whose passes over the data serve every budget and kind of the same model."""
+
+    def __init__(self, strategy: Strategy[Any]) -> None:
+        self._strategy = strategy
+        self._evidence: Any = None
+
+    def observe(self, subject: Subject) -> Any:
+        """What the strategy observes, when it is first asked."""
+        if self._evidence is None:
+            self._evidence = self._strategy.observe(subject)
+        return self._evidence
+
+    def select(self, subject: Subject, evidence: Any, target: Target, limits: Limits) -> Slice:
+        """What the strategy selects."""
+        return self._strategy.select(subject, evidence, target, limits)
+
+
 @dataclass(frozen=True)
 class Pruned:
     """A smaller model, and the share of the budget's cost that it keeps."""
@@ -93,6 +115,7 @@ class Calibration:
         A criterion that draws is the same for all levels and kinds of a seed.
         """
         model, parts = copy.deepcopy(self.model), kind.split("-")
+        fold: Any = "refit" if "refit" in parts else "folded" in parts
         if variant.criterion in ranking.GRADIENTS:
             ranking.set_gradients(model, self._gradients(variant.criterion))
         with torch.random.fork_rng():
@@ -101,8 +124,8 @@ class Calibration:
                 pruner = NSSPruner(
                     model, self.example, data=self.batches, progress=False,
                     recalibrate="recalibrated" in parts, balance="balanced" in parts,
-                    **self._criterion(variant), **self._budget(level),
-                    **self._compensation(variant, parts),
+                    fold=fold, repairs=[OWN[variant.criterion][1]()] if "own" in parts else [],
+                    **self._criterion(variant, bool(fold)), **self._budget(level),
                 )  # fmt: skip
                 pruner.step()
             except NothingToPruneError:
@@ -122,14 +145,11 @@ class Calibration:
         )  # fmt: skip
         return pruner.profile
 
-    def _criterion(self, variant: Variant) -> dict[str, Any]:
+    def _criterion(self, variant: Variant, folds: bool) -> dict[str, Any]:
         """NSSPruner's arguments that say what ranks the neurons."""
         together = variant.allocation == "global"
-        if variant.criterion == DIVERGENCE:
-            return {}
-        if variant.criterion in OWN:
-            strategy, _ = OWN[variant.criterion]
-            return {"strategy": strategy(self.batches, together=together)}
+        if variant.criterion == DIVERGENCE or variant.criterion in OWN:
+            return {"strategy": self._observed_once(variant, folds)}
         if variant.criterion == SEMANTIC and together:
             return {"strategy": "semantic", "profile": self.profile}
         importance = (
@@ -148,11 +168,21 @@ class Calibration:
             return {"budget": level.kept, "cost": HiddenMACs(), "ignored_layers": ignored}
         return {BUDGETS[level.of]: level.kept, "ignored_layers": ignored}
 
-    def _compensation(self, variant: Variant, parts: list[str]) -> dict[str, Any]:
-        """NSSPruner's arguments that say what is made up for."""
-        repairs = [OWN[variant.criterion][1]()] if "own" in parts else []
-        fold = "refit" if "refit" in parts else "folded" in parts
-        return {"fold": fold, "repairs": repairs}
+    def _observed_once(self, variant: Variant, folds: bool) -> ObservedOnce:
+        """NSSPruner's default for a budget with data, or the strategy of a rival.
+
+        folds: whether what is removed will be folded, which `divergence` counts on.
+        """
+        key = (variant, folds and variant.criterion == DIVERGENCE)
+        if key not in self._strategies:
+            if variant.criterion == DIVERGENCE:
+                eliminating = Eliminating(self.batches, folds, {"progress": False})
+                strategy: Strategy[Any] = DivergenceStrategy(eliminating)
+            else:
+                ranked, _ = OWN[variant.criterion]
+                strategy = ranked(self.batches, together=variant.allocation == "global")
+            self._strategies[key] = ObservedOnce(strategy)
+        return self._strategies[key]
 
     def _reached(self, pruner: NSSPruner, level: Level) -> float:
         """The share of the level's cost that is kept, by the report's counts."""
@@ -180,6 +210,10 @@ class Calibration:
             found = ranking.GRADIENTS[criterion](self.model, self.batches)
             self._known_gradients[criterion] = found
         return self._known_gradients[criterion]
+
+    @cached_property
+    def _strategies(self) -> dict[tuple[Variant, bool], ObservedOnce]:
+        return {}
 
     @cached_property
     def _known_gradients(self) -> dict[str, dict[str, Tensor]]:

@@ -66,6 +66,7 @@ def compensated(module: nn.Module, statistics: ConsumerStatistics, removed: Tens
         removed: True for the channels that go, ``[channels]``.
     """
     weight = module.get_parameter("weight").detach()
+    removed = removed.to(statistics.mean.device)
     constant = statistics.mean * removed
     new = None
     if getattr(module, "groups", 1) == 1:

@@ -46,7 +46,7 @@ class MeanShift:
         folds = {}
         for name, removed in removed_inputs(chosen):
             module, statistics = submodule(subject.model, name), seen[name]
-            missing = statistics.mean * removed
+            missing = statistics.mean * removed.to(statistics.mean.device)
             folds[name] = ConsumerFold(
                 constant=output_of_constant(module, missing), norm=statistics.norm
             )
