@@ -17,20 +17,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from torch import Tensor, nn
 
-import results
-import targets
-from data import Data, Split, load
+from benchmarks.common import results, tables
+from benchmarks.common.data import Data, Split, load
+from benchmarks.common.options import add_metrics, checked_seeds, common, run, usable_device
+from benchmarks.common.settings import Setting, chosen, profiled_batches
+from benchmarks.common.tables import Cell, Column, spread
+from benchmarks.common.training import accuracy, trained
+from benchmarks.paper import slicing as targets
 from nss_prune import Profile, Slice, profile
-from nss_prune.errors import NSSPruneError
 from nss_prune.profiling.similarity import ranked
-from options import add_metrics, checked_seeds, common, usable_device
-from results import Cell, Column, spread
-from rq1 import profiled_batches
-from settings import Setting, chosen
-from training import accuracy, trained
 
 BANDS = ((0.0, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5))
 SINGLE = (0, 3, 6, 9)  # the categories of Table 3, counted from 0
@@ -91,7 +92,7 @@ def band_name(band: tuple[float, float]) -> str:
     return f"{band[0]:.0%} to {band[1]:.0%}"
 
 
-def tables(
+def tables_of(
     setting: str, found: dict[str, list[dict[str, list[float]]]]
 ) -> dict[str, tuple[list[Column], list[dict[str, Cell]]]]:
     """Title -> columns and rows."""
@@ -162,7 +163,7 @@ def report(
     )  # fmt: skip
     for title, (columns, rows) in made.items():
         print(f"\n{setting.name}, {title}: accuracy, %\n")
-        print(results.text_table(columns, rows))
+        print(tables.text_table(columns, rows))
     print(f"\n{path} written\n")
 
 
@@ -182,11 +183,8 @@ def main(words: Sequence[str] | None = None) -> None:
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
         found = run_setting(setting, data, seeds, metrics, asked.cache)
-        report(setting, data, tables(setting.name, found), seeds, asked.output)
+        report(setting, data, tables_of(setting.name, found), seeds, asked.output)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"pilot.py: {error}")
+    run(main)

@@ -6,33 +6,39 @@ A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a re
 `NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
 RQ2, RQ3 or RQ4 says in all, `NAME leads`: the best of every criterion on that accuracy board,
 `NAME agreement`: the same by agreement with the whole model, or `NAME classes`: what the class that
-loses most loses on it, with and without balance. `headlines` is one table of all accuracy boards.
+loses most loses on it, with and without balance, or `coverage costs`: what the allocation of every
+architecture cost. `headlines` is one table of all accuracy boards.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import results
-from accuracy import (
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.architectures.outcomes import COSTS
+from benchmarks.board.cells import Measured
+from benchmarks.board.tables import (
     AGREEMENT_COLUMNS,
     BEST,
     CLASS_COLUMNS,
-    Measured,
     agreements,
     class_drops,
     summary,
 )
-from accuracy import SUMMARY_COLUMNS as LEADS
-from results import Cell, Column
-from rq1 import THETA_COLUMNS
-from rq2 import SUMMARY_COLUMNS as GAINS
-from rq3 import SUMMARY_COLUMNS as CLAIMS
-from rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
-from storage import written_aside
+from benchmarks.board.tables import SUMMARY_COLUMNS as LEADS
+from benchmarks.common import results, tables
+from benchmarks.common.storage import written_aside
+from benchmarks.common.tables import Cell, Column
+from benchmarks.reports.rq1 import THETA_COLUMNS
+from benchmarks.reports.rq2 import SUMMARY_COLUMNS as GAINS
+from benchmarks.reports.rq3 import SUMMARY_COLUMNS as CLAIMS
+from benchmarks.reports.rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = (README, results.FOLDER / "README.md")
@@ -64,17 +70,19 @@ def table(name: str) -> str:
             for row in content["thetas"]
             if row["metric"] == "taylor" and row["theta"] in SHOWN_THETAS
         ]
-        return results.markdown_table(THETA_COLUMNS, rows)
+        return tables.markdown_table(THETA_COLUMNS, rows)
     if part == ["leads"]:
         return leads(LEADS, summary(cells(content)))
     if part == ["agreement"]:
         return leads(AGREEMENT_COLUMNS, agreements(cells(content)))
     if part == ["classes"]:
-        return results.markdown_table(CLASS_COLUMNS, class_drops(cells(content)))
+        return tables.markdown_table(CLASS_COLUMNS, class_drops(cells(content)))
+    if part == ["costs"]:
+        return tables.markdown_table(COSTS, content["costs"])
     if part == ["summary"]:
         columns = {"rq3": CLAIMS, "rq4": TASK_CLAIMS}.get(file.partition("-")[0], GAINS)
-        return results.markdown_table(columns, content["summary"])
-    return results.markdown_table(content["columns"], content["rows"])
+        return tables.markdown_table(columns, content["summary"])
+    return tables.markdown_table(content["columns"], content["rows"])
 
 
 def headlines() -> str:
@@ -85,7 +93,7 @@ def headlines() -> str:
         best = [row for row in summary(cells(content)) if row["kind"] == "untuned"]
         rows += [{"model": model, **row} for row in best if row["level"] in levels]
     shown = [column for column in LEADS if column.key != "kind"]
-    return results.markdown_table([Column("model", "model"), *shown], rows)
+    return tables.markdown_table([Column("model", "model"), *shown], rows)
 
 
 def cells(content: Mapping[str, Any]) -> list[Measured]:
@@ -98,7 +106,7 @@ def leads(columns: Sequence[Column], rows: Sequence[Mapping[str, Cell]]) -> str:
     best = [row for row in rows if row["kind"] in BEST]
     tuned = any(row["kind"] == "tuned" for row in best)
     shown = [column for column in columns if column.key != "kind" or tuned]
-    return results.markdown_table(shown, best)
+    return tables.markdown_table(shown, best)
 
 
 def rendered(text: str) -> str:

@@ -32,56 +32,42 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import matplotlib
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from torch import nn
 
-import results
-import targets
-from data import Data, load
-from figures import save_figure
+from benchmarks.common import results
+from benchmarks.common.data import Data, load
+from benchmarks.common.options import checked_seeds, common, named, run, usable_device
+from benchmarks.common.settings import Setting, chosen
+from benchmarks.common.tables import text_table
+from benchmarks.common.training import Recipe, accuracy, suitable_threads, train, trained
+from benchmarks.reports.rq2 import (
+    COLUMNS,
+    MARGIN,
+    METHODS,
+    SUMMARY_COLUMNS,
+    plot,
+    recorded,
+    summary,
+    table_rows,
+)
+from benchmarks.reports.stopping import Pair, Point, Rule, Run, last_held
 from nss_prune import NSSPruner
-from nss_prune.errors import NothingToPruneError, NSSPruneError
+from nss_prune.errors import NothingToPruneError
 from nss_prune.unstructured import Iterations, compression_rate, iterative_sparsify, weight_count
-from options import checked_seeds, common, named, usable_device
-from results import Cell, Column, spread
-from settings import Setting, chosen
-from stopping import Pair, Point, Rule, Run, gain, last_held, means
-from training import Recipe, accuracy, suitable_threads, train, trained
 
-METHODS = {"lamp": "LAMP", "global": "Global", "uniform+": "Uniform+", "erk": "ERK"}
 TOLERANCE = 0.5  # points
-MARGIN = 3.0  # points, the paper's mean gain, for the summary
 LIMIT = 100  # iterations; r = 5 % leaves 0.6 % of the weights by then
 BEYOND = 0.05  # a run is followed, for the plot, until its accuracy lies this far below the floor
-
-COLUMNS = (
-    Column("method", "Method"),
-    Column("CR", "CR %"),
-    Column("NI", "NI", 1),
-    Column("MA", "MA %"),
-    Column("paper_CR", "paper CR %"),
-    Column("paper_NI", "paper NI", 0),
-    Column("paper_MA", "paper MA %"),
-    Column("iteration_seconds", "s/iteration", 3),
-    Column("seconds", "s in all", 2),
-)
-SUMMARY_COLUMNS = (
-    Column("rule", "NeuSemSlice + X against X alone"),
-    Column("fewer_iterations", "fewer NI %"),
-    Column("compression", "CR points"),
-    Column("accuracy", "MA points"),
-)
 
 Finetune = Callable[[nn.Module], object]
 
@@ -194,86 +180,6 @@ def measured(model: nn.Module, data: Data, dense_weights: int, seconds: float) -
     return Point(0, compression_rate(model, dense_weights), check, test, seconds)
 
 
-def table_rows(setting: str, pairs: Sequence[Pair], rule: Rule) -> list[dict[str, Cell]]:
-    """Rows of the printed table: the dense model, the slice, and two rows a method."""
-    by_method = {method: [pair for pair in pairs if pair.method == method] for method in METHODS}
-    by_method = {method: same for method, same in by_method.items() if same}
-    first = next(iter(by_method.values()))
-    rows = [
-        row("dense", [(pair.alone, pair.alone[0]) for pair in first]),
-        row("NeuSemSlice", [(pair.sliced, pair.sliced[0]) for pair in first]),
-    ]
-    for method, same in by_method.items():
-        ends = [rule.ends(pair) for pair in same]
-        alone = [(pair.alone, end) for pair, (end, _) in zip(same, ends, strict=True)]
-        after = [(pair.sliced, end) for pair, (_, end) in zip(same, ends, strict=True)]
-        paper = targets.TABLE_4.get((setting, method))
-        rows += [
-            row(METHODS[method], alone, paper.alone if paper else None),
-            row(f"NeuSemSlice + {METHODS[method]}", after, paper.sliced if paper else None),
-        ]
-    return rows
-
-
-def row(
-    name: str, ends: Sequence[tuple[Run, Point]], paper: targets.Target | None = None
-) -> dict[str, Cell]:
-    """One row over seeds; `ends` are the runs and the points where they stopped."""
-    points = [end for _, end in ends]
-    times = [[point.seconds for point in run[: end.iteration + 1]] for run, end in ends]
-    iterated = [statistics.fmean(seconds[1:]) for seconds in times if len(seconds) > 1]
-    return {
-        "method": name,
-        "CR": spread([100 * point.compression_rate for point in points]),
-        "NI": spread([point.iteration for point in points]),
-        "MA": spread([100 * point.test for point in points]),
-        "paper_CR": paper.compression_rate if paper else None,
-        "paper_NI": paper.iterations if paper else None,
-        "paper_MA": paper.accuracy if paper else None,
-        "iteration_seconds": spread(iterated) if iterated else None,
-        "seconds": spread([sum(seconds) for seconds in times]),
-    }
-
-
-def summary(pairs: Sequence[Pair], tolerance: float) -> list[dict[str, Cell]]:
-    """What NeuSemSlice + X gains on X alone under each rule, over all pairs, and in the paper."""
-    rules = {
-        "at the same CR": Rule("match", tolerance),
-        f"at {MARGIN:g} points more CR": Rule("match", tolerance, MARGIN / 100),
-        "at the same accuracy": Rule("accuracy", tolerance),
-    }
-    paper: dict[str, Cell] = {
-        "rule": "the paper, over its six settings",
-        "fewer_iterations": targets.FEWER_ITERATIONS,
-        "compression": targets.HIGHER_COMPRESSION,
-        "accuracy": targets.HIGHER_ACCURACY,
-    }
-    rows: list[dict[str, Cell]] = [
-        {"rule": name, **gain([rule.ends(pair) for pair in pairs])} for name, rule in rules.items()
-    ]
-    return [*rows, paper]
-
-
-def plot(setting: str, pairs: Sequence[Pair], path: Path) -> None:
-    """Accuracy against compression rate, mean over seeds: a colour a method, dashed when alone."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for colour, (method, name) in enumerate(METHODS.items()):
-        same = [pair for pair in pairs if pair.method == method]
-        for runs, label, style in (
-            ([pair.alone for pair in same], name, ".--"),
-            ([pair.sliced for pair in same], f"NeuSemSlice + {name}", ".-"),
-        ):
-            # Up to where the first seed stops: beyond it the mean would be over others.
-            steps = [means(points) for points in zip(*runs, strict=False)]
-            x, y = [100 * rate for _, rate, _ in steps], [100 * test for *_, test in steps]
-            if steps:
-                axes.plot(x, y, style, color=f"C{colour}", alpha=0.8, label=label)
-    axes.set(xlabel="compression rate, %", ylabel="test accuracy, %", title=f"RQ2, {setting}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
-
-
 def report(
     setting: Setting,
     data: Data,
@@ -300,20 +206,9 @@ def report(
     )  # fmt: skip
     plot(setting.name, pairs, path.with_suffix(".png"))
     print(f"\n{title}; data: {data.origin}; mean ± deviation of {len(seeds)} seed(s)\n")
-    print(results.text_table(COLUMNS, rows))
-    print(f"\n{results.text_table(SUMMARY_COLUMNS, gains)}")
+    print(text_table(COLUMNS, rows))
+    print(f"\n{text_table(SUMMARY_COLUMNS, gains)}")
     print(f"\n{path} and {path.with_suffix('.png').name} written\n")
-
-
-def recorded(pair: Pair) -> dict[str, object]:
-    """A pair as a result file keeps it: for each run a list of each field of its points."""
-
-    def columns(run: Run) -> dict[str, list[float]]:
-        names = [field.name for field in fields(Point)]
-        return {name: [round(getattr(point, name), 6) for point in run] for name in names}
-
-    alone, after = columns(pair.alone), columns(pair.sliced)
-    return {"method": pair.method, "seed": pair.seed, "alone": alone, "sliced": after}
 
 
 def report_all(
@@ -329,7 +224,7 @@ def report_all(
     rows, title = summary(pairs, tolerance), f"RQ2 over {', '.join(names)}"
     path = output / "rq2.json"
     results.write(path, title, SUMMARY_COLUMNS, rows, seeds=seeds, device=device)
-    print(f"{title}\n\n{results.text_table(SUMMARY_COLUMNS, rows)}\n\n{path} written")
+    print(f"{title}\n\n{text_table(SUMMARY_COLUMNS, rows)}\n\n{path} written")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -384,7 +279,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"rq2.py: {error}")
+    run(main)

@@ -39,250 +39,74 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import matplotlib
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot
-from torch import Tensor, nn
+from torch import nn
 
-import results
-import targets_adaptation as targets
-from data import SOURCES, Data, Split, load
-from figures import save_figure
-from nss_prune import Profile, Slice, profile
+from benchmarks.common import results
+from benchmarks.common.data import Data, load
+from benchmarks.common.options import (
+    add_resume,
+    checked_seeds,
+    common,
+    in_order,
+    run,
+    usable_device,
+)
+from benchmarks.common.record import Record
+from benchmarks.common.settings import SIMILAR, Setting, chosen
+from benchmarks.common.tables import text_table
+from benchmarks.common.training import (
+    Recipe,
+    accuracy,
+    fast,
+    make_optimiser,
+    suitable_threads,
+    trained,
+)
+from benchmarks.learners.readapted import (
+    THETAS,
+    TPR,
+    Adversaries,
+    Course,
+    Subject,
+    attack_of,
+    gathered,
+    new_samples,
+    strength_for,
+)
+from benchmarks.paper import adaptation as targets
+from benchmarks.reports.rq3 import (
+    ATTACKS,
+    BEFORE,
+    COLUMNS,
+    METHODS,
+    SUMMARY_COLUMNS,
+    Outcome,
+    identity,
+    plot,
+    summary,
+    table_rows,
+    tables,
+)
 from nss_prune.adaptation import (
-    FGSM,
-    PGD,
     Freezing,
     ReadaptTrainer,
     evaluate_attack,
-    train_critical,
 )
 from nss_prune.adaptation.attacks import Attack
-from nss_prune.deeparc import DeepArc
-from nss_prune.errors import ArgumentError, NSSPruneError
-from options import add_resume, checked_seeds, common, named, usable_device
-from results import Cell, Column, spread
-from settings import SIMILAR, Setting, chosen
-from training import Recipe, accuracy, fast, make_optimiser, suitable_threads, trained
+from nss_prune.errors import ArgumentError
 
-ATTACKS = {"fgsm": "FGSM", "pgd": "PGD"}
-METHODS = {
-    "full": "full training",
-    "deeparc": "DeepArc",
-    "neusemslice": "NeuSemSlice",
-    "neusemslice-deeparc": "NeuSemSlice + DeepArc",
-}
-BEFORE = "before"  # the model as it was
-
-SAMPLES = 1000  # new ones, and as many for the attack after the training
 EPOCHS = 30
-TPR = 60.0  # percent
-THETAS = (
-    *(0.5, 0.6, 0.7, 0.8, 0.85),
-    *(round(0.90 + 0.01 * i, 2) for i in range(9)),
-    *(round(0.99 + 0.0005 * i, 4) for i in range(20)),
-    0.9999,
-)
-
-COLUMNS = (
-    Column("method", "Method"),
-    Column("TPR", "TPR %"),
-    Column("RA", "RA %"),
-    Column("RAA", "RAA %"),
-    Column("clean", "clean %"),
-    Column("time", "time %", 1),
-    Column("seconds", "s"),
-    Column("prepared", "prepared s"),
-    Column("paper_TPR", "paper TPR %"),
-    Column("paper_RA", "paper RA %"),
-    Column("paper_RAA", "paper RAA %"),
-)
-SUMMARY_COLUMNS = (
-    Column("claim", "NeuSemSlice, mean"),
-    Column("found", "found"),
-    Column("wanted", "wanted"),
-    Column("held", "held"),
-)
-
-Adversaries = Literal["fixed", "fresh"]
-
-
-@dataclass(frozen=True)
-class Strength:
-    """Of both attacks, in units of the range of a pixel."""
-
-    epsilon: float
-    step_size: float
-    steps: int
-
-    def attack(self, name: str, normalization: tuple[Tensor, Tensor]) -> Attack:
-        """The attack "fgsm" or "pgd" on inputs that were normalised by mean and deviation."""
-        if name == "fgsm":
-            return FGSM(self.epsilon, normalization)
-        return PGD(self.epsilon, normalization, step_size=self.step_size, steps=self.steps)
-
-
-DIGITS = Strength(0.3, 0.01, 40)
-PHOTOGRAPHS = Strength(8 / 255, 2 / 255, 10)
-STRENGTHS = {"digits": DIGITS, "mnist": DIGITS, "fmnist": DIGITS}
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a model learns new samples, the same for all methods.
-
-    tpr: largest share of the parameters that a slice may hold.
-    similar: similarity from which DeepArc counts a layer as redundant.
-    """
-
-    recipe: Recipe
-    adversaries: Adversaries = "fixed"
-    tpr: float = TPR / 100
-    similar: float = SIMILAR
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A method on one model. Shares are from 0 to 1; `seconds` is of training.
-
-    time: seconds relative to those of full training; None without it.   theta: of the slice.
-    redundant: DeepArc's layers that do not train.   prepared: seconds for slice and layers.
-    """
-
-    setting: str
-    seed: int
-    attack: str
-    method: str
-    tpr: float
-    ra: float
-    raa: float
-    clean: float
-    seconds: float = 0.0
-    time: float | None = None
-    prepared: float = 0.0
-    theta: float | None = None
-    redundant: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sliced:
-    """The critical neurons, the theta at which they are, and the seconds that it took."""
-
-    critical: Slice
-    theta: float
-    seconds: float
-
-
-@dataclass
-class Subject:
-    """A trained model, which keeps its values, and what there is to train in it.
-
-    profiled: samples of each category of the training data to find that with.
-    """
-
-    setting: str
-    seed: int
-    model: nn.Module
-    data: Data
-    course: Course
-    profiled: int
-
-    @cached_property
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
-        return list(self.data.train.per_category(self.profiled).batches(500))
-
-    @cached_property
-    def sliced(self) -> Sliced:
-        start = time.perf_counter()
-        known = profile(self.model, self.batches)
-        theta, critical = largest_slice(known, self.model, self.course.tpr)
-        return Sliced(critical, theta, time.perf_counter() - start)
-
-    @cached_property
-    def layers(self) -> tuple[DeepArc, float]:
-        """With the seconds that it took."""
-        start = time.perf_counter()
-        found = DeepArc(self.model, self.batches, self.course.similar, "unbiased", progress=False)
-        return found, time.perf_counter() - start
-
-    def trained_by(self, method: str) -> Literal["all"] | Freezing:
-        """What a method trains."""
-        if method == "full":
-            return "all"
-        if method == "deeparc":
-            return self.layers[0].freezing()
-        if method == "neusemslice":
-            return train_critical(self.sliced.critical, self.model)
-        return self.layers[0].freezing(self.sliced.critical)
-
-    def described(self, outcome: Outcome) -> Outcome:
-        """An outcome with the part that its method trains, and the seconds to find it."""
-        if "neusemslice" in outcome.method:
-            spent = outcome.prepared + self.sliced.seconds
-            outcome = replace(outcome, theta=self.sliced.theta, prepared=spent)
-        if "deeparc" in outcome.method:
-            layers, seconds = self.layers
-            spent = outcome.prepared + seconds
-            outcome = replace(outcome, redundant=layers.redundant, prepared=spent)
-        return outcome
-
-    def told(self, methods: Sequence[str]) -> str:
-        """The parts that the methods train, in words."""
-        words = ""
-        if any("neusemslice" in method for method in methods):
-            words += f", sliced at theta {self.sliced.theta:g}"
-        if any("deeparc" in method for method in methods):
-            layers, _ = self.layers
-            similar = max(layers.similarity.values())
-            words += f", redundant layers: {', '.join(layers.redundant) or 'none'}"
-            words += f" (similarities up to {similar:.4f})"
-        return words
-
-
-def largest_slice(known: Profile, model: nn.Module, share: float) -> tuple[float, Slice]:
-    """The largest theta of the grid whose slice holds at most `share` of the parameters.
-
-    The least theta, if none does. Returns it and its slice.
-    """
-    for theta in reversed(THETAS):
-        critical = known.slice(theta)
-        if 1 - critical.compression_rate(model) <= share:
-            break
-    return theta, critical
-
-
-def gathered(split: Split, count: int = SAMPLES) -> Split:
-    """`count` samples, or all there are: equally many of each category, in a fixed random order."""
-    categories = len(split.labels.unique())
-    even = split.per_category(-(-count // categories))
-    order = torch.randperm(len(even), generator=torch.Generator().manual_seed(0))[:count]
-    return even.subset(order.to(even.labels.device))
-
-
-def new_samples(data: Data, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
-    """From the check data; a batch of them and their adversaries is one of the recipe's."""
-    return list(gathered(data.check).batches(max(1, recipe.batch // 2)))
-
-
-def attack_of(name: str, data: Data) -> Attack:
-    """An attack of the strength that is usual for the data, in units of the range of a pixel."""
-    scale = SOURCES[data.name].scale
-    normalization = (data.train.mean / scale, data.train.std / scale)
-    return strength_for(data).attack(name, normalization)
-
-
-def strength_for(data: Data) -> Strength:
-    return STRENGTHS.get(data.name, PHOTOGRAPHS)
 
 
 @contextmanager
@@ -384,217 +208,64 @@ def run_setting(
     *,
     cache: Path,
     repeats: int = 1,
-    known: Sequence[Outcome] = (),
+    known: Collection[tuple[int, str, str]] = (),
 ) -> Iterator[list[Outcome]]:
-    """What is known of a setting, and what is not, seed by seed; prints a line on each seed.
+    """What is not known of a setting, seed by seed; prints a line on each seed.
 
     A seed's methods are timed one after the other, so they are measured together.
 
-    Yields all outcomes so far.
+    known: (seed, attack, method) of the outcomes that there are.
     """
-    outcomes = list(known)
-    wanted = {(attack, method) for attack in attacks for method in (BEFORE, *methods)}
+    wanted = [(attack, method) for attack in attacks for method in (BEFORE, *methods)]
     for seed in seeds:
-        if wanted <= {(o.attack, o.method) for o in outcomes if o.seed == seed}:
+        if all((seed, attack, method) in known for attack, method in wanted):
             continue
-        outcomes = [o for o in outcomes if o.seed != seed or (o.attack, o.method) not in wanted]
         device = data.train.labels.device
         found = trained(setting.name, setting.build, data, setting.recipe, seed, cache, device)
         subject = Subject(setting.name, seed, found.model, data, course, setting.profiled)
         with suitable_threads(found.model):
-            outcomes += run_model(subject, attacks, methods, repeats)
+            outcomes = run_model(subject, attacks, methods, repeats)
         origin = "from the cache" if found.cached else f"in {found.seconds:.1f} s"
         print(f"{setting.name}, seed {seed}: trained {origin}{subject.told(methods)}", flush=True)
         yield outcomes
 
 
-def only(
-    outcomes: Iterable[Outcome], method: str | None = None, attack: str | None = None
-) -> list[Outcome]:
-    """The outcomes of a method and an attack; None is any."""
-    return [o for o in outcomes if method in (None, o.method) and attack in (None, o.attack)]
-
-
-def values(outcomes: Sequence[Outcome], field: str) -> dict[str, list[float]]:
-    """Setting -> what its outcomes have for a field, those without it left out."""
-    found: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        value = getattr(outcome, field)
-        if value is not None:
-            found.setdefault(outcome.setting, []).append(value)
-    return found
-
-
-def average(outcomes: Sequence[Outcome], field: str) -> float:
-    """The mean over settings of the mean over their outcomes, in percent."""
-    return 100 * statistics.fmean(map(statistics.fmean, values(outcomes, field).values()))
-
-
-def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
-    """A row for each attack and method, beside the paper's.
-
-    A cell is the spread over the seeds of one setting, or the mean over several settings.
-    """
-    return [
-        row(attack, method, same)
-        for attack in ATTACKS
-        for method in (BEFORE, *METHODS)
-        if (same := only(outcomes, method, attack))
-    ]
-
-
-def row(attack: str, method: str, outcomes: Sequence[Outcome]) -> dict[str, Cell]:
-    """The row of one attack and method."""
-
-    def cell(field: str, scale: float = 100) -> Cell:
-        known = values(outcomes, field)
-        if len(known) > 1:
-            return scale * statistics.fmean(map(statistics.fmean, known.values()))
-        return next((spread([scale * value for value in same]) for same in known.values()), None)
-
-    found: dict[str, Cell] = {
-        "method": f"{ATTACKS[attack]}: {METHODS.get(method, method)}",
-        "RA": cell("ra"), "RAA": cell("raa"), "clean": cell("clean"),
-    }  # fmt: skip
-    if method != BEFORE:
-        found |= {"TPR": cell("tpr"), "time": cell("time")}
-        found |= {"seconds": cell("seconds", 1), "prepared": cell("prepared", 1)}
-    return found | paper_cells(attack, method, {outcome.setting for outcome in outcomes})
-
-
-def paper_cells(attack: str, method: str, settings: Collection[str]) -> dict[str, Cell]:
-    """The paper's cells of a row: means, over several settings."""
-    if method == BEFORE:
-        return {"paper_RA": targets.BEFORE[attack]} if len(settings) > 1 else {}
-    cells = [targets.TABLE_5.get((setting, attack, method)) for setting in settings]
-    known = [cell for cell in cells if cell is not None]
-    if len(known) < len(cells):
-        return {}
-    return {
-        f"paper_{key}": statistics.fmean(getattr(cell, key.lower()) for cell in known)
-        for key in ("TPR", "RA", "RAA")
-    }
-
-
-def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
-    """What is to be shown of NeuSemSlice; nothing without it, only TPR without full training."""
-    sliced, full = only(outcomes, "neusemslice"), only(outcomes, "full")
-    if not sliced:
-        return []
-    limit = targets.MEAN_TPR["neusemslice"]
-    claims = [claim("TPR %, at most the paper's", average(sliced, "tpr"), limit, at_least=False)]
-    sliced = [outcome for outcome in sliced if outcome.time is not None]  # beside full training
-    if not sliced:
-        return claims
-    beside = {(outcome.setting, outcome.seed, outcome.attack) for outcome in sliced}
-    full = [o for o in full if (o.setting, o.seed, o.attack) in beside]
-    for attack in (*ATTACKS, None):
-        mine, theirs = only(sliced, attack=attack), only(full, attack=attack)
-        if mine:
-            claims += compared(mine, theirs, "mean" if attack is None else ATTACKS[attack])
-    time_share = average(sliced, "time")
-    return [*claims, claim("time %, at most full training's", time_share, 100.0, at_least=False)]
-
-
-def compared(
-    sliced: Sequence[Outcome], full: Sequence[Outcome], name: str
-) -> list[dict[str, Cell]]:
-    """The rows of the summary on accuracy, under an attack or in the mean."""
-    ra, raa = (average(sliced, field) for field in ("ra", "raa"))
-    full_ra, full_raa = (average(full, field) for field in ("ra", "raa"))
-    return [
-        claim(f"RA %, {name}: at least full training's + 0.5, or 99.5", ra,
-              min(full_ra + 0.5, 99.5)),
-        claim(f"RAA %, {name}: at least full training's", raa, full_raa),
-    ]  # fmt: skip
-
-
-def claim(text: str, found: float, wanted: float, *, at_least: bool = True) -> dict[str, Cell]:
-    """A row of the summary; `wanted` is the least that holds it, or the most."""
-    held = found >= wanted if at_least else found <= wanted
-    return {"claim": text, "found": found, "wanted": wanted, "held": "yes" if held else "no"}
-
-
-def plot(setting: str, outcomes: Sequence[Outcome], path: Path) -> None:
-    """A panel for each attack: bars of RA, RAA and clean accuracy, with the deviation of seeds."""
-    attacks = [attack for attack in ATTACKS if only(outcomes, attack=attack)]
-    figure, panels = pyplot.subplots(
-        1, len(attacks), figsize=(5.5 * len(attacks), 4), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for panel, attack in zip(panels[0], attacks, strict=True):
-        here = only(outcomes, attack=attack)
-        methods = [method for method in (BEFORE, *METHODS) if only(here, method)]
-        for number, field in enumerate(("ra", "raa", "clean")):
-            cells = [
-                spread([100 * getattr(outcome, field) for outcome in only(here, method)])
-                for method in methods
-            ]
-            panel.bar(
-                [place + 0.27 * (number - 1) for place in range(len(methods))],
-                [cell["mean"] for cell in cells], 0.27, yerr=[cell["std"] for cell in cells],
-                label=field.upper() if field != "clean" else field,
-            )  # fmt: skip
-        names = [
-            f"{METHODS.get(method, method)}\nTPR {average(only(here, method), 'tpr'):.0f} %"
-            for method in methods
-        ]
-        panel.set_xticks(range(len(methods)), names, rotation=30, ha="right")
-        panel.set(title=ATTACKS[attack])
-        panel.grid(alpha=0.3, axis="y")
-    panels[0][0].set(ylabel="accuracy, %")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(f"RQ3, {setting}")
-    save_figure(figure, path)
-
-
-@dataclass(frozen=True)
-class Record:
-    """The result file of a setting.
-
-    Attributes:
-        options: How it is measured.
-    """
-
-    setting: Setting
-    data: Data
-    adversaries: Adversaries
-    output: Path
-    options: dict[str, Any]
-
-    @property
-    def path(self) -> Path:
-        return self.output / f"{prefix(self.adversaries)}-{self.setting.name}.json"
-
-    @property
-    def title(self) -> str:
-        return f"RQ3, {self.setting.name}, {self.adversaries} adversaries"
-
-    def save(self, outcomes: Sequence[Outcome]) -> None:
-        """Write the file and its plot."""
-        results.write(
-            self.path, self.title, COLUMNS, table_rows(outcomes), options=self.options,
-            seeds=sorted({outcome.seed for outcome in outcomes}),
-            device=self.data.train.labels.device, summary=summary(outcomes),
-            outcomes=[asdict(outcome) for outcome in outcomes],
-        )  # fmt: skip
-        plot(self.setting.name, outcomes, self.path.with_suffix(".png"))
-
-    def show(self, outcomes: Sequence[Outcome]) -> None:
-        seeds = {outcome.seed for outcome in outcomes}
-        print(
-            f"\n{self.title}; data: {self.data.origin}; {self.options['new_samples']} new samples, "
-            f"{self.options['attacked_samples']} attacked afterwards; "
-            f"mean ± deviation of {len(seeds)} seed(s)\n"
-        )
-        print(results.text_table(COLUMNS, table_rows(outcomes)))
-        print(f"\n{results.text_table(SUMMARY_COLUMNS, summary(outcomes))}")
-        print(f"\n{self.path} and {self.path.with_suffix('.png').name} written\n")
-
-
 def prefix(adversaries: Adversaries) -> str:
     """How the names of result files begin."""
     return "rq3" if adversaries == "fixed" else f"rq3-{adversaries}"
+
+
+def record_of(
+    setting: Setting, data: Data, course: Course, asked: argparse.Namespace, device: str
+) -> Record[Outcome]:
+    """The record of a setting, with what its file has where that is asked for."""
+    options = {
+        "recipe": asdict(setting.recipe), "readapt": asdict(course), "scheduler": "cosine",
+        "new_samples": len(gathered(data.check)), "attacked_samples": len(gathered(data.test)),
+        "profiled": setting.profiled, "strength": asdict(strength_for(data)),
+        "thetas": THETAS, "evaluated": asked.evaluated, "data": data.origin,
+    }  # fmt: skip
+    record = Record(
+        asked.output / f"{prefix(asked.adversaries)}-{setting.name}.json",
+        f"RQ3, {setting.name}, {asked.adversaries} adversaries", Outcome, identity, tables,
+        options, device,
+    )  # fmt: skip
+    if asked.resume:
+        record.resume()
+    return record
+
+
+def report(record: Record[Outcome], data: Data) -> None:
+    """Print the tables."""
+    seeds, options = {outcome.seed for outcome in record.entries}, record.options
+    print(
+        f"\n{record.title}; data: {data.origin}; {options['new_samples']} new samples, "
+        f"{options['attacked_samples']} attacked afterwards; "
+        f"mean ± deviation of {len(seeds)} seed(s)\n"
+    )
+    print(text_table(COLUMNS, table_rows(record.entries)))
+    print(f"\n{text_table(SUMMARY_COLUMNS, summary(record.entries))}")
+    print(f"\n{record.path} and {record.path.with_suffix('.png').name} written\n")
 
 
 def report_all(adversaries: Adversaries, *, device: str, output: Path) -> None:
@@ -615,8 +286,8 @@ def report_all(adversaries: Adversaries, *, device: str, output: Path) -> None:
     title = f"RQ3 over {', '.join(contents)}, {adversaries} adversaries"
     path = output / f"{start}.json"
     results.write(path, title, COLUMNS, rows, seeds=seeds, device=device, summary=claims)
-    print(f"{title}\n\n{results.text_table(COLUMNS, rows)}\n")
-    print(f"{results.text_table(SUMMARY_COLUMNS, claims)}\n\n{path} written")
+    print(f"{title}\n\n{text_table(COLUMNS, rows)}\n")
+    print(f"{text_table(SUMMARY_COLUMNS, claims)}\n\n{path} written")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -642,12 +313,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_of(known: dict[str, str], names: str, kind: str) -> list[str]:
-    """What a comma-separated list names ("all": everything known), in the order known."""
-    wanted = named(names, known, kind)
-    return [name for name in known if name in wanted]
-
-
 def readapt_recipe(setting: Setting, epochs: int, rate: float | None) -> Recipe:
     """How new samples are learned: as the setting's model was trained, for `epochs` epochs."""
     recipe = replace(setting.recipe, epochs=epochs)
@@ -658,8 +323,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
     seeds, device = checked_seeds(asked.seeds), usable_device(asked.device)
-    methods = chosen_of(METHODS, asked.methods, "method")
-    attacks = chosen_of(ATTACKS, asked.attacks, "attack")
+    methods = in_order(asked.methods, METHODS, "method")
+    attacks = in_order(asked.attacks, ATTACKS, "attack")
     if not 0 < asked.tpr <= 100:
         raise ArgumentError(f"--tpr is {asked.tpr}; it is a share in percent, in (0, 100].")
     if asked.repeats < 1:
@@ -670,27 +335,18 @@ def main(words: Sequence[str] | None = None) -> None:
         course = Course(recipe, asked.adversaries, asked.tpr / 100, asked.threshold)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
-        options = {
-            "recipe": asdict(setting.recipe), "readapt": asdict(course), "scheduler": "cosine",
-            "new_samples": len(gathered(data.check)), "attacked_samples": len(gathered(data.test)),
-            "profiled": setting.profiled, "strength": asdict(strength_for(data)),
-            "thetas": THETAS, "evaluated": asked.evaluated, "data": data.origin,
-        }  # fmt: skip
-        record = Record(setting, data, asked.adversaries, asked.output, options)
-        known = results.earlier(record.path, options, "outcomes", Outcome) if asked.resume else []
-        outcomes = known
-        for so_far in run_setting(
+        record = record_of(setting, data, course, asked, device)
+        known = [identity(outcome) for outcome in record.entries]
+        for outcomes in run_setting(
             setting, data, course, attacks, methods, seeds, cache=asked.cache,
             repeats=asked.repeats, known=known,
         ):  # fmt: skip
-            record.save(so_far)
-            outcomes = so_far
-        record.show(outcomes)
+            record.add(outcomes)
+            record.save()
+            plot(setting.name, record.entries, record.path.with_suffix(".png"))
+        report(record, data)
     report_all(asked.adversaries, device=device, output=asked.output)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"rq3.py: {error}")
+    run(main)

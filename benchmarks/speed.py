@@ -34,6 +34,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import timm
 import torch
 import torchvision
@@ -41,8 +44,21 @@ from captum.attr import LayerDeepLift
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import models
-import results
+from benchmarks.common import models, results, tables
+from benchmarks.common.options import run
+from benchmarks.common.tables import Column
+from benchmarks.common.timing import (
+    COLUMNS,
+    Rows,
+    in_turn,
+    printed_by,
+    ratio_row,
+    resident_peak,
+    show,
+)
+from benchmarks.timings.freezing import freezing
+from benchmarks.timings.pruner import LATENCY_COLUMNS, latency, planning
+from benchmarks.timings.unstructured import COLUMNS_WITH_MEMORY, lamp_steps
 from nss_prune import NSSPruner, Slice, profile
 from nss_prune.core.models import evaluation
 from nss_prune.errors import ArgumentError, NSSPruneError
@@ -65,11 +81,6 @@ from nss_prune.profiling.similarity import (
     similarity_curve,
 )
 from nss_prune.statistics.capture import Reading, Watcher
-from results import Column
-from speed_freezing import freezing
-from speed_pruner import LATENCY_COLUMNS, latency, planning
-from speed_unstructured import COLUMNS_WITH_MEMORY, lamp_steps
-from timing import COLUMNS, Rows, in_turn, printed_by, ratio_row, resident_peak, show
 
 MEMORY_COLUMNS = (
     Column("what", "what"),
@@ -304,7 +315,7 @@ def memory() -> Rows:
     sizes = [(samples, 10) for samples in MEMORY_SAMPLES]
     sizes += [(8 * categories, categories) for categories in MEMORY_CATEGORIES]
     for samples, categories in sizes:
-        megabytes, seconds = printed_by(__file__, "--peak-of", f"{samples},{categories}")
+        megabytes, seconds = printed_by("benchmarks.speed", "--peak-of", f"{samples},{categories}")
         what = f"memory, ResNet-50, {samples} samples in {categories} categories"
         rows.append({"what": what, "megabytes": megabytes, "seconds": seconds})
         show(rows[-1])
@@ -315,7 +326,7 @@ def report(part: str, rows: Rows, output: Path) -> None:
     columns = OTHER_COLUMNS.get(part, COLUMNS)
     path = output / f"speed-{part}.json"
     results.write(path, f"Speed: {part}", columns, rows, seeds=[0])
-    print(f"\n{results.text_table(columns, rows)}\n\n{path} written\n")
+    print(f"\n{tables.text_table(columns, rows)}\n\n{path} written\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -360,7 +371,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NSSPruneError as error:
-        sys.exit(f"speed.py: {error}")
+    run(main)

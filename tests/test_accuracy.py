@@ -10,29 +10,25 @@ import pytest
 import torch
 from torch import nn
 
-import accuracy
-import data
-import models
-import settings
-import training
-from accuracy import BOARDS, UNTUNED, Board, Level, Measured, Variant
-from data import Split
+from benchmarks.board import cli, run
+from benchmarks.board import tables as board_tables
+from benchmarks.board.boards import BOARDS, Board, Level
+from benchmarks.board.cells import COMPENSATED, CRITERIA, UNTUNED, Measured, Variant
+from benchmarks.board.pruning import Calibration, Tuning
+from benchmarks.common import data, models, settings, training
+from benchmarks.common.data import Split
+from benchmarks.common.record import Record
+from benchmarks.common.training import Recipe
+from benchmarks.rivals import ranking
 from networks import assert_unchanged, cnn, fingerprint, mlp, settled
-from nss_prune import Slice
-from nss_prune.allocation.budget import Limits, solve
+from nss_prune import NSSPruner
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.views import views_of
 from nss_prune.errors import ArgumentError
-from training import Recipe
 
 DIGITS = BOARDS["mlp-digits"]
 OURS = Variant("divergence", "ours")
-
-
-def subject_of(model, shape, board=DIGITS):
-    torch.manual_seed(0)
-    example = torch.randn(2, *shape, dtype=next(model.parameters()).dtype)
-    return accuracy.subject_of(board, model.eval(), example)
+HALF = Level("MACs", 0.5)
 
 
 def random_batches(model, shape, classes, *, samples=96, size=32):
@@ -43,14 +39,13 @@ def random_batches(model, shape, classes, *, samples=96, size=32):
     return list(zip(inputs.split(size), labels.split(size), strict=True))
 
 
-def calibration_of(model, shape, classes):
-    subject = subject_of(model, shape)
+def calibration_of(model, shape, classes, board=DIGITS):
     batches = random_batches(model, shape, classes)
     pixels = torch.cat([inputs for inputs, _ in batches])
     labels = torch.cat([labels for _, labels in batches])
     split = Split(pixels, labels, torch.zeros(()), torch.ones(()))
-    tuning = accuracy.Tuning(split, Recipe(epochs=5, learning_rate=0.01, batch=16))
-    return accuracy.Calibration(subject, accuracy.Ranker(subject), batches, 0, tuning)
+    tuning = Tuning(split, Recipe(epochs=5, learning_rate=0.01, batch=16))
+    return Calibration(board, model.eval(), batches[0][0][:2], batches, 0, tuning)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +66,14 @@ def digits(tmp_path_factory):
     return data.load("digits", cache=tmp_path_factory.mktemp("cache"))
 
 
-def counts(critical: Slice) -> dict[str, int]:
-    return {name: int(kept.sum()) for name, kept in critical.kept.items()}
+def widths(model: nn.Module) -> list[int]:
+    """Of the layers with a bias, from the first on."""
+    return [len(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+
+
+def kept_rows(whole: nn.Linear, smaller: nn.Linear) -> torch.Tensor:
+    """True for the neurons of a whole layer that are left, found by their biases."""
+    return torch.isin(whole.bias, smaller.bias)
 
 
 class TestModels:
@@ -109,40 +110,66 @@ class Bottleneck(nn.Module):
         return self.head(self.conv_pwl(hidden).relu().mean((2, 3)))
 
 
-class TestSubject:
-    def test_hidden_channels_alone_and_the_share_of_their_own_cost(self):
-        board = BOARDS["efficientnet-imagenet"]
-        subject = subject_of(Bottleneck(), (3, 8, 8), board)
-        (group,) = subject.groups
-        assert group.size == 24
-        half = Slice({group.name: torch.arange(24) < 12}, subject.groups)
-        assert subject.shares["MACs"](half) == pytest.approx(0.5)
-        whole = subject_of(Bottleneck(), (3, 8, 8))
-        assert len(whole.groups) == 3
+class TestPrune:
+    def test_hidden_channels_alone_to_a_share_of_their_own_cost(self):
+        torch.manual_seed(0)
+        calibration = calibration_of(Bottleneck(), (3, 8, 8), 4, BOARDS["efficientnet-imagenet"])
+        for variant in (OURS, Variant("magnitude-l1", "global"), Variant("vbp", "local")):
+            found = calibration.prune(variant, HALF, "plain")
+            assert widths(found.model) == [6, 12, 12, 8, 4]
+            assert found.reached == pytest.approx(0.5)
 
-    def test_costs_of_a_neuron_by_hand(self):
-        subject = subject_of(mlp(4, (6,), 3), (4,))
-        ((name, cost),) = accuracy.neuron_costs(subject.groups, subject.shares["MACs"]).items()
-        assert cost == pytest.approx((4 + 3) / (4 * 6 + 6 * 3))
-        parameters = accuracy.neuron_costs(subject.groups, subject.shares["parameters"])
-        assert parameters[name] == pytest.approx((4 + 1 + 3) / (4 * 6 + 6 + 6 * 3 + 3))
+    def test_divergence_is_what_a_user_gets(self, of_cnn):
+        for kind, arguments in {
+            "plain": {"fold": False},
+            "folded": {},
+            "folded-recalibrated": {"recalibrate": True},
+            "refit-balanced": {"fold": "refit", "balance": True},
+        }.items():
+            model = copy.deepcopy(of_cnn.model)
+            NSSPruner(
+                model, of_cnn.example, macs_budget=0.5, data=of_cnn.batches, **arguments
+            ).step()
+            found = of_cnn.prune(OURS, HALF, kind).model.state_dict()
+            for name, value in model.state_dict().items():
+                assert torch.equal(found[name], value), (kind, name)
 
+    def test_semantic_is_one_theta_for_all_layers(self, of_mlp):
+        model = copy.deepcopy(of_mlp.model)
+        pruner = NSSPruner(
+            model, of_mlp.example, macs_budget=0.5, data=of_mlp.batches, strategy="semantic",
+            fold=False,
+        )  # fmt: skip
+        pruner.step()
+        found = of_mlp.prune(Variant("semantic", "global"), HALF, "plain").model
+        assert all(torch.equal(found.state_dict()[n], v) for n, v in model.state_dict().items())
 
-class TestRanker:
     def test_magnitude_is_the_normalized_mean_of_rows_and_columns(self, of_mlp):
-        model = of_mlp.subject.model
-        scores = of_mlp._scores_of("magnitude-l2")
+        model = of_mlp.model
+        scores = {}
         for made, read in ((1, 3), (3, 5)):
             rows = model[made].weight.detach().square().sum(1)
             columns = model[read].weight.detach().square().sum(0)
-            expected = (rows + columns) / 2
-            expected = expected / expected.mean()
-            torch.testing.assert_close(scores[str(made)], expected, rtol=1e-6, atol=0.0)
+            scores[made] = (rows + columns) / (rows + columns).mean()
+        local = of_mlp.prune(Variant("magnitude-l2", "local"), HALF, "plain").model
+        together = of_mlp.prune(Variant("magnitude-l2", "global"), HALF, "plain").model
+        kept = {made: kept_rows(model[made], together[made]) for made in scores}
+        for made, values in scores.items():
+            mine = kept_rows(model[made], local[made])
+            assert values[mine].min() > values[~mine].max()
+        gone = torch.cat([values[~kept[made]] for made, values in scores.items()])
+        assert torch.cat([values[kept[made]] for made, values in scores.items()]).min() > gone.max()
+
+    def test_local_takes_the_same_share_of_each_layer(self, of_cnn):
+        whole = widths(of_cnn.model)[:-1]
+        left = widths(of_cnn.prune(Variant("lamp", "local"), HALF, "plain").model)[:-1]
+        shares = [new / old for new, old in zip(left, whole, strict=True)]
+        assert max(shares) - min(shares) <= 1 / min(whole)
 
     def test_taylor_sees_the_gradient_of_the_mean_loss_and_hessian_all_samples(self, of_mlp):
-        model, batches = of_mlp.subject.model, of_mlp.batches
-        mean = accuracy.mean_gradients(model, batches)
-        squared = accuracy.squared_gradients(model, batches)
+        model, batches = of_mlp.model, of_mlp.batches
+        mean = ranking.mean_gradients(model, batches)
+        squared = ranking.squared_gradients(model, batches)
         inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         by_sample = []
         for x, y in zip(inputs, labels, strict=True):
@@ -155,136 +182,72 @@ class TestRanker:
             torch.testing.assert_close(squared[name], stacked.square().mean(0))
         row = (model[3].weight.detach().square() * squared["3.weight"]).sum(1)
         column = (model[5].weight.detach().square() * squared["5.weight"]).sum(0)
-        expected = (row + column) / (row + column).mean()
-        found = of_mlp._scores_of("hessian")["3"]
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
-
-    def test_heads_are_ranked_as_the_mean_of_their_channels(self):
-        torch.manual_seed(0)
-        subject = subject_of(models.vit_cifar(), (3, 32, 32))
-        heads = next(group for group in subject.groups if not group.has_channels)
-        qkv = subject.model.get_submodule(heads.name)
-        attention = subject.model.get_submodule(heads.name.rpartition(".")[0])
-        with torch.no_grad():
-            # The second head is the one that matters.
-            qkv.weight.view(3, 3, 64, -1)[:, 1] *= 10
-            attention.proj.weight.view(192, 3, 64)[:, 1] *= 10
-        scores = accuracy.Ranker(subject).scores(accuracy.RIVALS["magnitude-l1"](), None)
-        assert scores[heads.name].shape == (3,)
-        assert int(scores[heads.name].argmax()) == 1
-        assert all(len(scores[group.name]) == group.size for group in subject.groups)
+        found = of_mlp.prune(Variant("hessian", "local"), HALF, "plain").model
+        kept = kept_rows(model[3], found[3])
+        assert (row + column)[kept].min() > (row + column)[~kept].max()
 
     def test_layers_that_a_criterion_leaves_alone_stay(self, of_cnn):
-        scores = of_cnn._scores_of("bn-scale")
-        assert [bool(values.isinf().all()) for values in scores.values()] == [False, True, True]
-        critical, _ = of_cnn.slice(Variant("bn-scale", "global"), Level("parameters", 0.9))
-        sizes = {group.name: group.size for group in of_cnn.subject.groups}
-        kept = counts(critical)
-        assert [name for name in sizes if kept[name] < sizes[name]] == ["0"]
-        for allocation in ("local", "global", "cost"):
-            critical, reached = of_cnn.slice(
-                Variant("bn-scale", allocation), Level("parameters", 0.1)
-            )
-            assert counts(critical) == {"0": 1, "4": 10, "7": 14}
-            assert reached > 0.1
+        met = of_cnn.prune(Variant("bn-scale", "global"), Level("parameters", 0.9), "plain")
+        assert met.reached <= 0.9
+        before, after = widths(of_cnn.model), widths(met.model)
+        assert [new < old for new, old in zip(after, before, strict=True)] == [
+            True, False, False, False,
+        ]  # fmt: skip
+        for allocation in ("local", "global"):
+            unmet = of_cnn.prune(Variant("bn-scale", allocation), Level("parameters", 0.1), "plain")
+            assert widths(unmet.model) == [1, *before[1:]]
+            assert unmet.reached > 0.1
 
-    def test_a_criterion_without_a_say(self, of_mlp, of_cnn):
-        assert of_mlp.slice(Variant("bn-scale", "local"), Level("MACs", 0.5)) is None
-        assert of_cnn.slice(Variant("bn-scale", "ours"), Level("MACs", 0.9)) is None
+    def test_a_criterion_without_a_say(self, of_mlp):
+        assert of_mlp.prune(Variant("bn-scale", "local"), HALF, "plain") is None
 
     def test_random_is_the_seeds(self, of_mlp):
         torch.manual_seed(5)
         expected = torch.rand(1)
         torch.manual_seed(5)
-        again = accuracy.Calibration(of_mlp.subject, of_mlp._ranker, of_mlp.batches, 0)
-        other = accuracy.Calibration(of_mlp.subject, of_mlp._ranker, of_mlp.batches, 1)
-        first, second, third = (c._scores_of("random")["1"] for c in (of_mlp, again, other))
-        assert torch.equal(first, second)
-        assert not torch.equal(first, third)
+        variant = Variant("random", "local")
+        first, again, other = (
+            replace(of_mlp, seed=seed).prune(variant, HALF, "plain").model[1].bias
+            for seed in (0, 0, 1)
+        )
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
         assert torch.equal(torch.rand(1), expected)
 
-
-class TestAllocation:
-    @pytest.mark.parametrize("criterion", [*accuracy.RIVALS, "semantic"])
-    @pytest.mark.parametrize("allocation", accuracy.ALLOCATIONS)
-    def test_budgets_are_met_and_the_best_of_each_layer_stay(self, criterion, allocation, of_cnn):
+    @pytest.mark.parametrize("criterion", [c for c in CRITERIA if c != "divergence"])
+    @pytest.mark.parametrize("allocation", ["local", "global"])
+    def test_budgets_are_met(self, criterion, allocation, of_cnn):
         level = Level("MACs", 0.6)
-        found = of_cnn.slice(Variant(criterion, allocation), level)
-        if (criterion, allocation) == ("bn-scale", "ours"):
-            assert found is None  # two of three layers have no norm
-            return
-        critical, reached = found
-        assert reached == pytest.approx(of_cnn.subject.shares["MACs"](critical))
-        assert 0.5 < reached <= level.kept
-        for name, scores in of_cnn._scores_of(criterion).items():
-            kept = critical.kept[name]
-            if not kept.all():
-                assert scores[kept].min() >= scores[~kept].max()
+        found = of_cnn.prune(Variant(criterion, allocation), level, "plain")
+        assert 0.5 < found.reached <= 0.6
 
-    def test_local_takes_the_same_share_of_each_layer(self, of_cnn):
-        critical, _ = of_cnn.slice(Variant("lamp", "local"), Level("MACs", 0.5))
-        shares = [float(kept.float().mean()) for kept in critical.kept.values()]
-        smallest = min(len(kept) for kept in critical.kept.values())
-        assert max(shares) - min(shares) <= 1 / smallest
-
-    def test_global_is_one_threshold(self, of_cnn):
-        critical, _ = of_cnn.slice(Variant("taylor", "global"), Level("MACs", 0.5))
-        scores = of_cnn._scores_of("taylor")
-        kept = [scores[name][mask] for name, mask in critical.kept.items() if mask.sum() > 1]
-        gone = [scores[name][~mask] for name, mask in critical.kept.items()]
-        assert torch.cat(kept).min() >= torch.cat(gone).max()
-
-    def test_cost_is_the_threshold_on_scores_per_cost(self, of_cnn):
-        subject, level = of_cnn.subject, Level("MACs", 0.5)
-        costs = accuracy.neuron_costs(subject.groups, subject.shares["MACs"])
-        scores = {n: v / costs[n] for n, v in of_cnn._scores_of("fpgm").items()}
-        expected, _ = solve(
-            subject.groups, scores.__getitem__, 0.5, subject.shares["MACs"], Limits()
-        )
-        found, _ = of_cnn.slice(Variant("fpgm", "cost"), level)
-        assert counts(found) == counts(expected)
-        assert counts(found) != counts(of_cnn.slice(Variant("fpgm", "global"), level)[0])
-
-    def test_ours_are_the_numbers_of_divergence(self, of_cnn):
-        for level in (Level("MACs", 0.7), Level("parameters", 0.4)):
-            ours, reached = of_cnn.slice(OURS, level)
-            other, same = of_cnn.slice(Variant("random", "ours"), level)
-            assert counts(ours) == counts(other)
-            assert reached == pytest.approx(same)
-            assert any(not torch.equal(kept, other.kept[name]) for name, kept in ours.kept.items())
-
-
-class TestPruned:
-    def test_every_kind_has_the_same_shapes_and_leaves_the_whole_model_alone(self, of_cnn):
-        model = of_cnn.subject.model
+    def test_every_kind_has_the_same_widths_and_leaves_the_whole_model_alone(self, of_cnn):
+        model, variant = of_cnn.model, Variant("vbp", "global")
         before = fingerprint(model)
-        critical, _ = of_cnn.slice(OURS, Level("MACs", 0.5))
-        smaller = {kind: accuracy.pruned(of_cnn, critical, kind) for kind in UNTUNED}
-        shapes = [{n: v.shape for n, v in m.state_dict().items()} for m in smaller.values()]
-        assert all(shape == shapes[0] for shape in shapes)
+        smaller = {kind: of_cnn.prune(variant, HALF, kind).model for kind in UNTUNED}
         assert_unchanged(model, before)
-        inputs = of_cnn.batches[0][0]
+        assert len({tuple(widths(m)) for m in smaller.values()}) == 1
         with torch.no_grad():
-            outputs = {kind: m(inputs) for kind, m in smaller.items()}
-            with critical.masked(model):
-                torch.testing.assert_close(outputs["plain"], model(inputs))
+            outputs = {kind: m(of_cnn.batches[0][0]) for kind, m in smaller.items()}
         # Nothing is removed before its only norm.
         torch.testing.assert_close(outputs["recalibrated"], outputs["plain"])
         torch.testing.assert_close(outputs["folded-recalibrated"], outputs["folded"])
         for kind in ("folded", "folded-recalibrated", "refit"):
             shifts = outputs[f"{kind}-balanced"] - outputs[kind]
             torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts))
-        different = [outputs[kind] for kind in ("plain", "folded", "refit")]
+        different = [outputs[kind] for kind in ("plain", "folded", "refit", "own")]
         for i in range(len(different)):
             for other in different[:i]:
                 assert not torch.allclose(different[i], other)
 
-    @pytest.mark.parametrize("kind", ["plain", "folded"])
-    def test_tuned_models_are_trained_on(self, kind):
+    @pytest.mark.parametrize(
+        ("variant", "kind"),
+        [(OURS, "plain"), (OURS, "folded"), (Variant("vbp", "global"), "own")],
+    )
+    def test_tuned_models_are_trained_on(self, variant, kind):
         torch.manual_seed(0)
         found = calibration_of(mlp().float(), (12,), 3)
-        critical, _ = found.slice(OURS, Level("MACs", 0.5))
-        before, after = (accuracy.pruned(found, critical, k) for k in (kind, f"{kind}-tuned"))
+        before, after = (found.prune(variant, HALF, k).model for k in (kind, f"{kind}-tuned"))
         state = before.state_dict()
         assert all(value.shape == state[n].shape for n, value in after.state_dict().items())
         assert not after.training
@@ -293,27 +256,31 @@ class TestPruned:
             losses = [nn.functional.cross_entropy(m(inputs), labels) for m in (before, after)]
         assert losses[1] < losses[0] - 0.01
 
-    def test_folding_comes_closer_to_the_whole_model(self, of_cnn):
-        critical, _ = of_cnn.slice(OURS, Level("MACs", 0.7))
+    def test_what_is_made_up_for_comes_closer_to_the_whole_model(self, of_cnn):
         inputs = torch.cat([x for x, _ in of_cnn.batches])
         with torch.no_grad():
-            wanted = of_cnn.subject.model(inputs)
-            errors = {
-                kind: float((accuracy.pruned(of_cnn, critical, kind)(inputs) - wanted).norm())
-                for kind in ("plain", "folded", "refit")
-            }
-        assert errors["refit"] < errors["plain"]
-        assert errors["folded"] < errors["plain"]
+            wanted = of_cnn.model(inputs)
+            for criterion in ("divergence", *COMPENSATED):
+                variant = OURS if criterion == "divergence" else Variant(criterion, "global")
+                errors = {
+                    kind: float((of_cnn.prune(variant, HALF, kind).model(inputs) - wanted).norm())
+                    for kind in ("plain", "folded", "refit", "own")
+                    if variant.has(kind)
+                }
+                assert errors.pop("plain") > max(errors.values())
 
     def test_a_vision_transformer_is_pruned_by_heads_too(self):
         torch.manual_seed(0)
-        model = models.vit_cifar().eval()
-        calibration = calibration_of(model, (3, 32, 32), 10)
-        critical, reached = calibration.slice(Variant("magnitude-l2", "local"), Level("MACs", 0.6))
-        assert reached <= 0.6
-        smaller = accuracy.pruned(calibration, critical, "plain")
-        (outputs,) = tensors_in(smaller(torch.randn(2, 3, 32, 32)))
+        calibration = calibration_of(models.vit_cifar(depth=2).eval(), (3, 32, 32), 10)
+        found = calibration.prune(Variant("magnitude-l2", "local"), Level("MACs", 0.4), "plain")
+        assert found.reached <= 0.4
+        assert found.model.blocks[0].attn.num_heads < 3
+        (outputs,) = tensors_in(found.model(torch.randn(2, 3, 32, 32)))
         assert outputs.shape == (2, 10)
+        hidden = calibration.prune(Variant("corp", "global"), Level("MACs", 0.8), "own").model
+        assert hidden.blocks[0].attn.num_heads == 3
+        assert hidden.embed_dim == 192
+        assert hidden.blocks[0].mlp.fc1.out_features < 768
 
 
 def rows_of(split):
@@ -322,7 +289,7 @@ def rows_of(split):
 
 class TestDrawn:
     def test_a_seed_draws_what_calibrates_and_the_test_data_stays(self, digits):
-        draws = [accuracy.drawn(DIGITS, digits, seed, False) for seed in (0, 0, 1)]
+        draws = [run.drawn(DIGITS, digits, seed, False) for seed in (0, 0, 1)]
         (first, check), (again, _), (other, same) = draws
         assert len(first) == DIGITS.calibrated
         assert torch.equal(first.pixels, again.pixels)
@@ -331,17 +298,17 @@ class TestDrawn:
         assert not rows_of(first) & rows_of(check)
 
     def test_mirror_images_calibrate_too(self, digits):
-        split, _ = accuracy.drawn(DIGITS, digits, 0, False)
-        batches = accuracy.seen(replace(DIGITS, mirrored=True), split)
+        split, _ = run.drawn(DIGITS, digits, 0, False)
+        batches = run.seen(replace(DIGITS, mirrored=True), split)
         inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         assert views_of(batches) == 2
         assert torch.equal(inputs[::2], split.inputs())
         assert torch.equal(inputs[1::2].flip(3), split.inputs())
         assert torch.equal(labels, split.labels.repeat_interleave(2))
-        assert views_of(accuracy.seen(DIGITS, split)) == 1
+        assert views_of(run.seen(DIGITS, split)) == 1
 
     def test_redrawn_check_data_is_as_large_and_apart(self, digits):
-        (first, check), (_, other) = (accuracy.drawn(DIGITS, digits, s, True) for s in (0, 1))
+        (first, check), (_, other) = (run.drawn(DIGITS, digits, s, True) for s in (0, 1))
         assert len(check) == len(digits.test)
         assert not torch.equal(check.pixels, other.pixels)
         assert not rows_of(first) & rows_of(check)
@@ -349,7 +316,7 @@ class TestDrawn:
     def test_more_than_there_are(self, digits):
         board = Board("b", DIGITS.setting, 5000)
         with pytest.raises(ArgumentError, match="5000 pictures are to calibrate, and 1397"):
-            accuracy.drawn(board, digits, 0, False)
+            run.drawn(board, digits, 0, False)
 
 
 def cell(seed, criterion, allocation, kind, value, level="MACs 0.5"):
@@ -367,7 +334,7 @@ class TestTables:
     )  # fmt: skip
 
     def test_rows_are_in_the_order_of_the_board(self):
-        rows = accuracy.table_rows(self.CELLS)
+        rows = board_tables.table_rows(self.CELLS)
         assert [(row["criterion"], row.get("kind")) for row in rows] == [
             ("whole model", None), ("bn-scale, local", "plain"), ("lamp, global", "plain"),
             ("lamp, global", "folded"), ("lamp, ours", "folded"),
@@ -381,35 +348,36 @@ class TestTables:
         mixed = ("parameters 0.07", "MACs 0.5", "parameters 0.3", "MACs 0.9")
         cells = [cell(0, "lamp", "global", "plain", 0.5, level) for level in mixed]
         expected = ["MACs 0.9", "MACs 0.5", "parameters 0.3", "parameters 0.07"]
-        assert accuracy.level_names(cells) == expected
+        assert board_tables.level_names(cells) == expected
 
     def test_a_budget_that_is_not_met_is_an_empty_cell(self, tmp_path):
-        calibration = calibration_of(cnn().float(), (3, 12, 12), 5)
+        torch.manual_seed(0)
         board = Board("b", DIGITS.setting, 96, batch=32)
-        record = accuracy.Record(board, {}, tmp_path / "accuracy-b.json", "cpu")
+        calibration = calibration_of(cnn().float(), (3, 12, 12), 5, board)
+        record = Record(
+            tmp_path / "accuracy-b.json", "b", Measured, run.place, board_tables.board_tables,
+            key="cells",
+        )  # fmt: skip
         inputs, labels = (torch.cat(part) for part in zip(*calibration.batches, strict=True))
         check = data.Split(inputs, labels, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
-        todo = [
-            (Variant("bn-scale", "global"), Level("parameters", share), ["plain"])
-            for share in (0.9, 0.1)
-        ]
-        accuracy.measure(record, calibration, check, 0, todo)
-        met, unmet = record.cells
+        variant = Variant("bn-scale", "global")
+        todo = [(variant, Level("parameters", share), "plain") for share in (0.9, 0.1)]
+        run.measure(record, calibration, check, todo)
+        met, unmet = record.entries
         assert met.accuracy is not None
         assert unmet.accuracy is None
         assert unmet.class_drop is unmet.agreement is None
         assert unmet.reached > 0.1
-        smaller = accuracy.pruned(calibration, calibration.slice(*todo[0][:2])[0], "plain")
+        whole, smaller = calibration.model, calibration.prune(*todo[0]).model
         lost = []
         for label in labels.unique():
             mine = inputs[labels == label]
             before, after = (
                 sum(int(model(x[None]).argmax()) == label for x in mine) / len(mine)
-                for model in (calibration.subject.model, smaller)
+                for model in (whole, smaller)
             )
             lost.append(before - after)
         assert met.class_drop == pytest.approx(max(lost))
-        whole = calibration.subject.model
         equal = [int(smaller(x[None]).argmax()) == int(whole(x[None]).argmax()) for x in inputs]
         assert met.agreement == sum(equal) / len(equal)
 
@@ -421,7 +389,7 @@ class TestTables:
                 (0, "folded-balanced", 0.6, 0.2), (1, "folded-balanced", 0.8, 0.1),
             )
         ]  # fmt: skip
-        (row,) = accuracy.class_drops([*cells, *self.CELLS])
+        (row,) = board_tables.class_drops([*cells, *self.CELLS])
         assert (row["level"], row["kind"]) == ("MACs 0.5", "folded")
         expected = {
             "accuracy": [50, 70], "balanced": [60, 80], "drop": [40, 60], "balanced_drop": [20, 10],
@@ -430,7 +398,7 @@ class TestTables:
             assert row[key]["values"] == pytest.approx(values)
 
     def test_lead_over_the_best_that_owes_nothing_to_ours(self):
-        rows = accuracy.summary(self.CELLS)
+        rows = board_tables.summary(self.CELLS)
         assert [row["kind"] for row in rows] == ["plain", "folded", "untuned"]
         assert [row["rival"] for row in rows] == [
             "lamp, global", "lamp, global", "lamp, global, folded",
@@ -449,10 +417,10 @@ class TestTables:
                 ("lamp", "global", [(0, 0.7, 1), (2, 0.2, 0.8)]),
             )
         )
-        for row in accuracy.summary([*theirs, *ours]):
+        for row in board_tables.summary([*theirs, *ours]):
             assert row["whole"]["values"] == pytest.approx([90, 80])
             assert row["lead"]["values"] == pytest.approx([30])
-        for row in accuracy.summary([theirs[0], *ours]):
+        for row in board_tables.summary([theirs[0], *ours]):
             assert row["lead"] is None
 
     def test_agreement_has_leads_of_its_own_where_it_is_known(self):
@@ -461,12 +429,12 @@ class TestTables:
             for one in self.CELLS
             if one.kind == "plain"
         ]
-        rows = accuracy.agreements([*known, *self.CELLS])
+        rows = board_tables.agreements([*known, *self.CELLS])
         assert [(row["kind"], row["rival"]) for row in rows] == [
             ("plain", "lamp, global"), ("untuned", "lamp, global, plain"),
         ]  # fmt: skip
         assert rows[0]["lead"]["values"] == pytest.approx([5, 0])
-        assert accuracy.agreements(self.CELLS[:10]) == []
+        assert board_tables.agreements(self.CELLS[:10]) == []
 
 
 WORDS = ("--epochs", "3", "--seeds", "1", "--kept", "0.8,0.5", "--calibrated", "200")
@@ -475,7 +443,7 @@ WORDS = ("--epochs", "3", "--seeds", "1", "--kept", "0.8,0.5", "--calibrated", "
 class TestScript:
     def run(self, tmp_path, *words):
         places = ["--output", str(tmp_path), "--cache", str(tmp_path / "cache")]
-        accuracy.main([*WORDS, *places, *words])
+        cli.main([*WORDS, *places, *words])
         return json.loads((tmp_path / "accuracy-mlp-digits.json").read_text("utf-8"))
 
     def test_a_board_and_going_on_from_it(self, tmp_path, capsys, monkeypatch):
@@ -498,13 +466,13 @@ class TestScript:
         assert all(0.1 < c["accuracy"] <= 1 for c in content["cells"])
         assert str(tmp_path) not in json.dumps(content)
 
-        real, calls = accuracy.pruned, []
+        real, calls = Calibration.prune, []
 
-        def counted(calibration, critical, kind):
+        def counted(calibration, variant, level, kind):
             calls.append(kind)
-            return real(calibration, critical, kind)
+            return real(calibration, variant, level, kind)
 
-        monkeypatch.setattr(accuracy, "pruned", counted)
+        monkeypatch.setattr(Calibration, "prune", counted)
         more = self.run(tmp_path, "--criteria", "magnitude-l2,lamp,divergence",
                         "--allocations", "global", "--kinds", "plain,folded")  # fmt: skip
         assert calls == ["plain", "folded"] * 2
@@ -514,16 +482,16 @@ class TestScript:
     def test_a_stopped_run_goes_on_and_comes_to_the_same(self, tmp_path, monkeypatch):
         words = ("--criteria", "taylor,random", "--allocations", "local", "--kinds", "plain,folded")
         whole = self.run(tmp_path / "whole", *words)
-        real, calls = accuracy.pruned, []
+        real, calls = Calibration.prune, []
 
-        def stopping(calibration, critical, kind):
+        def stopping(calibration, variant, level, kind):
             calls.append(kind)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return real(calibration, critical, kind)
+            return real(calibration, variant, level, kind)
 
         with monkeypatch.context() as patched:
-            patched.setattr(accuracy, "pruned", stopping)
+            patched.setattr(Calibration, "prune", stopping)
             with pytest.raises(KeyboardInterrupt):
                 self.run(tmp_path / "parts", *words)
         assert self.run(tmp_path / "parts", *words)["cells"] == whole["cells"]
@@ -571,7 +539,7 @@ class TestScript:
     )
     def test_options_are_checked_before_the_work(self, words, message, tmp_path):
         with pytest.raises(ArgumentError, match=message):
-            accuracy.main([*words, "--output", str(tmp_path), "--cache", str(tmp_path)])
+            cli.main([*words, "--output", str(tmp_path), "--cache", str(tmp_path)])
         assert not list(tmp_path.iterdir())
 
     def test_the_boards_that_are_asked_for(self):

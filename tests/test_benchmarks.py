@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import rq2
+from benchmarks.common import data, provenance, results, settings, tables, training
+from benchmarks.paper import slicing as targets
+from benchmarks.reports import rq2 as rq2_report
+from benchmarks.reports import stopping
 from nss_prune.errors import ArgumentError, DataError, FileFormatError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NAMES = (
-    "storage",
-    "data",
-    "models",
-    "targets",
-    "training",
-    "settings",
-    "results",
-    "stopping",
-    "rq2",
-)
 REAL_DATA = os.environ.get("NSS_PRUNE_DATA", "")
-
-for package in ("torchvision", "sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(package, reason="the benchmarks need the extra [bench]")
-
-
-def import_benchmarks() -> list[ModuleType]:
-    """The scripts, which import each other by plain names that the tests use too (`models`)."""
-    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return [importlib.import_module(name) for name in NAMES]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-_, data, _, targets, training, settings, results, stopping, rq2 = import_benchmarks()
 
 
 def parameters(model: nn.Module) -> int:
@@ -282,10 +255,10 @@ class TestTraining:
 
 
 class TestResults:
-    COLUMNS = (results.Column("method", "Method"), results.Column("CR", "CR %"),
-               results.Column("paper", "paper", 1), results.Column("none", "None"))  # fmt: skip
-    ROWS = ({"method": "LAMP", "CR": results.spread([1.0, 2.0, 3.0]), "paper": 2.5, "none": None},
-            {"method": "LAMP + more", "CR": results.spread([4.0]), "paper": None})  # fmt: skip
+    COLUMNS = (tables.Column("method", "Method"), tables.Column("CR", "CR %"),
+               tables.Column("paper", "paper", 1), tables.Column("none", "None"))  # fmt: skip
+    ROWS = ({"method": "LAMP", "CR": tables.spread([1.0, 2.0, 3.0]), "paper": 2.5, "none": None},
+            {"method": "LAMP + more", "CR": tables.spread([4.0]), "paper": None})  # fmt: skip
 
     def write(self, path):
         results.write(path, "A title", self.COLUMNS, self.ROWS, seeds=[0, 1, 2], extra={"a": 1})
@@ -312,13 +285,13 @@ class TestResults:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_tables(self):
-        assert results.text_table(self.COLUMNS, self.ROWS).splitlines() == [
+        assert tables.text_table(self.COLUMNS, self.ROWS).splitlines() == [
             "Method              CR %  paper",
             "-------------------------------",
             "LAMP         2.00 ± 1.00    2.5",
             "LAMP + more         4.00      -",
         ]
-        assert results.markdown_table(self.COLUMNS, self.ROWS).splitlines() == [
+        assert tables.markdown_table(self.COLUMNS, self.ROWS).splitlines() == [
             "| Method | CR % | paper |",
             "| --- | ---: | ---: |",
             "| LAMP | 2.00 ± 1.00 | 2.5 |",
@@ -333,7 +306,9 @@ class TestResults:
 
     def test_folders_of_this_machine_stay_out(self):
         words = ["/home/me/rq2.py", "--data", "/home/me/data", "--cache=/home/me/c", "--seeds", "3"]
-        assert results.command(words) == "python benchmarks/rq2.py --data DIR --cache=DIR --seeds 3"
+        assert (
+            provenance.command(words) == "python benchmarks/rq2.py --data DIR --cache=DIR --seeds 3"
+        )
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}'])
     def test_what_is_no_result_file(self, text, tmp_path):
@@ -380,12 +355,12 @@ class TestRule:
         assert gain == pytest.approx(expected)
 
     def test_summary_gives_every_rule_and_the_paper(self):
-        rows = rq2.summary([self.pair()], 0.005)
+        rows = rq2_report.summary([self.pair()], 0.005)
         assert [row["compression"] for row in rows] == pytest.approx([4.5, 4.5, 4.5, 3.0])
         assert [row["fewer_iterations"] for row in rows] == pytest.approx([50, 50, 50, 13.46])
 
     def test_rows_stand_beside_the_papers(self):
-        rows = rq2.table_rows("mlp-mnist", [self.pair()], stopping.Rule("match", 0.005))
+        rows = rq2_report.table_rows("mlp-mnist", [self.pair()], stopping.Rule("match", 0.005))
         names = ["dense", "NeuSemSlice", "LAMP", "NeuSemSlice + LAMP"]
         assert [row["method"] for row in rows] == names
         assert [row["paper_NI"] for row in rows] == [None, None, 7, 5]

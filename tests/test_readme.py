@@ -10,15 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-import accuracy
-import coverage
-import pilot
-import readme
-import rq1
-import rq2
-import rq3
-import rq4
-import speed
+from benchmarks import accuracy, coverage, pilot, readme, rq1, rq2, rq3, rq4, speed
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import results
-import rq3
-import targets_adaptation as targets
-from data import Data, load
+from benchmarks import rq3
+from benchmarks.common import results, tables
+from benchmarks.common.data import Data, load
+from benchmarks.common.settings import SETTINGS
+from benchmarks.common.training import initialised, trained
+from benchmarks.learners import readapted
+from benchmarks.learners.readapted import Course, Subject
+from benchmarks.paper import adaptation as targets
+from benchmarks.reports.rq3 import Outcome
 from nss_prune import Profile, profile
 from nss_prune.adaptation import FGSM, PGD
 from nss_prune.errors import ArgumentError
-from rq3 import Course, Outcome, Subject
-from settings import SETTINGS
-from training import initialised, trained
 
 FULL = Outcome("mlp-mnist", 0, "fgsm", "full", 1.0, 0.98, 0.20, 0.95, seconds=4.0)
 SLICED = Outcome("mlp-mnist", 0, "fgsm", "neusemslice", 0.6, 0.99, 0.25, 0.96, seconds=3.0)
@@ -54,20 +56,20 @@ def test_table_5_is_whole_and_has_the_means_of_the_papers_text() -> None:
 
 def test_theta_is_the_largest_that_keeps_the_share(subject: Subject) -> None:
     known: Profile = profile(subject.model, subject.batches)
-    shares = {t: 1 - known.slice(t).compression_rate(subject.model) for t in rq3.THETAS}
+    shares = {t: 1 - known.slice(t).compression_rate(subject.model) for t in readapted.THETAS}
     for share in (0.3, 0.6, 0.9):
-        theta, critical = rq3.largest_slice(known, subject.model, share)
+        theta, critical = readapted.largest_slice(known, subject.model, share)
         assert 1 - critical.compression_rate(subject.model) == shares[theta] <= share
-        assert all(shares[larger] > share for larger in rq3.THETAS if larger > theta)
-    assert rq3.largest_slice(known, subject.model, 1e-9)[0] == min(rq3.THETAS)
+        assert all(shares[larger] > share for larger in readapted.THETAS if larger > theta)
+    assert readapted.largest_slice(known, subject.model, 1e-9)[0] == min(readapted.THETAS)
 
 
 def test_samples_are_gathered_evenly_and_the_same_every_time(digits: Data) -> None:
-    few = rq3.gathered(digits.train, 50)
+    few = readapted.gathered(digits.train, 50)
     assert few.labels.bincount().tolist() == [5] * 10
-    assert torch.equal(few.pixels, rq3.gathered(digits.train, 50).pixels)
-    assert len(rq3.gathered(digits.check)) == len(digits.check) < rq3.SAMPLES
-    batches = rq3.new_samples(digits, SETTINGS["mlp-digits"].recipe)
+    assert torch.equal(few.pixels, readapted.gathered(digits.train, 50).pixels)
+    assert len(readapted.gathered(digits.check)) == len(digits.check) < readapted.SAMPLES
+    batches = readapted.new_samples(digits, SETTINGS["mlp-digits"].recipe)
     assert len(batches[0][1]) == SETTINGS["mlp-digits"].recipe.batch // 2
 
 
@@ -79,7 +81,7 @@ def test_attacks_have_the_usual_strength(
     name: str, epsilon: float, step_size: float, steps: int, digits: Data
 ) -> None:
     data = replace(digits, name=name)
-    fgsm, pgd = (rq3.attack_of(attack, data) for attack in rq3.ATTACKS)
+    fgsm, pgd = (readapted.attack_of(attack, data) for attack in rq3.ATTACKS)
     assert isinstance(fgsm, FGSM)
     assert fgsm.epsilon == epsilon
     assert isinstance(pgd, PGD)
@@ -90,8 +92,8 @@ def test_attacks_have_the_usual_strength(
 def test_adversaries_stay_within_epsilon_and_the_range_of_a_pixel(
     name: str, subject: Subject
 ) -> None:
-    (inputs, labels), *_ = rq3.new_samples(subject.data, subject.course.recipe)
-    moved = rq3.attack_of(name, subject.data)(subject.model, inputs, labels)
+    (inputs, labels), *_ = readapted.new_samples(subject.data, subject.course.recipe)
+    moved = readapted.attack_of(name, subject.data)(subject.model, inputs, labels)
     split = subject.data.train
     before, after = ((x * split.std + split.mean) / 16 for x in (inputs, moved))
     assert (after - before).abs().max() == pytest.approx(0.3, abs=1e-5)
@@ -172,8 +174,8 @@ def test_rows_hold_the_papers_cells_beside_ours() -> None:
     rows = rq3.table_rows(rq3.timed([FULL, SLICED]))
     assert [row["method"] for row in rows] == ["FGSM: full training", "FGSM: NeuSemSlice"]
     found = rows[1]
-    assert found["TPR"] == results.spread([60.0])
-    assert found["time"] == results.spread([75.0])
+    assert found["TPR"] == tables.spread([60.0])
+    assert found["time"] == tables.spread([75.0])
     assert [found[f"paper_{key}"] for key in ("TPR", "RA", "RAA")] == [26.74, 100.0, 18.1]
 
 

@@ -10,18 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-import data
-import models
-import results
-import rq4
-import targets_adaptation as targets
-from hat import HardAttention
+from benchmarks import rq4
+from benchmarks.common import data, models, results
+from benchmarks.common.settings import SETTINGS
+from benchmarks.common.training import Recipe, accuracy, train
+from benchmarks.learners import course, plain, rivals, semantic
+from benchmarks.learners.course import Course
+from benchmarks.learners.rivals import PackedWeights
+from benchmarks.paper import adaptation as targets
+from benchmarks.reports import rq4 as report
+from benchmarks.reports.rq4 import Outcome
+from benchmarks.rivals.hat import HardAttention
+from benchmarks.rivals.packnet import PackNet
 from nss_prune import profile
 from nss_prune.errors import ArgumentError, NothingToPruneError
-from packnet import PackNet
-from rq4 import Course, Outcome
-from settings import SETTINGS
-from training import Recipe, accuracy, train
 
 RECIPE = Recipe(epochs=20, learning_rate=0.02, batch=64)
 COURSE = Course(RECIPE, seed=0)
@@ -63,7 +65,7 @@ class TestTable:
     )
 
     def test_rows_are_in_percent_and_stand_beside_the_papers(self):
-        first, second = rq4.table_rows("mlp-mnist", self.OUTCOMES)
+        first, second = report.table_rows("mlp-mnist", self.OUTCOMES)
         assert [row["method"] for row in (first, second)] == ["Retrain", "PackNet"]
         assert first["task_A"]["values"] == pytest.approx([30, 50])
         assert first["task_B"]["mean"] == pytest.approx(70)
@@ -77,7 +79,7 @@ class TestTable:
     def test_forgetting_leaves_out_the_last_of_several_tasks(self):
         outcome = Outcome("retrain", 0, (1.0, 0.8, 0.6), (0.7, 0.7, 0.6), 0.0, 0, 0.0)
         assert outcome.forgetting == pytest.approx((0.3 + 0.1) / 2)
-        assert rq4.table_rows("mlp-mnist", [outcome])[0].keys() >= {"task_A", "task_B", "task_C"}
+        assert report.table_rows("mlp-mnist", [outcome])[0].keys() >= {"task_A", "task_B", "task_C"}
 
     def test_summary_says_what_is_held(self):
         outcomes = (
@@ -87,7 +89,7 @@ class TestTable:
             Outcome("neusemslice-lamp", 1, (0.9, 0.8), (0.9, 0.9), 0.5, 0, 1.0),
             Outcome("replay-100", 0, (0.9, 0.8), (0.9, 0.9), 0.5, 0, 1.0),
         )
-        claims = {row["claim"]: row for row in rq4.summary("mlp-mnist", outcomes)}
+        claims = {row["claim"]: row for row in report.summary("mlp-mnist", outcomes)}
         held = {text: row["held"] for text, row in claims.items()}
         assert held == {
             "NeuSemSlice: points that task A loses, at most": "no",
@@ -102,11 +104,11 @@ class TestTable:
         packnet = claims["NeuSemSlice + LAMP: average %, at least that of PackNet"]
         assert packnet["found"]["values"] == pytest.approx([65])  # of the model that both have
         assert packnet["ahead"]["mean"] == pytest.approx(-5)
-        assert {column.key for column in rq4.SUMMARY_COLUMNS} == packnet.keys()
+        assert {column.key for column in report.SUMMARY_COLUMNS} == packnet.keys()
 
     def test_every_key_of_a_row_has_a_column(self):
-        keys = {column.key for column in rq4.columns(2)}
-        assert rq4.table_rows("mlp-mnist", self.OUTCOMES)[0].keys() == keys
+        keys = {column.key for column in report.columns(2)}
+        assert report.table_rows("mlp-mnist", self.OUTCOMES)[0].keys() == keys
 
     def test_the_papers_means_are_those_of_its_text(self):
         for method, lost in targets.TASK_A_LOST.items():
@@ -145,7 +147,7 @@ class TestTasks:
 
     def test_a_drawn_share_is_the_same_every_time_and_of_its_size(self, tasks):
         split = tasks[0].data.train
-        parts = [rq4.drawn(split, 0.1, seed) for seed in (0, 0, 1)]
+        parts = [course.drawn(split, 0.1, seed) for seed in (0, 0, 1)]
         assert all(len(part) == round(len(split) / 10) for part in parts)
         assert torch.equal(parts[0].pixels, parts[1].pixels)
         assert not torch.equal(parts[0].pixels, parts[2].pixels)
@@ -172,7 +174,7 @@ class TestLearners:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         nn.init.zeros_(model[1].weight)
         model[1].bias.data = answers
-        learner = rq4.Learner(model, tasks[0], COURSE)
+        learner = plain.Learner(model, tasks[0], COURSE)
         for position, (task, label) in enumerate(zip(tasks, (2, 7), strict=True)):
             share = (task.data.test.labels == label).double().mean().item()
             assert rq4.accuracy_given(learner, position, task) == pytest.approx(share)
@@ -180,7 +182,7 @@ class TestLearners:
         assert rq4.accuracy_unknown(learner, tasks) == pytest.approx(share / 2)
 
     def test_of_tasks_apart_the_least_uncertain_answers(self, tasks):
-        class Sure(rq4.Learner):
+        class Sure(plain.Learner):
             apart = True
 
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -242,7 +244,8 @@ class TestLearners:
         self, method, tasks, model, monkeypatch
     ):
         trained_for = []
-        monkeypatch.setattr(rq4, "study", lambda *given: trained_for.append(given[4].epochs))
+        for module in (semantic, rivals):
+            monkeypatch.setattr(module, "study", lambda *given: trained_for.append(given[4].epochs))
         for name in (method, f"{method}-long"):
             rq4.METHODS[name][1](model, tasks[0], COURSE, 2)
         assert trained_for == [COURSE.recipe.epochs // 2, COURSE.recipe.epochs]
@@ -257,7 +260,7 @@ class TestLearners:
     def test_without_redundant_layers_deeparc_has_no_row(
         self, tasks, trained_on_a, capsys, monkeypatch
     ):
-        monkeypatch.setattr(rq4, "SIMILAR", 1.0)
+        monkeypatch.setattr(plain, "SIMILAR", 1.0)
         assert rq4.run_method("deeparc", trained_on_a, tasks, COURSE) is None
         assert "deeparc: no layer is redundant" in capsys.readouterr().out
 
@@ -269,7 +272,7 @@ class TestLearners:
         ).eval()  # fmt: skip
         with torch.no_grad():  # the second layer repeats the first
             model[4].weight.copy_(torch.eye(24))
-        learner = rq4.RedundantLayers(model, tasks[0], COURSE)
+        learner = plain.RedundantLayers(model, tasks[0], COURSE)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         learner.learn(tasks[1])
         changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
@@ -332,7 +335,7 @@ class TestPackNet:
 
     def test_a_task_keeps_its_bits_through_training_with_norms(self, tasks):
         model = normed()
-        learner = rq4.PackedWeights(model, tasks[0], COURSE, 2)
+        learner = PackedWeights(model, tasks[0], COURSE, 2)
         inputs = tasks[0].data.test.inputs()
         with torch.no_grad(), learner.inference(0):
             before = model(inputs)[:, :5]
@@ -464,7 +467,7 @@ class TestScript:
         assert results.read(path)["outcomes"] == [kept, new]
 
     def test_nothing_to_report(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(rq4, "SIMILAR", 1.0)
+        monkeypatch.setattr(plain, "SIMILAR", 1.0)
         with pytest.raises(NothingToPruneError, match="no method"):
             self.run(tmp_path, "--epochs", "1", "--methods", "deeparc")
 
@@ -473,6 +476,6 @@ def test_accuracy_agrees_with_the_other_benchmarks_on_a_task_that_owns_all_outpu
     whole = data.load("digits", cache=tmp_path)
     torch.manual_seed(0)
     model = models.mlp(64, 16, 10).eval()
-    everything = rq4.Subtask(tuple(range(10)), whole)
-    learner = rq4.Learner(model, everything, COURSE)
+    everything = course.Subtask(tuple(range(10)), whole)
+    learner = plain.Learner(model, everything, COURSE)
     assert rq4.accuracy_given(learner, 0, everything) == accuracy(model, whole.test)

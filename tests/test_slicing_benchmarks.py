@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import models
-import pilot
-import results
-import rq1
-import speed
-import speed_freezing
-import targets
+from benchmarks import pilot, rq1, speed
+from benchmarks.common import models, results
+from benchmarks.paper import slicing as targets
+from benchmarks.reports import rq1 as rq1_report
+from benchmarks.reports.rq1 import Point
+from benchmarks.timings import freezing as speed_freezing
 from nss_prune.errors import ArgumentError, NSSPruneError
 from nss_prune.profiling.contributions.protocol import metrics_known
-from rq1 import Point
 
 
 def points(strategy: str, *pairs: tuple[float, float]) -> list[Point]:
@@ -31,24 +29,24 @@ BY_HAND = [
 
 
 def test_means_are_areas_over_the_rates_that_all_reach() -> None:
-    found = rq1.means(BY_HAND)
+    found = rq1_report.means(BY_HAND)
     assert found["semantic"] == pytest.approx(0.9)
     assert found["category"] == pytest.approx((0.5 * 0.9 + 0.3 * 0.6) / 0.8, abs=1e-3)
     assert found["global"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_accuracy_between_measured_rates() -> None:
-    assert rq1.at_rate(BY_HAND, "category", 0.65) == pytest.approx(0.6)
-    assert rq1.at_rate(BY_HAND, "global", 0.4) == pytest.approx(0.5)
-    assert rq1.at_rate(BY_HAND, "global", 0.81) is None
+    assert rq1_report.at_rate(BY_HAND, "category", 0.65) == pytest.approx(0.6)
+    assert rq1_report.at_rate(BY_HAND, "global", 0.4) == pytest.approx(0.5)
+    assert rq1_report.at_rate(BY_HAND, "global", 0.81) is None
 
 
 def test_rows_of_rq1() -> None:
-    rows = rq1.table_rows(BY_HAND, ["taylor"])
+    rows = rq1_report.table_rows(BY_HAND, ["taylor"])
     assert [row["strategy"] for row in rows] == ["semantic", "category", "global"]
     assert rows[0]["lead"]["mean"] == pytest.approx(100 * (0.9 - 0.7875), abs=0.2)
     assert rows[2]["loss_50"]["mean"] == pytest.approx(50)
-    paper = rq1.paper_rows("alexnet-cifar10", BY_HAND)
+    paper = rq1_report.paper_rows("alexnet-cifar10", BY_HAND)
     assert [row["paper_loss"] for row in paper] == [0.38, 3.0]
     assert paper[0]["loss"]["mean"] == pytest.approx(0)
 
@@ -121,20 +119,22 @@ def test_deeparcs_star_is_the_model_without_its_redundant_layers(tmp_path: Path,
     rq1.main([*words, "--output", str(tmp_path), "--cache", str(tmp_path)])
     content = results.read(tmp_path / "rq1-mlp-digits.json")
     (row,) = content["layers"]
-    (star,) = [Point(**point) for point in content["points"] if point["strategy"] == rq1.LAYERS]
+    (star,) = [
+        Point(**point) for point in content["points"] if point["strategy"] == rq1_report.LAYERS
+    ]
     # The second hidden layer gives way to a linear map of the same size.
     assert "DeepArc: without 3\n" in capsys.readouterr().out
     assert star.compression_rate == 0
     assert row["CR"]["mean"] == pytest.approx(100 * star.compression_rate)
     assert row["loss"]["mean"] == pytest.approx(100 * (star.dense - star.accuracy))
-    assert [row["strategy"] for row in content["rows"]] == list(rq1.STRATEGIES)
+    assert [row["strategy"] for row in content["rows"]] == list(rq1_report.STRATEGIES)
 
 
 @pytest.mark.parametrize("script", [rq1, pilot])
 def test_scripts_end_to_end(script, tmp_path: Path, capsys) -> None:
     words = ["--epochs", "3", "--seeds", "1", "--output", str(tmp_path), "--cache", str(tmp_path)]
     script.main(words)
-    name = script.__name__
+    name = script.__name__.rpartition(".")[2]
     content = results.read(tmp_path / f"{name}-mlp-digits.json")
     assert content["rows"]
     printed = capsys.readouterr().out

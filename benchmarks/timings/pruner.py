@@ -11,10 +11,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from benchmarks.common.tables import Column
+from benchmarks.common.timing import COLUMNS, Rows, in_turn, ratio_row, seconds, show
+from benchmarks.rivals.recipe import attention_heads
 from nss_prune import NSSPruner, Profile, profile
-from recipe import attention_heads
-from results import Column
-from timing import COLUMNS, Rows, in_turn, ratio_row, seconds, show
 
 LATENCY_COLUMNS = (*COLUMNS, Column("macs", "MACs kept %", 1))
 PLANNED = ("resnet50", "vit_base_patch16_224", "convnext_tiny")

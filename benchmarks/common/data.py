@@ -29,8 +29,8 @@ import torchvision
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from benchmarks.common.storage import DEFAULT_CACHE, load_tensors, save_tensors
 from nss_prune.errors import DataError
-from storage import DEFAULT_CACHE, load_tensors, save_tensors
 
 Pictures = tuple[Tensor, Tensor]  # uint8 [samples, channels, height, width], labels [samples]
 

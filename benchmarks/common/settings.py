@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-import models
+from benchmarks.common import models
+from benchmarks.common.data import Data
+from benchmarks.common.training import Recipe
 from nss_prune.errors import ArgumentError
-from training import Recipe
 
 
 @dataclass(frozen=True)
@@ -134,3 +135,8 @@ def chosen(names: str) -> list[Setting]:
         if name not in SETTINGS:
             raise ArgumentError(f"There is no setting {name!r}; there are: {', '.join(SETTINGS)}.")
     return [SETTINGS[name] for name in wanted]
+
+
+def profiled_batches(setting: Setting, data: Data) -> list[tuple[Tensor, Tensor]]:
+    """The labelled batches that a setting's models are profiled with."""
+    return list(data.train.per_category(setting.profiled).batches(500))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
-from data import Data, Split
-from storage import load_tensors, save_tensors
+from benchmarks.common.data import Data, Split
+from benchmarks.common.storage import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import results
-from results import Cell, Column
+from benchmarks.common import tables
+from benchmarks.common.tables import Cell, Column
 
 COLUMNS = (
     Column("what", "what"),
@@ -20,6 +20,7 @@ COLUMNS = (
     Column("ratio", "ratio, median (min .. max)"),
     Column("target", "target"),
 )
+ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, Cell]]
 
 
@@ -76,14 +77,28 @@ def resident_peak() -> float:
     return float(line.split()[1]) / 1024
 
 
-def printed_by(script: str, *words: str) -> list[float]:
-    """The numbers that a script prints in a process of its own."""
+def with_peak(function: Callable[[], object]) -> tuple[float, float | None]:
+    """How long one call takes, and the memory that it takes at most beyond what was held, MB.
+
+    The memory is None where the system does not let a process forget its earlier peak.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return seconds(function), None
+    before = resident_peak()
+    return seconds(function), resident_peak() - before
+
+
+def printed_by(module: str, *words: str) -> list[float]:
+    """The numbers that a module of the benchmarks prints in a process of its own."""
     done = subprocess.run(
-        [sys.executable, script, *words], check=True, capture_output=True, text=True
-    )
+        [sys.executable, "-m", module, *words],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
     return [float(word) for word in done.stdout.split()]
 
 
 def show(row: dict[str, Cell]) -> None:
     """Print a row as soon as it is known."""
-    print("  ".join(results.show(cell, 3) for cell in row.values() if cell != ""), flush=True)
+    print("  ".join(tables.show(cell, 3) for cell in row.values() if cell != ""), flush=True)

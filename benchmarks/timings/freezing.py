@@ -13,10 +13,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import models
+from benchmarks.common import models
+from benchmarks.common.timing import Rows, in_turn, ratio_row, show
 from nss_prune import Slice, profile
 from nss_prune.adaptation import Freezing, train_critical, train_others
-from timing import Rows, in_turn, ratio_row, show
 
 STEPS = 5  # that are timed together
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
-import results
-from nss_prune.errors import ArgumentError
+from benchmarks.common import results
+from benchmarks.common.settings import SETTINGS
+from benchmarks.common.storage import DEFAULT_CACHE
+from nss_prune.errors import ArgumentError, NSSPruneError
 from nss_prune.profiling.contributions.protocol import metrics_known
-from settings import SETTINGS
-from storage import DEFAULT_CACHE
 
 
 def common(description: str | None, *, seeds: int) -> argparse.ArgumentParser:
@@ -59,6 +60,12 @@ def named(names: str, known: Collection[str], kind: str) -> list[str]:
     return wanted
 
 
+def in_order(names: str, known: Collection[str], kind: str) -> list[str]:
+    """What a comma-separated list names ("all": everything known), in the order known."""
+    wanted = named(names, known, kind)
+    return [name for name in known if name in wanted]
+
+
 def checked_seeds(count: int) -> Sequence[int]:
     """The seeds 0 .. count - 1."""
     if count < 1:
@@ -74,3 +81,11 @@ def usable_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ArgumentError(f"--device {name} cannot be used here: {reason}") from error
     return name
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main function; an error of the package ends it with one line."""
+    try:
+        main()
+    except NSSPruneError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from benchmarks.common.tables import Cell, Column
+from benchmarks.common.timing import (
+    COLUMNS,
+    Rows,
+    printed_by,
+    ratio_row,
+    resident_peak,
+    seconds,
+    show,
+)
 from nss_prune.errors import NSSPruneError
 from nss_prune.unstructured import sparsify
-from results import Cell, Column
-from timing import COLUMNS, Rows, printed_by, ratio_row, resident_peak, seconds, show
 
 MEMORY = (Column("ours_memory", "ours, MB", 0), Column("other_memory", "other, MB", 0))
 COLUMNS_WITH_MEMORY = (*COLUMNS, *MEMORY)
@@ -110,7 +118,7 @@ def check_same_masks() -> None:
 
 
 def peak_in_process(name: str, weights: int) -> Cell:
-    return printed_by(__file__, name, str(weights))[0]
+    return printed_by("benchmarks.timings.unstructured", name, str(weights))[0]
 
 
 def print_peak(name: str, weights: int) -> None:

@@ -1,0 +1,1 @@
+"""The accuracy board, run by accuracy.py."""

@@ -1,0 +1,1 @@
+"""What the benchmarks share: command line, data, models, training, result files, tables."""
