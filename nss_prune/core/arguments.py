@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nss_prune.errors import ArgumentError
+
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -36,38 +38,44 @@ def on_input(
 ) -> RemovableHandle:
     """Call ``function`` with a module and its input before each of its calls.
 
-    The input is the first tensor, given by position or by keyword. A tensor that the function
-    returns takes its place.
+    A tensor that the function returns takes the place of the input.
     """
 
     def hook(
         called: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        for position, value in enumerate(arguments):
-            if isinstance(value, Tensor):
-                other = function(called, value)
-                changed = (*arguments[:position], other, *arguments[position + 1 :])
-                return None if other is None else (changed, keywords)
-        name = _input_keyword(keywords)
-        other = None if name is None else function(called, keywords[name])
-        return None if other is None else (arguments, {**keywords, str(name): other})
+        other = function(called, input_of(arguments, keywords))
+        return None if other is None else with_input(arguments, keywords, other)
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def input_of(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
-    """The first tensor that a module is given, by position or by keyword."""
-    for value in arguments:
-        if isinstance(value, Tensor):
-            return value
-    name = _input_keyword(keywords)
-    if name is None:
-        raise TypeError("the module is called without a tensor")
-    found: Tensor = keywords[name]
+    """The input of a call: its first tensor, by position or else by keyword.
+
+    Raises:
+        ArgumentError: There is none.
+    """
+    place = _place_of_input(arguments, keywords)
+    found: Tensor = arguments[place] if isinstance(place, int) else keywords[place]
     return found
 
 
-def _input_keyword(keywords: Mapping[str, Any]) -> str | None:
-    tensors = [name for name, value in keywords.items() if isinstance(value, Tensor)]
-    preferred = [name for name in ("input", "x", "hidden_states") if name in tensors]
-    return next(iter([*preferred, *tensors]), None)
+def with_input(
+    arguments: tuple[Any, ...], keywords: Mapping[str, Any], other: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with another tensor in the place of its input."""
+    place = _place_of_input(arguments, keywords)
+    if isinstance(place, str):
+        return arguments, {**keywords, place: other}
+    return (*arguments[:place], other, *arguments[place + 1 :]), dict(keywords)
+
+
+def _place_of_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> int | str:
+    for position, value in enumerate(arguments):
+        if isinstance(value, Tensor):
+            return position
+    names = [name for name, value in keywords.items() if isinstance(value, Tensor)]
+    if not names:
+        raise ArgumentError("a layer is called without a tensor; name it in ignored_layers")
+    return "input" if "input" in names else names[0]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
-from nss_prune.graph.axes import check_fits
+from nss_prune.graph.axes import NORMS_OVER_CHANNELS, check_fits
 from nss_prune.graph.costs import parameters_left
 from nss_prune.graph.encoding import decode_groups, encode_groups
-from nss_prune.graph.masking import norm_hook, zeroing_hook
+from nss_prune.graph.masking import normalize_without, zero_inputs
 from nss_prune.graph.neurons import Member, NeuronGroup
 
 KIND = "nss_prune slice"
@@ -90,14 +90,12 @@ class Slice:
         with contextlib.ExitStack() as stack:
             for (name, side), (member, channels) in self.removed_channels().items():
                 if member.axis is not None:
-                    continue
+                    name = name.rpartition(".")[0]  # what a parameter belongs to
                 module = submodule(model, name)
-                if side == "in":
-                    hook = zeroing_hook(module, channels)
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
-                elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-                    hook = norm_hook(module, channels)
-                    stack.callback(module.register_forward_hook(hook).remove)
+                if isinstance(module, NORMS_OVER_CHANNELS) and side != "in":
+                    stack.callback(normalize_without(module, channels).remove)
+                elif side == "in" and member.axis is None:
+                    stack.callback(zero_inputs(module, channels).remove)
             yield model
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -55,8 +55,9 @@ def remove(
         ModelMismatchError: The slice is of another model.
     """
     steps = plan_removal(critical, model)
-    StructureCheck(model, example_inputs, forward).check(critical, customized_pruners, adapters)
-    changes = planned_changes(model, critical, adapters)
+    structure = StructureCheck(model, example_inputs, forward)
+    widths = structure.check(critical, customized_pruners, adapters)
+    changes = planned_changes(model, critical, adapters, widths=widths)
     with layers_used(model) as used:
         inputs = _runnable(model, example_inputs, forward)
     resting = {layer for layer in model.modules() if has_parameters(layer)} - used

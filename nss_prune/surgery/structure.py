@@ -38,6 +38,7 @@ from nss_prune.surgery.metadata import apply_changes, planned_changes
 from nss_prune.surgery.pictures import smaller
 from nss_prune.surgery.plan import plan_removal
 from nss_prune.surgery.random_copy import as_dtype, random_copy, random_inputs
+from nss_prune.surgery.widths import width_changes
 
 MOST_IN_DOUBLE = 2**28  # parameters, which take 2 GiB in float64
 
@@ -88,42 +89,70 @@ class StructureCheck:
         critical: Slice,
         customized_pruners: Pruners | None = None,
         adapters: Sequence[Adapter] = ADAPTERS,
-    ) -> None:
+    ) -> bool:
         """Raise RemovalError unless the smaller copy gives what the masked copy gives.
+
+        Returns:
+            Whether attributes that say how wide a module is follow: they do where that changes
+            nothing that the model computes.
 
         Raises:
             RemovalError: It does not, or one of them does not run.
             ModelMismatchError: The slice is of another model.
         """
-        steps = plan_removal(critical, self._model)
-        if not steps:
-            return
+        plan_removal(critical, self._model)  # refuses a slice before anything is tried
         names = [
             name
             for (name, side), (member, _) in critical.removed_channels().items()
             if side == "in" and member.axis is None
         ]
-        kept = _kept_outputs(critical)
-        masked = self._masked(critical, names, kept)
+        if not names:
+            return True
+        masked = self._masked(critical, names, _kept_outputs(critical))
+        try:
+            _compare(masked, self._removed(critical, names, customized_pruners, adapters, True))
+        except RemovalError as error:
+            if not self._widths_differ(critical):
+                raise
+            try:
+                others = self._removed(critical, names, customized_pruners, adapters, False)
+                _compare(masked, others)
+            except RemovalError:
+                raise error from error.__cause__
+            return False
+        return True
+
+    def _widths_differ(self, critical: Slice) -> bool:
+        return next(width_changes(self._model, critical), None) is not None
+
+    def _removed(
+        self,
+        critical: Slice,
+        names: Sequence[str],
+        customized_pruners: Pruners | None,
+        adapters: Sequence[Adapter],
+        widths: bool,
+    ) -> _Outputs:
+        """What a smaller copy gives."""
         assert self._subject is not None
         subject, inputs = self._subject
-        smaller_model = _working_copy(subject)
-        customized = _of_copy(customized_pruners or {}, self._model, smaller_model)
+        model = _working_copy(subject)
+        customized = _of_copy(customized_pruners or {}, self._model, model)
         try:
-            changes = planned_changes(smaller_model, critical, adapters)
-            execute(smaller_model, steps, customized)
+            steps = plan_removal(critical, model)
+            changes = planned_changes(model, critical, adapters, widths=widths)
+            execute(model, steps, customized)
             apply_changes(changes)
         except NSSPruneError:
             raise
         except Exception as error:
             raise RemovalError(f"the removal failed: {type(error).__name__}: {error}") from error
         try:
-            removed = self._run(smaller_model, inputs, names, {})
+            return self._run(model, inputs, names, {})
         except Exception as error:
             raise RemovalError(
                 f"the smaller model does not run: {error}; name the layer in ignored_layers"
             ) from error
-        _compare(masked, removed)
 
     def _masked(
         self, critical: Slice, names: Sequence[str], kept: Mapping[str, Tensor]
