@@ -36,12 +36,14 @@ from torch import Tensor, nn
 from nss_prune.allocation.elimination import Elimination
 from nss_prune.compensation.folding import apply, folding
 from nss_prune.compensation.solve import ConsumerFold
+from nss_prune.core.arguments import on_input
 from nss_prune.core.batches import as_computed, counted_batches, split_batch
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.outputs import class_scores, drawn_loss, scores_by_place
 from nss_prune.graph.axes import input_axis
 from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.norms import norm_of
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.moments import ConsumerStatistics
 
@@ -127,11 +129,10 @@ def _suffices(data: Iterable[Any]) -> bool:
 
 def _normed(model: nn.Module, groups: Sequence[NeuronGroup]) -> list[str]:
     """Layers with a norm over their neurons."""
-    norms = (nn.LayerNorm, nn.GroupNorm)
     return [
         group.name
         for group in groups
-        if any(isinstance(submodule(model, member.name), norms) for member in group.members)
+        if any(norm_of(member, model) is not None for member in group.members)
     ]
 
 
@@ -216,6 +217,7 @@ class _Changes:
         self.layers: list[str] = []
         self.levels = self.values = 0
         self.by_reader: dict[str, list[tuple[int, _Change]]] = {}
+        self.sample_axes: dict[str, int] = {}
 
     def add(
         self,
@@ -231,6 +233,7 @@ class _Changes:
                 if side == "in" and member.axis is None:
                     change = _change(folds.get(name, ConsumerFold()), channels, member.width)
                     self.by_reader.setdefault(name, []).append((self.levels, change))
+                    self.sample_axes[name] = member.sample_axis
                     self.values += sum(block.mixing.numel() for block in change.blocks)
             self.levels += 1
 
@@ -257,11 +260,12 @@ class _Changes:
             for name, changes in self.by_reader.items():
                 module = submodule(self.model, name)
                 axis = input_axis(module)
-                read = _input_hook(changes, axis, effects)
-                stack.callback(module.register_forward_pre_hook(read).remove)
+                samples_at = self.sample_axes[name]
+                read = _input_hook(changes, axis, samples_at, effects)
+                stack.callback(on_input(module, read).remove)
                 constants = {level: c.constant for level, c in changes if c.constant is not None}
                 if constants:
-                    written = _output_hook(constants, axis, effects)
+                    written = _output_hook(constants, axis, samples_at, effects)
                     stack.callback(module.register_forward_hook(written).remove)
             yield
 
@@ -333,28 +337,32 @@ def _change(fold: ConsumerFold, channels: Tensor, width: int) -> _Change:
     return _Change(groups * units, tuple(blocks), fold.constant)
 
 
-def _input_hook(changes: Sequence[tuple[int, _Change]], axis: int, effects: Tensor) -> Any:
-    """A forward pre-hook of a reader: what its changes do is added up in the backward pass."""
+def _input_hook(
+    changes: Sequence[tuple[int, _Change]], axis: int, samples_at: int, effects: Tensor
+) -> Any:
+    """For the inputs of a reader: what its changes do is added up in the backward pass."""
 
-    def read(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def read(module: nn.Module, given: Tensor) -> Tensor:
         # A copy: what follows may write to the original, and the gradient is this reader's alone.
-        tap = arguments[0].clone()
-        inputs = _by_channel(tap.detach(), axis)
+        tap = given.clone()
+        inputs = _by_channel(tap.detach().movedim(samples_at, 0), axis)
         if not tap.requires_grad:
             tap.requires_grad_()
 
         def add(gradient: Tensor) -> None:
-            slope = _by_channel(gradient, axis)
+            slope = _by_channel(gradient.movedim(samples_at, 0), axis)
             for level, change in changes:
                 _add(effects, level, change.effect(inputs, slope))
 
         tap.register_hook(add)
-        return (tap, *arguments[1:])
+        return tap
 
     return read
 
 
-def _output_hook(constants: Mapping[int, Tensor], axis: int, effects: Tensor) -> Any:
+def _output_hook(
+    constants: Mapping[int, Tensor], axis: int, samples_at: int, effects: Tensor
+) -> Any:
     """A forward hook of a reader: the same for the constants added to its output.
 
     Args:
@@ -363,7 +371,7 @@ def _output_hook(constants: Mapping[int, Tensor], axis: int, effects: Tensor) ->
 
     def written(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            slope = _by_channel(gradient, axis)
+            slope = _by_channel(gradient.movedim(samples_at, 0), axis)
             for level, constant in constants.items():
                 _add(effects, level, constant.to(slope) @ slope)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nss_prune.core.models import clone, submodule
+from nss_prune.core.models import submodule
 from nss_prune.errors import ModelMismatchError
 from nss_prune.graph.neurons import Member, NeuronGroup, Side
 
@@ -53,38 +52,6 @@ def check_fits(groups: Iterable[NeuronGroup], model: nn.Module) -> None:
 def input_axis(module: nn.Module) -> int:
     """The axis of a reader's input that carries its channels."""
     return 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
-
-
-NORMS_OVER_CHANNELS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Norms whose result for one channel depends on the others."""
-
-
-def norm_width(norm: nn.Module) -> int:
-    """Channels that a norm over channels normalizes."""
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_channels
-    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
-    return int(norm.normalized_shape[-1])
-
-
-def norm_axis(norm: nn.Module, dimensions: int) -> int:
-    """The axis over which a norm over channels normalizes inputs of so many dimensions.
-
-    That of a subclass of LayerNorm shows in whether it takes a map of another width than its
-    channels.
-    """
-    if isinstance(norm, nn.GroupNorm):
-        return 1
-    if type(norm) in (nn.LayerNorm, nn.RMSNorm) or dimensions < 3:
-        return -1
-    width = norm_width(norm)
-    probe = clone(norm, lambda tensor: tensor.detach())
-    weight = next(iter(norm.parameters()), torch.empty(0))
-    channels_first = weight.new_zeros(1, width, *[1] * (dimensions - 3), width + 1)
-    with contextlib.suppress(Exception), torch.no_grad():
-        if probe(channels_first).shape == channels_first.shape:
-            return 1
-    return -1
 
 
 def held_channels(channels: Tensor, width: int) -> Tensor:

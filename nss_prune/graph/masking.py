@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from nss_prune.core.arguments import input_of, on_input, with_input
 from nss_prune.core.models import clone
-from nss_prune.graph.axes import input_axis, norm_axis, norm_width
+from nss_prune.graph.axes import input_axis
+from nss_prune.graph.norms import norm_axis
 
 
 def zero_inputs(consumer: nn.Module, channels: Tensor) -> RemovableHandle:
@@ -29,9 +30,9 @@ def zero_inputs(consumer: nn.Module, channels: Tensor) -> RemovableHandle:
     return on_input(consumer, zeroed)
 
 
-def normalize_without(norm: nn.Module, channels: Tensor) -> RemovableHandle:
-    """Let a norm over its channels see all but some of them, and give zeros for those."""
-    kept = torch.ones(norm_width(norm), dtype=torch.bool)
+def normalize_without(norm: nn.Module, width: int, channels: Tensor) -> RemovableHandle:
+    """Let a norm over ``width`` channels see all but some of them, and give zeros for those."""
+    kept = torch.ones(width, dtype=torch.bool)
     kept[channels] = False
     positions = kept.nonzero().flatten()
 
@@ -42,10 +43,10 @@ def normalize_without(norm: nn.Module, channels: Tensor) -> RemovableHandle:
         small = clone(norm, lambda tensor: tensor.detach()[positions.to(tensor.device)])
         if isinstance(small, nn.GroupNorm):
             small.num_channels = len(positions)
-        else:
-            small.normalized_shape = (len(positions),)
+        elif hasattr(small, "normalized_shape"):
+            small.normalized_shape = (len(positions),)  # type: ignore[assignment]
         where = positions.to(output.device)
-        axis = norm_axis(norm, inputs.dim())
+        axis = norm_axis(norm, width, inputs.dim())
         selected, others = with_input(arguments, keywords, inputs.index_select(axis, where))
         return torch.zeros_like(output).index_copy(axis, where, small(*selected, **others))
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
-from nss_prune.graph.axes import NORMS_OVER_CHANNELS, check_fits
+from nss_prune.graph.axes import check_fits
 from nss_prune.graph.costs import parameters_left
 from nss_prune.graph.encoding import decode_groups, encode_groups
 from nss_prune.graph.masking import normalize_without, zero_inputs
 from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.graph.norms import norm_of
 
 KIND = "nss_prune slice"
 
@@ -89,13 +90,11 @@ class Slice:
         check_fits(self.groups, model)
         with contextlib.ExitStack() as stack:
             for (name, side), (member, channels) in self.removed_channels().items():
-                if member.axis is not None:
-                    name = name.rpartition(".")[0]  # what a parameter belongs to
-                module = submodule(model, name)
-                if isinstance(module, NORMS_OVER_CHANNELS) and side != "in":
-                    stack.callback(normalize_without(module, channels).remove)
+                norm = norm_of(member, model)
+                if norm is not None:
+                    stack.callback(normalize_without(norm, member.width, channels).remove)
                 elif side == "in" and member.axis is None:
-                    stack.callback(zero_inputs(module, channels).remove)
+                    stack.callback(zero_inputs(submodule(model, name), channels).remove)
             yield model
 
     def save(self, path: str | os.PathLike[str]) -> None:
