@@ -24,6 +24,7 @@ from nss_prune.errors import RemovalError
 from nss_prune.graph.axes import input_axis, parameter_axes
 from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
+from nss_prune.graph.ties import merged_by_ties
 from nss_prune.structures.protocol import Adapter
 from nss_prune.surgery.structure import StructureCheck
 
@@ -69,7 +70,7 @@ def adapted_on_trial(
     result = result.without({name: reason for name, (reason, _) in refused.items()})
     known = {group.name for group in result.groups}
     left = {name: why for name, why in refused.items() if name not in known}
-    return replace(
+    result = replace(
         result,
         left_alone={**result.left_alone, **{name: why for name, (why, _) in left.items()}},
         left_alone_sizes={
@@ -77,6 +78,7 @@ def adapted_on_trial(
             **result.left_alone_sizes,
         },
     )
+    return merged_by_ties(model, result)
 
 
 def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ import torch_pruning as tp
 from torch import nn
 
 from nss_prune.core.models import submodule
+from nss_prune.errors import RemovalError
 from nss_prune.graph.neurons import Member
+from nss_prune.graph.ties import shared_parameters
 from nss_prune.surgery.plan import Step
 
 Pruners = Mapping[Any, Any]
@@ -48,7 +50,12 @@ def _pruning_function(module: nn.Module, customized: Pruners) -> Any:
 
 
 def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> None:
-    """Carry a plan out. On an error the model is left half done: see ``undone_on_error``."""
+    """Carry a plan out. On an error the model is left half done: see ``undone_on_error``.
+
+    Raises:
+        RemovalError: Two layers share a parameter, and would not any more.
+    """
+    shared = shared_parameters(model)
     # Chosen before anything shrinks: a grouped convolution may come to look like a depthwise one.
     functions = {
         step.member.name: _pruning_function(submodule(model, step.member.name), customized)
@@ -69,6 +76,26 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
             function.prune_out_channels(module, indices)
         for key, value in module.named_parameters():
             value.requires_grad_(flags[key])
+    for names in shared:
+        _tie_again(model, names)
+
+
+def _tie_again(model: nn.Module, names: Sequence[str]) -> None:
+    """Make parameters that were one tensor a single one again."""
+    places = [
+        (submodule(model, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names
+    ]
+    first, *others = (module._parameters[key] for module, key in places)
+    assert first is not None
+    for name, other in zip(names[1:], others, strict=True):
+        assert other is not None
+        if other is not first and not (other.shape == first.shape and torch.equal(other, first)):
+            raise RemovalError(
+                f"{names[0]} and {name} are one tensor, which would part; name their layers in "
+                "ignored_layers, or give each a parameter of its own"
+            )
+    for module, key in places[1:]:
+        module._parameters[key] = first
 
 
 def _shrink_parameter(model: nn.Module, member: Member, indices: list[int]) -> None:

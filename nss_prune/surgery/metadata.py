@@ -10,6 +10,7 @@ from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter, Change
+from nss_prune.surgery.buffers import Producers, buffer_changes
 from nss_prune.surgery.widths import width_changes
 
 
@@ -19,6 +20,7 @@ def planned_changes(
     adapters: Sequence[Adapter] = ADAPTERS,
     *,
     widths: bool = True,
+    producers: Producers | None = None,
 ) -> tuple[Change, ...]:
     """What must change besides the channels when a slice is cut out of a model.
 
@@ -26,6 +28,7 @@ def planned_changes(
 
     Args:
         widths: Whether attributes that say how wide a module is change too.
+        producers: See :mod:`nss_prune.surgery.buffers`.
     """
     removed = critical.removed
     going = {group.name: group for group in critical.groups if group.name in removed}
@@ -42,6 +45,8 @@ def planned_changes(
     done = {(change.module, change.name) for change in of_adapters}
     of_widths = width_changes(model, critical) if widths else ()
     others = [change for change in of_widths if (change.module, change.name) not in done]
+    buffers = buffer_changes(model, critical, producers or {})
+    others += [change for change in buffers if (change.module, change.name) not in done]
     return (*of_adapters, *others)
 
 

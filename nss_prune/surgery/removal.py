@@ -57,7 +57,9 @@ def remove(
     steps = plan_removal(critical, model)
     structure = StructureCheck(model, example_inputs, forward)
     widths = structure.check(critical, customized_pruners, adapters)
-    changes = planned_changes(model, critical, adapters, widths=widths)
+    changes = planned_changes(
+        model, critical, adapters, widths=widths, producers=structure.producers
+    )
     with layers_used(model) as used:
         inputs = _runnable(model, example_inputs, forward)
     resting = {layer for layer in model.modules() if has_parameters(layer)} - used

@@ -33,6 +33,7 @@ from nss_prune.graph.axes import input_axis
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
+from nss_prune.surgery.buffers import Producers, producers_of_buffers
 from nss_prune.surgery.execute import Pruners, execute
 from nss_prune.surgery.metadata import apply_changes, planned_changes
 from nss_prune.surgery.pictures import smaller
@@ -82,6 +83,18 @@ class StructureCheck:
         self._forward = forward
         self._subjects = _subjects(model, example_inputs)
         self._subject: tuple[nn.Module, Any] | None = None
+        self._producers: Producers | None = None
+
+    @property
+    def producers(self) -> Producers:
+        """The layers that made what modules with buffers are given."""
+        if self._producers is None:
+            if self._subject is None:
+                return {}
+            subject, inputs = self._subject
+            model = _working_copy(subject)
+            self._producers = producers_of_buffers(model, inputs, self._forward)
+        return self._producers
 
     @full_precision()
     def check(
@@ -140,7 +153,9 @@ class StructureCheck:
         customized = _of_copy(customized_pruners or {}, self._model, model)
         try:
             steps = plan_removal(critical, model)
-            changes = planned_changes(model, critical, adapters, widths=widths)
+            changes = planned_changes(
+                model, critical, adapters, widths=widths, producers=self.producers
+            )
             execute(model, steps, customized)
             apply_changes(changes)
         except NSSPruneError:
