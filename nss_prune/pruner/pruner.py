@@ -62,6 +62,7 @@ from nss_prune.graph.costs import macs_by_module, measure
 from nss_prune.graph.deadline import deadline
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
+from nss_prune.graph.norms import least_neurons
 from nss_prune.graph.slices import Slice
 from nss_prune.graph.tracing import (
     OutputRecorder,
@@ -562,6 +563,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             name: math.ceil(size * (1 - self.max_pruning_ratio) - 1e-9)
             for name, size in self._sizes.items()
         }
+        for group in self.neurons.groups:
+            least[group.name] = max(least[group.name], least_neurons(group, self.model))
         heads = (group.name for group in self.neurons.groups if not group.has_channels)
         return Limits(least, self.round_to or 1, frozenset(heads))
 

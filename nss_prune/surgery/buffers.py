@@ -17,6 +17,7 @@ from nss_prune.core.arguments import fresh, on_input
 from nss_prune.core.models import Forward, flags_kept
 from nss_prune.core.nested import tensors_in
 from nss_prune.graph.axes import side_width
+from nss_prune.graph.neurons import Member
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.protocol import Change
 
@@ -50,17 +51,7 @@ def producers_of_buffers(model: nn.Module, inputs: Any, forward: Forward) -> Pro
 
 def buffer_changes(model: nn.Module, critical: Slice, producers: Producers) -> Iterator[Change]:
     """The buffers of the channels that stay when a slice is cut out of a model."""
-    removed = critical.removed_channels()
-    for name, layers in producers.items():
-        found = [
-            removed[layer, side]
-            for layer in layers
-            for side in ("out", "both")
-            if (layer, side) in removed
-        ]
-        if not found or any(not channels.equal(found[0][1]) for _, channels in found):
-            continue
-        member, channels = found[0]
+    for name, (member, channels) in channels_given(critical, producers):
         stays = torch.ones(member.width, dtype=torch.bool)
         stays[channels] = False
         kept = stays.nonzero().flatten()
@@ -69,6 +60,22 @@ def buffer_changes(model: nn.Module, critical: Slice, producers: Producers) -> I
             axis = next((a for a, size in enumerate(buffer.shape) if size == member.width), None)
             if axis is not None:
                 yield Change(module, key, buffer.index_select(axis, kept.to(buffer.device)))
+
+
+def channels_given(
+    critical: Slice, producers: Producers
+) -> Iterator[tuple[str, tuple[Member, Tensor]]]:
+    """Module with buffers -> a side that makes its channels, and those that it loses."""
+    removed = critical.removed_channels()
+    for name, layers in producers.items():
+        found = [
+            removed[layer, side]
+            for layer in layers
+            for side in ("out", "both")
+            if (layer, side) in removed
+        ]
+        if found and all(channels.equal(found[0][1]) for _, channels in found):
+            yield name, found[0]
 
 
 def _own_buffers(module: nn.Module) -> dict[str, Tensor]:

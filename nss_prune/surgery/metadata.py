@@ -43,7 +43,7 @@ def planned_changes(
         for change in adapter.changes(module, group, critical.kept[group.name])
     ]
     done = {(change.module, change.name) for change in of_adapters}
-    of_widths = width_changes(model, critical) if widths else ()
+    of_widths = width_changes(model, critical, producers) if widths else ()
     others = [change for change in of_widths if (change.module, change.name) not in done]
     buffers = buffer_changes(model, critical, producers or {})
     others += [change for change in buffers if (change.module, change.name) not in done]

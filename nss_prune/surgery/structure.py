@@ -136,7 +136,7 @@ class StructureCheck:
         return True
 
     def _widths_differ(self, critical: Slice) -> bool:
-        return next(width_changes(self._model, critical), None) is not None
+        return next(width_changes(self._model, critical, self.producers), None) is not None
 
     def _removed(
         self,

@@ -16,6 +16,7 @@ from nss_prune.graph.axes import side_width
 from nss_prune.graph.neurons import Side
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.protocol import Change
+from nss_prune.surgery.buffers import Producers, channels_given
 
 OF_THE_HEAD = ("num_features", "head_hidden_size")  # what a classifier consumes
 OF_THE_STEM = (
@@ -39,25 +40,30 @@ class _Width:
     after: int
 
 
-def width_changes(model: nn.Module, critical: Slice) -> Iterator[Change]:
+def width_changes(
+    model: nn.Module, critical: Slice, producers: Producers | None = None
+) -> Iterator[Change]:
     """The attributes that must follow when a slice is cut out of a model.
 
     An attribute with a known name follows where it equals the width of channels inside its module:
     all that are as wide must shrink alike, or its name must tell which of them is meant.
+
+    Args:
+        producers: See :mod:`nss_prune.surgery.buffers`.
     """
-    widths = _widths(model, critical)
+    widths = _widths(model, critical, producers or {})
     if all(width.before == width.after for width in widths):
         return
     layers = {width.layer for width in widths}
     head = _classifier(model)
     for path, module in model.named_modules():
-        if path in layers and SHAPE not in vars(module):
+        if side_width(module, "out", None) is not None:
             continue  # torch-pruning's functions change a layer's own
         inside = [width for width in widths if _lies_in(width.layer, path)]
         for name, value in list(vars(module).items()):
             if name == "feature_info":
                 yield from _feature_info(module, path, value, widths)
-            elif name == SHAPE and path in layers and not isinstance(module, nn.LayerNorm):
+            elif name == SHAPE and path in layers and isinstance(value, tuple):
                 new = _followed(name, value[-1], inside, head)
                 if new != value[-1]:
                     yield Change(module, name, (*value[:-1], new))
@@ -67,7 +73,7 @@ def width_changes(model: nn.Module, critical: Slice) -> Iterator[Change]:
                     yield Change(module, name, new)
 
 
-def _widths(model: nn.Module, critical: Slice) -> list[_Width]:
+def _widths(model: nn.Module, critical: Slice, producers: Producers) -> list[_Width]:
     """Of all layers that have channels, in the order of the modules."""
     removed = critical.removed_channels()
     apart = {group.name for group in critical.groups if not group.has_channels}
@@ -77,11 +83,13 @@ def _widths(model: nn.Module, critical: Slice) -> list[_Width]:
         if group.name in apart
         for member in group.members
     }
-    parameters = {  # module -> widths of its bare parameters
+    parameters = {  # module without layers -> its channels before and after
         member.name.rpartition(".")[0]: (member.width, member.width - len(channels))
         for member, channels in removed.values()
         if member.axis is not None
     }
+    for name, (member, channels) in channels_given(critical, producers):
+        parameters[name] = (member.width, member.width - len(channels))
     found = []
     for name, module in model.named_modules():
         if name in parameters and not module._modules:
