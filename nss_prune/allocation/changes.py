@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import as_computed
+from nss_prune.graph.norms import norm_axis
 
 Norm = nn.LayerNorm | nn.GroupNorm
 NORMS = (nn.LayerNorm, nn.GroupNorm)
@@ -161,5 +162,5 @@ class NormChange:
             groups = self.norm.num_groups
             return values.reshape(len(values), groups, values.shape[1] // groups, -1)
         width = self.norm.normalized_shape[-1]
-        last = values if values.shape[-1] == width else values.movedim(1, -1)
+        last = values.movedim(norm_axis(self.norm, width, values.dim()), -1)
         return last.reshape(-1, 1, width, 1)

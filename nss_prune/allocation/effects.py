@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nss_prune.allocation.changes import NORMS, ConsumerChange, NormChange, mixings, ordered
 from nss_prune.allocation.elimination import Elimination, shrunk
 from nss_prune.compensation.eligible import reason_to_leave, shared_weights
+from nss_prune.core.arguments import on_input
 from nss_prune.core.batches import as_computed, counted_batches, split_batch
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
@@ -89,7 +90,7 @@ def measured(
         if group.name not in counts:
             continue
         order, levels = found[group.name].order.cpu(), counts[group.name].tolist()
-        part.add(group.name, *plan.changes(group, order, levels))
+        part.add(group, *plan.changes(group, order, levels))
         if part.values >= MOST_VALUES:
             known.update(_measured(part, found, counts, data, seed, outputs, forward, progress))
             part = _Part(model)
@@ -241,15 +242,17 @@ class _Part:
         self.layers: list[str] = []
         self.levels = self.values = 0
         self.consumers: dict[str, list[tuple[slice, ConsumerChange]]] = {}
+        self.sample_axes: dict[str, int] = {}
         self.norms: dict[str, list[tuple[slice, NormChange]]] = {}
 
     def add(
         self,
-        layer: str,
+        group: NeuronGroup,
         consumers: Mapping[str, ConsumerChange],
         norms: Mapping[str, NormChange],
     ) -> None:
         """Add the changes of a group, which all have the same levels."""
+        self.sample_axes.update((member.name, member.sample_axis) for member in group.members)
         levels = next(len(change.gone) for change in consumers.values())
         where = slice(self.levels, self.levels + levels)
         for name, change in consumers.items():
@@ -257,7 +260,7 @@ class _Part:
             self.values += change.values
         for name, norm_change in norms.items():
             self.norms.setdefault(name, []).append((where, norm_change))
-        self.layers.append(layer)
+        self.layers.append(group.name)
         self.levels = where.stop
 
     def squared_effects(
@@ -289,50 +292,58 @@ class _Part:
         with contextlib.ExitStack() as stack:
             for name, changes in self.consumers.items():
                 module = submodule(self.model, name)
-                hook = _input_hook(name, changes, effects)
-                stack.callback(module.register_forward_pre_hook(hook).remove)
+                hook = _input_hook(name, changes, self.sample_axes[name], effects)
+                stack.callback(on_input(module, hook).remove)
             for name, norm_changes in self.norms.items():
                 module = submodule(self.model, name)
-                norm_hook = _norm_hook(norm_changes, effects)
+                norm_hook = _norm_hook(norm_changes, self.sample_axes[name], effects)
                 stack.callback(module.register_forward_hook(norm_hook).remove)
             yield
 
 
-def _input_hook(name: str, changes: Sequence[tuple[slice, ConsumerChange]], effects: Tensor) -> Any:
-    """A forward pre-hook of a consumer that adds e in the backward pass."""
+def _input_hook(
+    name: str,
+    changes: Sequence[tuple[slice, ConsumerChange]],
+    sample_axis: int,
+    effects: Tensor,
+) -> Any:
+    """For the input of a consumer: e is added in the backward pass."""
     samples = effects.shape[1]
 
-    def read(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def read(module: nn.Module, given: Tensor) -> Tensor:
         # A copy: what follows may write to the original, and the gradient is this consumer's alone.
-        tap = arguments[0].clone()
-        inputs = tap.detach()
+        tap = given.clone()
+        inputs = tap.detach().movedim(sample_axis, 0)
         if not tap.requires_grad:
             tap.requires_grad_()
 
         def add(gradient: Tensor) -> None:
             values = as_computed(by_sample(name, inputs, module, samples))
-            slope = as_computed(by_sample(name, gradient, module, samples))
+            moved = gradient.movedim(sample_axis, 0)
+            slope = as_computed(by_sample(name, moved, module, samples))
             for levels, change in changes:
                 if max(change.gone):
                     effects[levels] += change.effects(values, slope).double().cpu()
 
         tap.register_hook(add)
-        return (tap, *arguments[1:])
+        return tap
 
     return read
 
 
-def _norm_hook(changes: Sequence[tuple[slice, NormChange]], effects: Tensor) -> Any:
+def _norm_hook(
+    changes: Sequence[tuple[slice, NormChange]], sample_axis: int, effects: Tensor
+) -> Any:
     """A forward hook of a norm that adds e in the backward pass."""
 
     def normed(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         tap = output if output.requires_grad else output.detach().requires_grad_().clone()
-        inputs = arguments[0].detach().clone()
+        inputs = arguments[0].detach().movedim(sample_axis, 0).clone()
 
         def add(gradient: Tensor) -> None:
+            moved = gradient.movedim(sample_axis, 0)
             for levels, change in changes:
-                found = change.effects(inputs, gradient, effects.shape[1])
-                effects[levels] += found.double().cpu()
+                effects[levels] += change.effects(inputs, moved, effects.shape[1]).double().cpu()
 
         tap.register_hook(add)
         return tap

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nss_prune.core.batches import counted_batches
 from nss_prune.core.models import Forward, call_model, evaluation, submodule
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import check_fits, map_positions, sides_by_consumer
+from nss_prune.graph.neurons import Member
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.capture import by_sample, readings
 from nss_prune.statistics.consumers import summed_positions
@@ -73,7 +74,9 @@ def refit(
         for name in tqdm(shown.calls, desc="refit", unit="reader", leave=False, disable=hidden):
             module = submodule(model, name)
             summed = summed_positions(module, readers[name])
-            both = _both_readings(model, sliced, critical, name, data, shown, summed, forward)
+            both = _both_readings(
+                model, sliced, critical, name, data, shown, summed, readers[name], forward
+            )
             reason = reason_to_leave(module, both, shared)
             if reason:
                 folds[name] = ConsumerFold(note=f"{name} is left unfolded: {reason}")
@@ -102,6 +105,7 @@ def _both_readings(
     data: Iterable[Any],
     shown: Survey,
     repeats: int,
+    sides: Sequence[Member],
     forward: Forward,
 ) -> ConsumerStatistics:
     """Of ``[2 channels]``: what a reader reads in the whole model, then in the sliced one."""
@@ -109,9 +113,9 @@ def _both_readings(
     shape: tuple[int, ...] = ()
     module = submodule(model, name)
     for number, inputs, samples in counted_batches(model, data, False, ""):
-        wholes = readings(model, name, inputs, number, shown.calls[name], forward)
+        wholes = readings(model, name, inputs, number, shown.calls[name], sides, forward)
         with critical.masked(sliced):
-            slices = readings(sliced, name, inputs, number, shown.calls[name], forward)
+            slices = readings(sliced, name, inputs, number, shown.calls[name], sides, forward)
         for whole, part in zip(wholes, slices, strict=True):
             values = [by_sample(name, read, module, samples) for read in (whole, part)]
             moments.add(torch.cat(values, dim=1))

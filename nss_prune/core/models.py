@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,10 +32,16 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 def clone(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy with children of its own, without hooks, and with ``copied`` of every tensor.
 
-    What is shared inside stays shared. Not a deep copy: that fails on attributes that hold a part
-    of an autograd graph.
+    What is shared inside stays shared, and what refers to modules or tensors of the original, such
+    as a ``forward`` replaced on the instance, refers to those of the copy. Not a deep copy: that
+    fails on attributes that hold a part of an autograd graph.
     """
-    made: nn.Module = _clone(module, copied, {})
+    known: dict[int, Any] = {}
+    made: nn.Module = _clone(module, copied, known)
+    for part in made.modules():
+        own = vars(part)
+        for name in [name for name in own if name not in _REGISTRIES]:
+            own[name] = _rebound(own[name], known)
     return made
 
 
@@ -66,6 +74,31 @@ def _clone(module: nn.Module, copied: Callable[[Tensor], Tensor], known: dict[in
         name: None if child is None else _clone(child, copied, known) for name, child in children
     }
     return made
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _rebound(value: Any, known: Mapping[int, Any]) -> Any:
+    """A copy of an attribute that refers to what was cloned instead of the originals.
+
+    Args:
+        known: Id of a module or tensor of the original -> its clone.
+    """
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, types.MethodType) and id(value.__self__) in known:
+        return types.MethodType(value.__func__, known[id(value.__self__)])
+    if type(value) is functools.partial:
+        function, arguments, keywords = (
+            _rebound(part, known) for part in (value.func, value.args, value.keywords)
+        )
+        return functools.partial(function, *arguments, **keywords)
+    if type(value) in (list, tuple, set):
+        return type(value)(_rebound(item, known) for item in value)
+    if type(value) is dict:
+        return {key: _rebound(item, known) for key, item in value.items()}
+    return value
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

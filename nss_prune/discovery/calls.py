@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from nss_prune.core.arguments import fresh
 from nss_prune.core.models import Forward, call_model, evaluation
-from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.core.nested import tensors_in
 from nss_prune.errors import GraphError
 
 
@@ -22,6 +23,11 @@ class Call:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
+    def on(self, module: nn.Module) -> Any:
+        """What a module gives when it is called like this."""
+        arguments, keywords = fresh((self.arguments, self.keywords))
+        return module(*arguments, **keywords)
+
 
 @contextlib.contextmanager
 def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
@@ -30,18 +36,13 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
 
     def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if module not in calls:
-            calls[module] = Call(*map_tensors(copied, (tuple(arguments), dict(keywords))))
+            calls[module] = Call(*fresh((tuple(arguments), dict(keywords))))
 
     with contextlib.ExitStack() as stack:
         for module in modules:
             handle = module.register_forward_pre_hook(record, with_kwargs=True)
             stack.callback(handle.remove)
         yield calls
-
-
-def copied(tensor: Tensor) -> Tensor:
-    """A copy: what runs later may work in place."""
-    return tensor.detach().clone()
 
 
 def recorded_calls(

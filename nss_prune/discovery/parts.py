@@ -103,9 +103,7 @@ class _Search:
         remaining = max(0.1, self.end - time.monotonic())
         with deadline(min(self.limit, remaining), module):
             graph, output_nodes = trace(
-                module,
-                call.arguments,
-                forward_fn=lambda part, arguments: part(*arguments, **call.keywords),
+                module, call.arguments, forward_fn=lambda part, _: call.on(part)
             )
             return find_neurons(
                 module, graph, output_nodes, self.ignored, tuple(self.root_module_types)

@@ -1,13 +1,16 @@
-"""Neurons whose consumers see samples, and not tables of another kind."""
+"""Neurons whose consumers see samples, along which axis, and not tables of another kind."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.arguments import on_input
 from nss_prune.core.models import (
     Forward,
     call_model,
@@ -18,40 +21,66 @@ from nss_prune.core.models import (
 )
 from nss_prune.core.nested import map_tensors, tensors_in
 from nss_prune.errors import NothingToPruneError
-from nss_prune.graph.neurons import NeuronMap
+from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 
 
 def readable(
     model: nn.Module, neurons: NeuronMap, example_inputs: Any, forward: Forward = call_model
 ) -> NeuronMap:
-    """The neurons whose readers read samples; the model is left as found.
+    """The neurons whose consumers see samples, with the axis of the samples of each.
 
-    Some read something else, such as a table of positions, and what they read has no first axis
-    that grows with the batch.
+    The model is left as found. Some consumers see something else, such as a table of positions:
+    no axis of their input grows with the batch.
 
     Raises:
         NothingToPruneError: No group is left.
     """
-    found = neurons.without(_consumers_without_samples(model, neurons, example_inputs, forward))
+    axes = _sample_axes(model, neurons, example_inputs, forward)
+    groups = tuple(_with_axes(group, axes) for group in neurons.groups)
+    reasons = {
+        group.name: f"{reader.name} reads no samples"
+        for group in groups
+        for reader in group.readers
+        if axes.get(reader.name, 0) is None
+    }
+    found = replace(neurons, groups=groups).without(reasons)
     if not found.groups:
         raise NothingToPruneError(f"no layer is left to profile: {found.left_alone}")
     return found
 
 
-def _consumers_without_samples(
+def _with_axes(group: NeuronGroup, axes: Mapping[str, int | None]) -> NeuronGroup:
+    members = tuple(
+        replace(member, sample_axis=axes.get(member.name, 0) or 0)
+        if member.side == "in"
+        else member
+        for member in group.members
+    )
+    return replace(group, members=members)
+
+
+def _sample_axes(
     model: nn.Module, neurons: NeuronMap, example_inputs: Any, forward: Forward
-) -> dict[str, str]:
-    """Groups -> the reader that reads something else."""
+) -> dict[str, int | None]:
+    """Consumer -> the first axis of its input that grows with the batch, or None."""
     other = _other_batch(example_inputs)
-    here, there = (_first_axes(model, neurons, x, forward) for x in (example_inputs, other))
+    here, there = (_shapes_seen(model, neurons, x, forward) for x in (example_inputs, other))
     if not here or not there:  # the model takes no other batch size
         return {}
     samples, others = len(tensors_in(example_inputs)[0]), len(tensors_in(other)[0])
+    names = {reader.name for group in neurons.groups for reader in group.readers}
     return {
-        group.name: f"{reader.name} reads no samples"
-        for group in neurons.groups
-        for reader in group.readers
-        if here.get(reader.name, 0) * others != there.get(reader.name, 0) * samples
+        name: next(
+            (
+                axis
+                for axis, (one, two) in enumerate(
+                    zip(here.get(name, ()), there.get(name, ()), strict=False)
+                )
+                if one * others == two * samples and one != two
+            ),
+            None,
+        )
+        for name in names
     }
 
 
@@ -67,33 +96,32 @@ def _other_batch(example_inputs: Any) -> Any:
     return map_tensors(changed, example_inputs)
 
 
-def _first_axes(
+def _shapes_seen(
     model: nn.Module, neurons: NeuronMap, inputs: Any, forward: Forward
-) -> dict[str, int]:
-    """Reader -> length of the first axis of what it reads; nothing where the model fails."""
+) -> dict[str, torch.Size]:
+    """Consumer -> shape of its input; nothing where the model fails."""
     with contextlib.suppress(Exception):  # some models cannot do without values
         shapes = map_tensors(without_values, inputs)
-        return _first_axes_read(meta_copy(model), neurons, shapes, forward)
+        return _shapes_of_inputs(meta_copy(model), neurons, shapes, forward)
     with contextlib.suppress(Exception):
-        return _first_axes_read(model, neurons, inputs, forward)
+        return _shapes_of_inputs(model, neurons, inputs, forward)
     return {}
 
 
-def _first_axes_read(
+def _shapes_of_inputs(
     model: nn.Module, neurons: NeuronMap, inputs: Any, forward: Forward
-) -> dict[str, int]:
-    found: dict[str, int] = {}
+) -> dict[str, torch.Size]:
+    found: dict[str, torch.Size] = {}
 
     def look(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            found[name] = len(arguments[0])
+        def record(module: nn.Module, inputs: Tensor) -> None:
+            found[name] = inputs.shape
 
-        return hook
+        return record
 
     with contextlib.ExitStack() as stack:
         for name in {reader.name for group in neurons.groups for reader in group.readers}:
-            handle = submodule(model, name).register_forward_pre_hook(look(name))
-            stack.callback(handle.remove)
+            stack.callback(on_input(submodule(model, name), look(name)).remove)
         with evaluation(model), torch.no_grad():
             forward(model, inputs)
     return found

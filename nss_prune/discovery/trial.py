@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.models import clone, evaluation, full_precision
-from nss_prune.core.nested import map_tensors, tensors_in
-from nss_prune.discovery.calls import Call, copied, look
+from nss_prune.core.arguments import on_input
+from nss_prune.core.models import clone, evaluation
+from nss_prune.discovery.calls import Call, look
 from nss_prune.discovery.claims import Claim, joined
 from nss_prune.errors import RemovalError
 from nss_prune.graph.axes import input_axis, parameter_axes
 from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
+from nss_prune.graph.ties import merged_by_ties
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.check import check_outputs
-from nss_prune.surgery.execute import execute
-from nss_prune.surgery.metadata import apply_changes, planned_changes
-from nss_prune.surgery.plan import plan_removal
+from nss_prune.surgery.structure import StructureCheck
+
+OTHERWISE = "with fewer heads it computes something else"
 
 
 def adapted_on_trial(
@@ -70,7 +70,7 @@ def adapted_on_trial(
     result = result.without({name: reason for name, (reason, _) in refused.items()})
     known = {group.name for group in result.groups}
     left = {name: why for name, why in refused.items() if name not in known}
-    return replace(
+    result = replace(
         result,
         left_alone={**result.left_alone, **{name: why for name, (why, _) in left.items()}},
         left_alone_sizes={
@@ -78,6 +78,7 @@ def adapted_on_trial(
             **result.left_alone_sizes,
         },
     )
+    return merged_by_ties(model, result)
 
 
 def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | None:
@@ -91,30 +92,31 @@ def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | Non
     groups = adapter.groups("", module)
     try:
         halves = {group.name: torch.arange(group.size) % 2 == 0 for group in groups}
-        reason = _removal_failure(clone(module, copied), Slice(halves, groups), adapter, call)
-        if reason is None and not all(independent(module, group, call) for group in groups):
+        reason = _removal_failure(module, Slice(halves, groups), adapter, call)
+        if reason in (None, OTHERWISE) and not all(
+            independent(module, group, call) for group in groups
+        ):
             reason = "the heads depend on each other, or are not told apart"
     except Exception as error:
         reason = f"the heads cannot be tried alone: {first_line(error)}"
     return reason
 
 
-@full_precision()
 def _removal_failure(
     module: nn.Module, critical: Slice, adapter: Adapter, call: Call
 ) -> str | None:
-    """Cut a slice out of a module; what is wrong with the result, or None."""
-    with critical.masked(module):
-        expected = tensors_in(_run(module, call))
-    changes = planned_changes(module, critical, (adapter,))
+    """What is wrong with a module from which a slice has been cut, or None."""
+    structure = StructureCheck(
+        module,
+        (call.arguments, call.keywords),
+        lambda part, inputs: Call(*inputs).on(part),
+    )
     try:
-        execute(module, plan_removal(critical, module), {})
-        apply_changes(changes)
-        check_outputs(expected, tensors_in(_run(module, call)))
-    except RemovalError:
-        return "with fewer heads it computes something else"
-    except Exception as error:
-        return f"with fewer heads it does not run: {first_line(error)}"
+        structure.check(critical, adapters=(adapter,))
+    except RemovalError as error:
+        if "does not run" in str(error):
+            return f"with fewer heads it does not run: {first_line(error.__cause__ or error)}"
+        return OTHERWISE
     return None
 
 
@@ -128,13 +130,17 @@ def independent(module: nn.Module, group: NeuronGroup, call: Call) -> bool:
     for digit in range((group.size - 1).bit_length()):
         for value in (0, 1):
             poisoned = (numbers >> digit) % 2 == value
-            part = clone(module, copied)
+            part = clone(module, _values)
             _poison(part, group, poisoned)
             with _watched(part, group, ~poisoned) as clean:
                 _run(part, call)
             if not (clean and all(clean)):
                 return False
     return True
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _poison(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> None:
@@ -165,11 +171,10 @@ def _watched(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> Iterator
     def hook(member: Member) -> Any:
         channels = member.channels[neurons[member.neurons]]
 
-        def look(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            inputs: Tensor = arguments[0]
+        def look(layer: nn.Module, inputs: Tensor) -> Tensor:
             seen = inputs.index_select(input_axis(layer), channels.to(inputs.device))
             clean.append(not seen.isnan().any())
-            return (inputs.nan_to_num(), *arguments[1:])
+            return inputs.nan_to_num()
 
         return look
 
@@ -177,16 +182,14 @@ def _watched(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> Iterator
         for member in group.members:
             layer = None if member.axis is not None else module.get_submodule(member.name)
             if layer is not None and (member.side == "in" or isinstance(layer, nn.LayerNorm)):
-                stack.callback(layer.register_forward_pre_hook(hook(member)).remove)
+                stack.callback(on_input(layer, hook(member)).remove)
         yield clean
 
 
 def _run(module: nn.Module, call: Call) -> Any:
     with evaluation(module), torch.no_grad():
-        # Clones, because a module may work in place.
-        arguments, keywords = map_tensors(copied, (call.arguments, call.keywords))
-        return module(*arguments, **keywords)
+        return call.on(module)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]

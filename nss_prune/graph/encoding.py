@@ -35,7 +35,7 @@ def decode_groups(tensors: Mapping[str, Tensor], notes: Sequence[Any]) -> tuple[
 
 
 def _encode_member(member: Member, size: int, key: str, tensors: dict[str, Tensor]) -> list[Any]:
-    """[name, side, width, axis, key or [offset, repeats]].
+    """[name, side, width, axis, key or [offset, repeats], sample axis unless it is the first].
 
     A regular member holds all neurons in order, each ``repeats`` times, from ``offset`` on.
     """
@@ -45,13 +45,14 @@ def _encode_member(member: Member, size: int, key: str, tensors: dict[str, Tenso
     if not (torch.equal(member.channels, channels) and torch.equal(member.neurons, neurons)):
         form = key
         tensors[key] = torch.stack([member.channels, member.neurons]).to(torch.int32)
-    return [member.name, member.side, member.width, member.axis, form]
+    last = [member.sample_axis] if member.sample_axis else []
+    return [member.name, member.side, member.width, member.axis, form, *last]
 
 
 def _decode_member(note: Sequence[Any], size: int, tensors: Mapping[str, Tensor]) -> Member:
-    name, side, width, axis, form = note
+    name, side, width, axis, form, *last = note
     channels, neurons = tensors[form].long() if isinstance(form, str) else _regular(size, *form)
-    return Member(name, side, channels, neurons, width, axis)
+    return Member(name, side, channels, neurons, width, axis, *last)
 
 
 def _regular(size: int, offset: int, repeats: int) -> tuple[Tensor, Tensor]:

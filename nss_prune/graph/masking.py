@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from nss_prune.core.arguments import input_of, on_input, with_input
+from nss_prune.core.models import clone
 from nss_prune.graph.axes import input_axis
+from nss_prune.graph.norms import norm_axis
 
 
-def zeroing_hook(module: nn.Module, channels: Tensor) -> Any:
-    def zero(reader: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        inputs = arguments[0]
+def zero_inputs(consumer: nn.Module, channels: Tensor) -> RemovableHandle:
+    """Let a layer see zeros in some channels of its input."""
+
+    def zeroed(module: nn.Module, inputs: Tensor) -> Tensor:
         axis = input_axis(module)
         width = inputs.shape[axis]
         shape = [1] * inputs.dim()
@@ -21,33 +25,29 @@ def zeroing_hook(module: nn.Module, channels: Tensor) -> Any:
         mask = torch.ones(width, dtype=torch.bool, device=inputs.device)
         mask[channels.to(inputs.device)] = False
         # Not a product: a removed neuron that is infinite or NaN must vanish too.
-        zeroed = torch.where(mask.view(shape), inputs, inputs.new_zeros(()))
-        return (zeroed, *arguments[1:])
+        return torch.where(mask.view(shape), inputs, inputs.new_zeros(()))
 
-    return zero
+    return on_input(consumer, zeroed)
 
 
-def norm_hook(norm: nn.LayerNorm | nn.GroupNorm, channels: Tensor) -> Any:
-    grouped = isinstance(norm, nn.GroupNorm)
-    width = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[-1]
+def normalize_without(norm: nn.Module, width: int, channels: Tensor) -> RemovableHandle:
+    """Let a norm over ``width`` channels see all but some of them, and give zeros for those."""
     kept = torch.ones(width, dtype=torch.bool)
     kept[channels] = False
     positions = kept.nonzero().flatten()
 
-    def normalize(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        small = copy.copy(norm)
-        small._parameters = {
-            key: None if value is None else nn.Parameter(value[positions.to(value.device)])
-            for key, value in norm._parameters.items()
-        }
+    def normalize(
+        module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        inputs = input_of(arguments, keywords)
+        small = clone(norm, lambda tensor: tensor.detach()[positions.to(tensor.device)])
         if isinstance(small, nn.GroupNorm):
             small.num_channels = len(positions)
-        else:
-            small.normalized_shape = (len(positions),)
-        small._forward_hooks = type(norm._forward_hooks)()
+        elif hasattr(small, "normalized_shape"):
+            small.normalized_shape = (len(positions),)  # type: ignore[assignment]
         where = positions.to(output.device)
-        axis = 1 if grouped or arguments[0].shape[-1] != width else -1
-        normalized = small(arguments[0].index_select(axis, where))
-        return torch.zeros_like(output).index_copy(axis, where, normalized)
+        axis = norm_axis(norm, width, inputs.dim())
+        selected, others = with_input(arguments, keywords, inputs.index_select(axis, where))
+        return torch.zeros_like(output).index_copy(axis, where, small(*selected, **others))
 
-    return normalize
+    return norm.register_forward_hook(normalize, with_kwargs=True)

@@ -25,7 +25,8 @@ class Member:
         neurons: The neuron at each of these positions, ``[positions]``. A flattened feature
             map repeats a neuron, a split leaves some out.
         width: Number of positions on that side, those of other groups included.
-        axis: For a bare parameter, the axis that carries the neurons; None for a module.
+        axis: For a bare parameter or buffer, the axis that carries the neurons; None for a module.
+        sample_axis: Of a consumer's input, the axis of the samples.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Member:
     neurons: Tensor
     width: int
     axis: int | None = None
+    sample_axis: int = 0
 
     def __repr__(self) -> str:
         where = self.side if self.axis is None else f"axis {self.axis}"

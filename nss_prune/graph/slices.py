@@ -20,8 +20,9 @@ from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
 from nss_prune.graph.costs import parameters_left
 from nss_prune.graph.encoding import decode_groups, encode_groups
-from nss_prune.graph.masking import norm_hook, zeroing_hook
+from nss_prune.graph.masking import normalize_without, zero_inputs
 from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.graph.norms import norm_of
 
 KIND = "nss_prune slice"
 HTML_ROWS = 30  # of the table in a notebook
@@ -123,15 +124,11 @@ class Slice:
         check_fits(self.groups, model)
         with contextlib.ExitStack() as stack:
             for (name, side), (member, channels) in self.removed_channels().items():
-                if member.axis is not None:
-                    continue
-                module = submodule(model, name)
-                if side == "in":
-                    hook = zeroing_hook(module, channels)
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
-                elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-                    hook = norm_hook(module, channels)
-                    stack.callback(module.register_forward_hook(hook).remove)
+                norm = norm_of(member, model)
+                if norm is not None:
+                    stack.callback(normalize_without(norm, member.width, channels).remove)
+                elif side == "in" and member.axis is None:
+                    stack.callback(zero_inputs(submodule(model, name), channels).remove)
             yield model
 
     def save(self, path: str | os.PathLike[str]) -> None:

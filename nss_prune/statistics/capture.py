@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.arguments import on_input
 from nss_prune.core.models import Forward, call_model, run, submodule
 from nss_prune.errors import DataError
 from nss_prune.graph.axes import input_axis
@@ -67,19 +68,13 @@ class Watcher:
         with contextlib.ExitStack() as stack:
             for name, entries in readers.items():
                 module = submodule(model, name)
-                handle = module.register_forward_pre_hook(self._hook(name, entries))
-                stack.callback(handle.remove)
+                stack.callback(on_input(module, self._hook(name, entries)).remove)
             yield self
 
     def _hook(self, name: str, entries: list[tuple[NeuronGroup, Member]]) -> Any:
-        def read(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            inputs: Tensor = arguments[0]
+        def read(module: nn.Module, inputs: Tensor) -> Tensor | None:
             axis = input_axis(module)
-            if inputs.shape[0] % self.samples:
-                raise DataError(
-                    f"{name} reads {tuple(inputs.shape)} for {self.samples} samples; the first "
-                    "axis of its input must hold the samples"
-                )
+            _check_samples(name, inputs, entries[0][1].sample_axis, self.samples)
             readings = [
                 self._reading(inputs.detach(), group, member, axis) for group, member in entries
             ]
@@ -88,7 +83,7 @@ class Watcher:
                 return None
             tap = _tap(inputs)
             tap.register_hook(self._gradient_hook(entries, readings, axis))
-            return (tap, *arguments[1:])
+            return tap
 
         return read
 
@@ -104,16 +99,14 @@ class Watcher:
 
     def _reading(self, values: Tensor, group: NeuronGroup, member: Member, axis: int) -> Reading:
         activation = self._select(values, group, member, axis)
-        shape = map_shape(values, axis, self.samples)
+        shape = map_shape(values.movedim(member.sample_axis, 0), axis, self.samples)
         repeats = activation.shape[2] // max(1, math.prod(shape))
         return Reading(group.name, activation, (repeats, *shape))
 
     def _select(self, values: Tensor, group: NeuronGroup, member: Member, axis: int) -> Tensor:
         """The part of ``values`` that belongs to a group, ``[samples, neurons, positions]``."""
-        by_channel = values.movedim(axis, 1)
-        channels = by_channel.shape[1]
-        by_channel = by_channel.reshape(self.samples, -1, channels, *by_channel.shape[2:])
-        flat = by_channel.movedim(1, 2).flatten(2)
+        flat = _by_sample(values.movedim(member.sample_axis, 0), axis, self.samples)
+        channels = flat.shape[1]
         if channels == group.size and _is_identity(member, channels):
             return flat
         picked = flat.index_select(1, member.channels.to(flat.device))
@@ -148,16 +141,25 @@ def _by_neuron(picked: Tensor, neurons: Tensor, size: int) -> Tensor:
 
 @contextlib.contextmanager
 def watched(
-    model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]
+    model: nn.Module,
+    consumers: Mapping[str, Sequence[Member]],
+    see: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
-    """Call ``see`` with the name and the input of every reader that is called inside."""
+    """Call ``see`` with the name and the input of every consumer that is called inside.
 
-    def hook(name: str) -> Any:
-        return lambda module, arguments: see(name, arguments[0].detach())
+    The axis of the samples comes first.
+
+    Args:
+        consumers: Consumer -> its sides.
+    """
+
+    def hook(name: str, axis: int) -> Any:
+        return lambda module, inputs: see(name, inputs.detach().movedim(axis, 0))
 
     with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.callback(submodule(model, name).register_forward_pre_hook(hook(name)).remove)
+        for name, sides in consumers.items():
+            handle = on_input(submodule(model, name), hook(name, sides[0].sample_axis))
+            stack.callback(handle.remove)
         yield
 
 
@@ -169,17 +171,26 @@ def map_shape(values: Tensor, axis: int, samples: int) -> tuple[int, ...]:
 
 
 def by_sample(name: str, read: Tensor, module: nn.Module, samples: int) -> Tensor:
-    """What a reader reads as ``[samples, channels, positions]``.
+    """What :func:`watched` sees as ``[samples, channels, positions]``.
 
     Raises:
         DataError: Its first axis does not hold the samples.
     """
-    if read.shape[0] % samples:
+    _check_samples(name, read, 0, samples)
+    return _by_sample(read, input_axis(module), samples)
+
+
+def _check_samples(name: str, inputs: Tensor, axis: int, samples: int) -> None:
+    if inputs.dim() <= axis or inputs.shape[axis] % samples:
         raise DataError(
-            f"{name} reads {tuple(read.shape)} for {samples} samples; the first axis of its input "
-            "must hold the samples"
+            f"{name} reads {tuple(inputs.shape)} for {samples} samples; the "
+            f"{'first axis' if axis == 0 else f'axis {axis}'} of its input must hold the samples"
         )
-    by_channel = read.movedim(input_axis(module), 1)
+
+
+def _by_sample(values: Tensor, axis: int, samples: int) -> Tensor:
+    """``[samples, channels, positions]`` of values whose first axis holds the samples."""
+    by_channel = values.movedim(axis, 1)
     channels = by_channel.shape[1]
     split = by_channel.reshape(samples, -1, channels, *by_channel.shape[2:])
     return split.movedim(1, 2).flatten(2)
@@ -195,9 +206,15 @@ def readings(
     inputs: Any,
     number: int,
     calls: int,
+    sides: Sequence[Member],
     forward: Forward = call_model,
 ) -> list[Tensor]:
-    """What a reader reads in its first ``calls`` calls; the model runs no further."""
+    """What a consumer gets in its first ``calls`` calls, samples first; the model runs no further.
+
+    Args:
+        sides: Of the consumer.
+        forward: Calls the model on the inputs.
+    """
     found: list[Tensor] = []
 
     def see(_: str, read: Tensor) -> None:
@@ -205,6 +222,6 @@ def readings(
         if len(found) == calls:
             raise _Reached
 
-    with watched(model, [name], see), contextlib.suppress(_Reached):
+    with watched(model, {name: sides}, see), contextlib.suppress(_Reached):
         run(model, inputs, number, forward)
     return found

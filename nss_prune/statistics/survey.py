@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from nss_prune.core.arguments import on_input
 from nss_prune.core.models import Forward, call_model, run, submodule
 from nss_prune.core.nested import tensors_in
 
@@ -42,8 +43,7 @@ def survey(
             stack.callback(hook.remove)
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
-                norm_hook = module.register_forward_pre_hook(followed.norm_hook(name))
-                stack.callback(norm_hook.remove)
+                stack.callback(on_input(module, followed.norm_hook(name)).remove)
         with followed:
             outputs = run(model, inputs, 0, forward)
     for tensor in tensors_in(outputs):
@@ -80,9 +80,9 @@ class _Followed(TorchFunctionMode):
     def norm_hook(self, norm: str) -> Any:
         """To be called before a norm."""
 
-        def read(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def read(module: nn.Module, inputs: Tensor) -> None:
             self.norm_calls[norm] += 1
-            name = self._reader_of(arguments[0])
+            name = self._reader_of(inputs)
             if name is not None:
                 self.norms[name] = norm
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from nss_prune.core.models import submodule
-from nss_prune.graph.neurons import Member
+from nss_prune.errors import RemovalError
+from nss_prune.graph.ties import shared_parameters
 from nss_prune.surgery.plan import Step
 
 Pruners = Mapping[Any, Any]
@@ -48,7 +49,12 @@ def _pruning_function(module: nn.Module, customized: Pruners) -> Any:
 
 
 def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> None:
-    """Carry a plan out. On an error the model is left half done: see ``undone_on_error``."""
+    """Carry a plan out. On an error the model is left half done: see ``undone_on_error``.
+
+    Raises:
+        RemovalError: Two layers share a parameter, and would not any more.
+    """
+    shared = shared_parameters(model)
     # Chosen before anything shrinks: a grouped convolution may come to look like a depthwise one.
     functions = {
         step.member.name: _pruning_function(submodule(model, step.member.name), customized)
@@ -58,25 +64,64 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
     for step in steps:
         name, indices = step.member.name, step.channels.tolist()
         if step.member.axis is not None:
-            _shrink_parameter(model, step.member, indices)
+            _shrink_parameter(model, step)
             continue
         module = submodule(model, name)
         flags = {key: value.requires_grad for key, value in module.named_parameters()}
         function = functions[name]
+        before = dict(module._parameters)
         if step.member.side == "in":
             function.prune_in_channels(module, indices)
         else:
             function.prune_out_channels(module, indices)
+            _shrink_others(module, before, step)
         for key, value in module.named_parameters():
             value.requires_grad_(flags[key])
+    for names in shared:
+        _tie_again(model, names)
 
 
-def _shrink_parameter(model: nn.Module, member: Member, indices: list[int]) -> None:
-    parent_name, _, name = member.name.rpartition(".")
-    parent = submodule(model, parent_name)
+def _tie_again(model: nn.Module, names: Sequence[str]) -> None:
+    """Make parameters that were one tensor a single one again."""
+    places = [
+        (submodule(model, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names
+    ]
+    first, *others = (module._parameters[key] for module, key in places)
+    assert first is not None
+    for name, other in zip(names[1:], others, strict=True):
+        assert other is not None
+        if other is not first and not (other.shape == first.shape and torch.equal(other, first)):
+            raise RemovalError(
+                f"{names[0]} and {name} are one tensor, which would part; name their layers in "
+                "ignored_layers, or give each a parameter of its own"
+            )
+    for module, key in places[1:]:
+        module._parameters[key] = first
+
+
+def _shrink_others(
+    module: nn.Module, before: Mapping[str, nn.Parameter | None], step: Step
+) -> None:
+    """Shrink the parameters of a layer of a user's own class that torch-pruning does not know."""
+    for name, parameter in before.items():
+        if parameter is None or module._parameters.get(name) is not parameter:
+            continue
+        if parameter.dim() and parameter.shape[0] == step.member.width:
+            where = _kept(step.member.width, step.channels).to(parameter.device)
+            smaller = parameter.detach().index_select(0, where)
+            setattr(module, name, nn.Parameter(smaller, parameter.requires_grad))
+
+
+def _kept(width: int, channels: Tensor) -> Tensor:
+    stays = torch.ones(width, dtype=torch.bool)
+    stays[channels] = False
+    return stays.nonzero().flatten()
+
+
+def _shrink_parameter(model: nn.Module, step: Step) -> None:
+    parent_name, _, name = step.member.name.rpartition(".")
+    parent, axis = submodule(model, parent_name), step.member.axis or 0
     parameter = getattr(parent, name)
-    keep = torch.ones(parameter.shape[member.axis or 0], dtype=torch.bool)
-    keep[indices] = False
-    where = keep.nonzero().flatten().to(parameter.device)
-    smaller = parameter.detach().index_select(member.axis or 0, where)
+    where = _kept(parameter.shape[axis], step.channels).to(parameter.device)
+    smaller = parameter.detach().index_select(axis, where)
     setattr(parent, name, nn.Parameter(smaller, parameter.requires_grad))

@@ -10,27 +10,44 @@ from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter, Change
+from nss_prune.surgery.buffers import Producers, buffer_changes
+from nss_prune.surgery.widths import width_changes
 
 
 def planned_changes(
-    model: nn.Module, critical: Slice, adapters: Sequence[Adapter] = ADAPTERS
+    model: nn.Module,
+    critical: Slice,
+    adapters: Sequence[Adapter] = ADAPTERS,
+    *,
+    widths: bool = True,
+    producers: Producers | None = None,
 ) -> tuple[Change, ...]:
     """What must change besides the channels when a slice is cut out of a model.
 
     Ask before the removal, then :func:`apply_changes`.
+
+    Args:
+        widths: Whether attributes that say how wide a module is change too.
+        producers: See :mod:`nss_prune.surgery.buffers`.
     """
     removed = critical.removed
     going = {group.name: group for group in critical.groups if group.name in removed}
     if not going:
         return ()
-    return tuple(
+    of_adapters = [
         change
         for name, module in model.named_modules()
         for adapter in adapters
         for group in adapter.groups(name, module)
         if group.name in going and _same(group, going[group.name])
         for change in adapter.changes(module, group, critical.kept[group.name])
-    )
+    ]
+    done = {(change.module, change.name) for change in of_adapters}
+    of_widths = width_changes(model, critical, producers) if widths else ()
+    others = [change for change in of_widths if (change.module, change.name) not in done]
+    buffers = buffer_changes(model, critical, producers or {})
+    others += [change for change in buffers if (change.module, change.name) not in done]
+    return (*of_adapters, *others)
 
 
 def apply_changes(changes: Iterable[Change]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,22 +10,17 @@ import torch
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model, evaluation, full_precision, training
-from nss_prune.core.nested import tensors_in
 from nss_prune.core.undo import undone_on_error
 from nss_prune.errors import RemovalError
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.check import (
-    check_outputs,
-    has_parameters,
-    layers_used,
-    masked_outputs,
-    trains_any,
-)
 from nss_prune.surgery.execute import Pruners, execute
 from nss_prune.surgery.metadata import apply_changes, planned_changes
+from nss_prune.surgery.pictures import smaller
 from nss_prune.surgery.plan import plan_removal
+from nss_prune.surgery.structure import StructureCheck
+from nss_prune.surgery.usage import has_parameters, layers_used, trains_any
 
 
 @full_precision()
@@ -39,11 +35,11 @@ def remove(
 ) -> nn.Module:
     """Remove everything outside the slice, in place, and check the result.
 
-    The smaller model must give what the masked one gave on the example inputs, or on a piece of
-    them where the model takes smaller pictures; both are computed without TF32. If the model has
-    layers that only training uses, it must also run in training mode. Training modes,
-    requires_grad flags and hooks stay as they were; tensors that shrink are new ones, so build
-    optimisers afterwards.
+    First the removal is tried on a copy with random weights and random inputs, where the smaller
+    model must give what the masked one gives (see :class:`nss_prune.surgery.structure
+    .StructureCheck`). Then the smaller model must run on the example inputs, and, if it has layers
+    that only training uses, in training mode as well. Training modes, requires_grad flags and hooks
+    stay as they were; tensors that shrink are new ones, so build optimisers afterwards.
 
     Args:
         example_inputs: Inputs of a call of the model.
@@ -59,25 +55,44 @@ def remove(
         ModelMismatchError: The slice is of another model.
     """
     steps = plan_removal(critical, model)
-    changes = planned_changes(model, critical, adapters)
-    with layers_used(model) as used, critical.masked(model):
-        inputs, expected = masked_outputs(model, example_inputs, forward)
+    structure = StructureCheck(model, example_inputs, forward)
+    widths = structure.check(critical, customized_pruners, adapters)
+    changes = planned_changes(
+        model, critical, adapters, widths=widths, producers=structure.producers
+    )
+    with layers_used(model) as used:
+        inputs = _runnable(model, example_inputs, forward)
     resting = {layer for layer in model.modules() if has_parameters(layer)} - used
     trains = bool(resting) and trains_any(model, resting, example_inputs, forward)
     with undone_on_error(model):
         execute(model, steps, customized_pruners or {})
         apply_changes(changes)
         with evaluation(model), torch.no_grad():
-            check_outputs(expected, tensors_in(_forward(model, inputs, forward)))
+            _run(model, inputs, forward)
         if trains:
             with training(model), torch.no_grad():
-                _forward(model, example_inputs, forward)
+                _run(model, example_inputs, forward)
     return model
 
 
-def _forward(model: nn.Module, example_inputs: Any, forward: Forward) -> Any:
+def _runnable(model: nn.Module, example_inputs: Any, forward: Forward) -> Any:
+    """Inputs that the model takes, small pictures if it can."""
+    with evaluation(model), torch.no_grad():
+        small = smaller(example_inputs)
+        if small is not None:
+            with contextlib.suppress(Exception):
+                forward(model, small)
+                return small
+        try:
+            forward(model, example_inputs)
+        except Exception as error:
+            raise RemovalError(f"the model does not run on the example inputs: {error}") from error
+    return example_inputs
+
+
+def _run(model: nn.Module, inputs: Any, forward: Forward) -> None:
     try:
-        return forward(model, example_inputs)
+        forward(model, inputs)
     except Exception as error:
         raise RemovalError(
             f"the smaller model does not run: {error}; the model was put back. Name the layer in "

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.models import Forward, call_model
-from nss_prune.core.undo import undone_on_error
 from nss_prune.errors import NothingToPruneError, RemovalError
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.check import is_finite
 from nss_prune.surgery.execute import Pruners
-from nss_prune.surgery.removal import remove
+from nss_prune.surgery.structure import StructureCheck
 
 
 def verified(
@@ -30,29 +28,36 @@ def verified(
     customized_pruners: Pruners | None = None,
     forward: Forward = call_model,
     adapters: Sequence[Adapter] = ADAPTERS,
+    critical: Slice | None = None,
 ) -> NeuronMap:
     """The neurons whose removal can be trusted; the model is left as found.
 
-    About half of the neurons of all groups, drawn at random and an odd number, are removed on
-    trial: what only works for multiples of something must not pass. If that fails the check of
-    :func:`remove`, the groups to blame are searched for, and left alone with the reason.
+    What is outside of ``critical`` is removed on trial from a copy of the model with random
+    weights. If that is not what masking gives, the groups to blame are searched for, and left
+    alone with the reason.
+
+    Args:
+        critical: The slice to try. By default about half of the neurons of each group, drawn at
+            random and an odd number: what only works for multiples of something must not pass.
 
     Raises:
         NothingToPruneError: No group can be trusted.
     """
-    halves = _random_halves(neurons)
+    structure = StructureCheck(model, example_inputs, forward)
+    kept = _random_halves(neurons) if critical is None else critical.kept
 
     def failure(names: Sequence[str]) -> str | None:
-        """Why these groups cannot be halved together, or None."""
-        chosen = {name: kept for name, kept in halves.items() if name in names}
-        critical = Slice(chosen, neurons.groups)
-        return trial(model, critical, example_inputs, customized_pruners, forward, adapters)
+        """Why these groups cannot shrink together, or None."""
+        chosen = {name: mask for name, mask in kept.items() if name in names}
+        try:
+            structure.check(Slice(chosen, neurons.groups), customized_pruners, adapters)
+        except RemovalError as error:
+            return str(error)
+        return None
 
     blamed = _blamed(neurons.groups, failure)
     if len(blamed) < len(neurons.groups):
         return neurons.without(blamed)
-    if not is_finite(model, example_inputs, forward):
-        return neurons  # NaN compares with nothing; what profiles the model refuses it
     all_reasons = {**neurons.left_alone, **blamed}
     reasons = "; ".join(f"{name}: {reason}" for name, reason in all_reasons.items())
     raise NothingToPruneError(f"no layer is left to prune on trial: {reasons}")
@@ -101,31 +106,3 @@ def _blamed(
         by_place.setdefault((re.sub(r"\d+", "#", group.name), sides), []).append(group.name)
     sort_out(list(by_place.values()))
     return blamed
-
-
-class _TrialOver(Exception):
-    """Leaves a trial that went well, so that it is undone."""
-
-
-def trial(
-    model: nn.Module,
-    critical: Slice,
-    example_inputs: Any,
-    customized_pruners: Pruners | None = None,
-    forward: Forward = call_model,
-    adapters: Sequence[Adapter] = ADAPTERS,
-) -> str | None:
-    """Why a removal would fail, or None; the model is left as found either way."""
-    try:
-        with undone_on_error(model):
-            remove(
-                model,
-                critical,
-                example_inputs,
-                customized_pruners=customized_pruners,
-                forward=forward,
-                adapters=adapters,
-            )
-            raise _TrialOver
-    except RemovalError as error:
-        return None if isinstance(error.__cause__, _TrialOver) else str(error)

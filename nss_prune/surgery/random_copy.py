@@ -1,0 +1,131 @@
+"""A copy of a model with random weights, and random inputs of the same shapes.
+
+Whether a removal is right is a matter of structure. A model's own weights and inputs may hide that
+it is not: branches that start at zero, norms whose statistics are all the same, inputs of zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.models import clone
+from nss_prune.core.nested import map_tensors
+
+
+def random_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy whose weights are random and of ordinary size.
+
+    Weights of layers are normal with the variance 2 / inputs (He et al., 2015), so that signals
+    neither vanish nor explode; scales, variances and all else that has one axis are in
+    [0.5, 1.5], biases and means around zero. Masks, indices and tables of whole numbers in buffers
+    stay.
+
+    Args:
+        dtype: Of the floating-point weights and buffers; None for what they have.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and id(value) not in drawn:
+                drawn[id(value)] = _drawn(module, name, value, generator, dtype)
+    return clone(model, lambda tensor: drawn[id(tensor)])
+
+
+def random_inputs(example_inputs: Any, dtype: torch.dtype | None = None, seed: int = 0) -> Any:
+    """Inputs of the same shapes: floats random, whole numbers in another order, masks kept."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return _shuffled(tensor, generator)
+        return _like(_random_values(tensor.detach(), generator), tensor, dtype)
+
+    return map_tensors(drawn, example_inputs)
+
+
+def as_dtype(example_inputs: Any, dtype: torch.dtype | None) -> Any:
+    """The inputs with all floating-point tensors in a dtype."""
+    return map_tensors(
+        lambda tensor: (
+            _like(tensor.detach(), tensor, dtype) if tensor.is_floating_point() else tensor
+        ),
+        example_inputs,
+    )
+
+
+def _like(values: Tensor, old: Tensor, dtype: torch.dtype | None) -> Tensor:
+    made = torch.empty_like(old, dtype=dtype or old.dtype, requires_grad=False)
+    return made.copy_(values)
+
+
+def _drawn(
+    module: nn.Module,
+    name: str,
+    value: Tensor,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """A tensor in the place of a parameter or buffer."""
+    old = value.detach()
+    if not old.is_floating_point():
+        return old.clone()
+    if not isinstance(value, nn.Parameter):
+        return _like(_random_buffer(name, old, generator), old, dtype)
+    lengths = [length for length in old.shape if length > 1]
+    if len(lengths) < 2:
+        return _like(_random_vector(name, old.shape, generator), old, dtype)
+    inputs = old.numel() // lengths[0]
+    if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
+        inputs = old.shape[0] // module.groups
+    size = 1.0 if isinstance(module, nn.Embedding) else math.sqrt(2 / inputs)
+    return _like(torch.randn(old.shape, generator=generator) * size, old, dtype)
+
+
+def _random_vector(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Around zero for biases and means, in [0.5, 1.5] for scales and variances."""
+    if "bias" in name or "mean" in name:
+        return 0.3 * torch.randn(shape, generator=generator)
+    return 0.5 + torch.rand(shape, generator=generator)
+
+
+def _random_buffer(name: str, old: Tensor, generator: torch.Generator) -> Tensor:
+    """Statistics drawn, other tables scaled entry by entry; masks and whole numbers stay."""
+    if old.dim() == 1 and name in ("running_mean", "running_var"):
+        return _random_vector(name, old.shape, generator)
+    finite = old[old.isfinite()]
+    whole = bool((finite == finite.round()).all()) or len(finite) < old.numel()
+    if not whole:
+        return old * (0.5 + torch.rand(old.shape, generator=generator)).to(old)
+    if old.dim() == 1 and old.numel() > 1 and bool((old == old[0]).all()):
+        around = 0.3 * torch.randn(old.shape, generator=generator).clamp(-2, 2).to(old)
+        return around if old[0] == 0 else old * (1 + around)
+    return old
+
+
+def _random_values(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Random floats in the place of an input; masks of 0 and 1, and of -inf, stay."""
+    if values.numel() == 0 or not bool(values.isfinite().all()):
+        return values
+    low, high = float(values.min()), float(values.max())
+    binary = bool(((values == 0) | (values == 1)).all())
+    if (binary and high == 1) or low < torch.finfo(torch.bfloat16).min / 2:
+        return values
+    if low >= 0 and high > 0:
+        return torch.rand(values.shape, generator=generator) * high
+    return torch.randn(values.shape, generator=generator) * max(1.0, -low / 4, high / 4)
+
+
+def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """The same whole numbers in another order; truth values stay."""
+    if tensor.dtype == torch.bool or tensor.numel() == 0:
+        return tensor
+    low, high = int(tensor.min()), int(tensor.max())
+    if {low, high} <= {0, 1}:
+        return tensor
+    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    return tensor.flatten()[order].view(tensor.shape)
