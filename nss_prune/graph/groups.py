@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ GRAPH_OPERATIONS = frozenset(
 )
 
 MAKES_THE_OUTPUT = "makes the model's output"
+NOT_REACHED = (
+    "autograd does not reach it in the example call: it is not called, or under no_grad or detach"
+)
 UNSUPPORTED = {
     tp.ops.OPTYPE.MHA: "nn.MultiheadAttention ties its heads",
     tp.ops.OPTYPE.LSTM: "nn.LSTM ties its gates",
@@ -57,7 +60,7 @@ def find_neurons(
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     groups: list[NeuronGroup] = []
     left_alone: dict[str, tuple[str, int]] = {}
-    for group in _all_groups(model, graph, root_module_types):
+    for group in _all_groups(model, graph, root_module_types, ignored_modules):
         name = graph._module2name[group[0].dep.target.module]
         reason = reason_to_leave(graph, group, output_nodes, ignored_modules)
         members: tuple[Member, ...] = ()
@@ -67,6 +70,11 @@ def find_neurons(
         if reason is None:
             groups.append(NeuronGroup(name, size // ties, members, ties))
         else:
+            left_alone[name] = (reason, size)
+    made = (member.name for group in groups for member in group.members if member.side != "in")
+    known = {*left_alone, *made}
+    for name, reason, size in _not_walked(model, graph, root_module_types, ignored_modules):
+        if name not in known:
             left_alone[name] = (reason, size)
     if not groups:
         raise NothingToPruneError(
@@ -83,15 +91,44 @@ def find_neurons(
 
 
 def _all_groups(
-    model: nn.Module, graph: tp.DependencyGraph, root_module_types: Sequence[type]
+    model: nn.Module,
+    graph: tp.DependencyGraph,
+    root_module_types: Sequence[type],
+    ignored: set[nn.Module],
 ) -> list[Any]:
     try:
-        return list(graph.get_all_groups(ignored_layers=[], root_module_types=root_module_types))
+        return list(
+            graph.get_all_groups(ignored_layers=list(ignored), root_module_types=root_module_types)
+        )
     except Exception as error:
         raise GraphError(
             f"torch-pruning could not find the groups of {type(model).__name__}: "
             f"{type(error).__name__}: {error}; name the layer in ignored_layers"
         ) from error
+
+
+def _not_walked(
+    model: nn.Module,
+    graph: tp.DependencyGraph,
+    root_module_types: Sequence[type],
+    ignored: set[nn.Module],
+) -> Iterator[tuple[str, str, int]]:
+    """Layers that no group was looked for from: name, why, and output channels."""
+    inside: set[nn.Module] = set()  # modules that are one operation for torch-pruning
+    for name, module in model.named_modules():
+        if module in graph.module2node:
+            inside.update(part for part in module.modules() if part is not module)
+        if module in inside or not isinstance(module, tuple(root_module_types)):
+            continue
+        if module not in graph.module2node:
+            reason = NOT_REACHED
+        elif module in ignored:
+            reason = "ignored"
+        elif module in graph.IGNORED_LAYERS_IN_TRACING:
+            continue
+        else:
+            reason = "shares its channels with an ignored layer"
+        yield name, reason, side_width(module, "out", None) or 0
 
 
 def reason_to_leave(

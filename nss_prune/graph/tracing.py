@@ -121,8 +121,15 @@ class OutputRecorder:
 
 
 def refuse_reparametrised(model: nn.Module) -> None:
-    """Raise on weights that hooks or parametrizations recompute from others."""
+    """Raise on weights that hooks or parametrizations recompute from others, and on scripts."""
     for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            kind = type(hook).__name__
+            if kind in REMEDIES:
+                raise ArgumentError(
+                    f"{name} computes its weight from others ({kind}); make it permanent first: "
+                    f"torch.nn.utils.{REMEDIES[kind]}(module)"
+                )
         masked = hasattr(module, "weight_orig") or hasattr(module, "weight_mask")
         if masked or hasattr(module, "parametrizations"):
             raise ArgumentError(
@@ -130,3 +137,11 @@ def refuse_reparametrised(model: nn.Module) -> None:
                 "permanent first: torch.nn.utils.prune.remove(module, 'weight') or "
                 "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"{name or 'the model'} is a ScriptModule, whose layers cannot be changed; prune "
+                "the module that it was scripted from, then script it"
+            )
+
+
+REMEDIES = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}

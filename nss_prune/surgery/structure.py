@@ -176,20 +176,22 @@ class StructureCheck:
         if self._subject is not None:
             return self._run_masked(*self._subject, critical, names, kept)
         failure: Exception | None = None
+        runs = False
         for subject in self._subjects:
             try:
                 outputs = self._run_masked(*subject, critical, names, kept)
             except Exception as error:
                 failure = error
                 continue
+            runs = True
             if outputs.are_finite:
                 self._subject = subject
                 return outputs
         raise RemovalError(
-            f"the masked model does not run: {failure}; name the layer in ignored_layers"
-            if failure is not None
-            else "the neurons' consumers give nothing finite, or forward_fn calls another model "
-            "than the one it is given"
+            "the neurons' consumers give nothing finite, or forward_fn calls another model than "
+            "the one it is given"
+            if runs
+            else f"the masked model does not run: {failure}; name the layer in ignored_layers"
         ) from failure
 
     def _run_masked(
