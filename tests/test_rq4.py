@@ -245,9 +245,7 @@ class TestLearners:
     ):
         trained_for = []
         for module in (semantic, rivals):
-            monkeypatch.setattr(
-                module, "study", lambda *given: trained_for.append(given[4].epochs)
-            )
+            monkeypatch.setattr(module, "study", lambda *given: trained_for.append(given[4].epochs))
         for name in (method, f"{method}-long"):
             rq4.METHODS[name][1](model, tasks[0], COURSE, 2)
         assert trained_for == [COURSE.recipe.epochs // 2, COURSE.recipe.epochs]
