@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import timm
@@ -95,10 +96,43 @@ def test_steps_share_the_budget(data) -> None:
     assert whole <= 0.4
 
 
-def test_a_budget_out_of_reach_is_said(model, data) -> None:
-    pruner = NSSPruner(model, IMAGES, data=data, params_budget=0.05, ignored_layers=[model[4]])
+@pytest.mark.parametrize("strategy", ["semantic", "divergence"])
+def test_a_budget_out_of_reach_is_said_and_ruins_nothing(model, data, strategy: str) -> None:
+    pruner = NSSPruner(
+        model, IMAGES, data=data, params_budget=0.02, strategy=strategy, ignored_layers=[model[4]]
+    )
     pruner.step()
     assert any("may go are gone" in note for note in pruner.report.notes)
+    assert model[4].out_channels == 10
+    rows = [row for row in pruner.report.rows if not row.reason]
+    assert rows
+    assert all(row.after == math.ceil(row.before / 10) for row in rows)
+
+
+def test_a_budget_within_reach_may_go_below_the_floor() -> None:
+    groups = (NeuronGroup("a", 20, ()), NeuronGroup("b", 20, ()))
+    scores = {"a": torch.arange(20.0), "b": torch.arange(100.0, 120.0)}
+
+    def share(critical: Slice) -> float:
+        return sum(float(kept.float().mean()) for kept in critical.kept.values()) / 2
+
+    limits = Limits(floor={"a": 2, "b": 2})
+    near, reached = solve(groups, scores.__getitem__, 0.08, share, limits)
+    assert [int(kept.sum()) for kept in near.kept.values()] == [1, 2]
+    assert reached == pytest.approx(0.075)
+    far, reached = solve(groups, scores.__getitem__, 0.04, share, limits)
+    assert [int(kept.sum()) for kept in far.kept.values()] == [2, 2]
+    assert reached == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("how", [{"pruning_ratio": 0.95}, {"params_budget": 0.1}, {"theta": 0.01}])
+def test_a_norm_over_the_neurons_keeps_two_of_each_group(how) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GroupNorm(2, 16), nn.ReLU(), nn.Linear(16, 4))
+    inputs = torch.randn(64, 8)
+    NSSPruner(model, inputs, data=[(inputs, torch.arange(64) % 4)], **how).step()
+    assert model[0].out_features >= 4
+    assert model(inputs).std(0).max() > 1e-3
 
 
 @pytest.mark.parametrize("round_to", [1, 3, 4])

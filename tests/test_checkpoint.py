@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from networks import Residual, assert_unchanged, batches, cnn, fingerprint, mlp, settled
-from nss_prune import NSSPruner, Slice, load_pruned, profile, remove, save_pruned, sparsify
+from nss_prune import NSSPruner, Slice, load_pruned, remove, save_pruned, sparsify
 from nss_prune.core import files
 from nss_prune.errors import ArgumentError, FileFormatError, ModelMismatchError
+from nss_prune import profile
 from nss_prune.unstructured import make_permanent
 
 

@@ -21,13 +21,13 @@ from nss_prune import (
     ReadaptTrainer,
     Slice,
     load_pruned,
-    profile,
     remove,
     save_pruned,
     sparsify,
 )
 from nss_prune.adaptation import critical_channels, critical_entries
 from nss_prune.compensation.folding import fold
+from nss_prune import profile
 from nss_prune.profiling.contributions.protocol import metrics_known
 from nss_prune.statistics.consumers import consumer_statistics
 from nss_prune.unstructured import iterative_sparsify

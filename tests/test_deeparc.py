@@ -13,7 +13,6 @@ import torchvision
 from torch import Tensor, nn
 
 from networks import assert_unchanged, batches, cnn, fingerprint, mlp, settled
-from nss_prune import profile
 from nss_prune.adaptation.freezing import critical_entries, train_critical
 from nss_prune.deeparc import DeepArc, find_layers
 from nss_prune.deeparc.connectors import Regression
@@ -25,6 +24,7 @@ from nss_prune.errors import (
     NumericalError,
     RemovalError,
 )
+from nss_prune import profile
 
 
 def hsic_1(first: Tensor, second: Tensor) -> float:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from networks import assert_unchanged, cnn, fingerprint
-from nss_prune import NSSPruner, profile
+from nss_prune import NSSPruner
 from nss_prune.discovery.whole import discover
 from nss_prune.errors import GraphError, NothingToPruneError
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.tracing import trace
+from nss_prune import profile
 
 
 class Untraceable(nn.Module):

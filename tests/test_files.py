@@ -11,9 +11,10 @@ import torchvision
 from safetensors.torch import save_file
 
 from networks import Residual, batches, cnn, mlp
-from nss_prune import Profile, Slice, profile
+from nss_prune import Profile, Slice
 from nss_prune.core import files
 from nss_prune.errors import ArgumentError, FileFormatError
+from nss_prune import profile
 from test_streaming import same
 
 

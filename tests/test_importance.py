@@ -88,3 +88,35 @@ def test_other_models_are_refused_or_left_alone(known) -> None:
     wide = NSSImportance(profile(mlp(), batches(48, (12,), 3)))
     with pytest.raises(ModelMismatchError, match="16 were profiled"):
         wide(stranger)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_over_several_steps_of_torch_prunings_pruner_the_best_neurons_stay(steps: int) -> None:
+    torch.manual_seed(3)
+    model = mlp(hidden=(16, 11))
+    importance = NSSImportance(profile(model, batches(48, (12,), 3)))
+    rows = model[1].weight.detach().clone()
+    pruner = tp.pruner.BasePruner(
+        model,
+        (torch.randn(2, 12).double(),),
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=steps,
+        ignored_layers=[model[5]],
+    )
+    for _ in range(steps):
+        pruner.step()
+    kept = [int((rows == row).all(1).nonzero()) for row in model[1].weight.detach()]
+    best = importance.scores["1"].argsort(descending=True)[:8]
+    assert sorted(kept) == sorted(best.tolist())
+
+
+def test_a_model_that_was_pruned_otherwise_is_refused(model, known) -> None:
+    tp.prune_conv_out_channels(model[0], [1, 2])
+    smaller = copy.deepcopy(model)
+    tp.prune_batchnorm_out_channels(smaller[1], [1, 2])
+    tp.prune_conv_in_channels(smaller[4], [1, 2])
+    graph = tp.DependencyGraph().build_dependency(smaller, (INPUTS,))
+    group = graph.get_pruning_group(smaller[0], tp.prune_conv_out_channels, range(6))
+    with pytest.raises(ModelMismatchError, match="8 were profiled"):
+        NSSImportance(known)(group)

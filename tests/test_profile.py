@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from networks import batches, cnn, hand_weighted, mlp
-from nss_prune import profile
 from nss_prune.errors import ArgumentError
+from nss_prune import profile
 from nss_prune.profiling.categories import joined
 from nss_prune.profiling.similarity import ranked
 from reference import algorithm_1, taylor

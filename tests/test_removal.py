@@ -21,9 +21,10 @@ from networks import (
     mlp,
     settled,
 )
-from nss_prune import NSSPruner, Slice, profile, remove
+from nss_prune import NSSPruner, Slice, remove
 from nss_prune.core.undo import undone_on_error
 from nss_prune.errors import ArgumentError, ModelMismatchError, NothingToPruneError, RemovalError
+from nss_prune import profile
 from nss_prune.surgery.execute import LayerNormPruner
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

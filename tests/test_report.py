@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from nss_prune import NSSPruner
 from nss_prune.graph.costs import Cost, measure
 from nss_prune.pruner.report import Report, Row
 
@@ -50,3 +51,54 @@ def test_text() -> None:
     assert "parameters: 1,000 -> 250 (75.0% gone)" in text
     assert "MACs: 5,000 -> 1,000 (80.0% gone)" in text
     assert "note: three categories were small" in text
+    assert len(repr(report)) < 200
+    assert "1 of 2 layers pruned, 1 left alone" in repr(report)
+    page = report._repr_html_()
+    assert page.count("<tr>") == 3
+    assert "makes the model&#x27;s output" in page
+
+
+class Unseen(nn.Module):
+    """A trunk that runs without gradients, and a head that depends on the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.arange(20).flip(0))
+        self.trunk = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        self.hidden, self.last = nn.Linear(64, 32), nn.Linear(32, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if bool((inputs != 0).any()):
+            inputs = inputs[:, self.order]
+        with torch.no_grad():
+            features = self.trunk(inputs)
+        return self.last(torch.relu(self.hidden(features)))
+
+
+def test_costs_of_a_model_that_branches_on_values_and_rows_of_what_was_not_followed() -> None:
+    torch.manual_seed(0)
+    model, inputs = Unseen(), torch.randn(64, 20)
+    data = [(inputs, torch.arange(64) % 5)]
+    pruner = NSSPruner(model, inputs[:2], params_budget=0.8, data=data)
+    pruner.step()
+    width = model.hidden.out_features
+    assert width < 32
+    assert pruner.report.before.macs == 2 * (20 * 64 + 64 * 64 + 64 * 32 + 32 * 5)
+    assert pruner.report.after.macs == 2 * (20 * 64 + 64 * 64 + 64 * width + width * 5)
+    rows = {row.layer: row for row in pruner.report.rows}
+    assert list(rows) == ["trunk.0", "trunk.2", "hidden", "last"]
+    assert (rows["trunk.0"].before, rows["trunk.0"].after) == (64, 64)
+    assert "not followed" in rows["trunk.2"].reason
+
+
+def test_a_ratio_that_falls_short_is_said() -> None:
+    torch.manual_seed(0)
+    model, inputs = Unseen().trunk, torch.randn(64, 20)
+    data = [(inputs, torch.arange(64) % 5)]
+    pruner = NSSPruner(model, inputs, data=data, pruning_ratio=0.8, max_pruning_ratio=0.5)
+    pruner.step()
+    assert "50.0% of the channels are removed, pruning_ratio asks for 80.0%" in str(pruner.report)
+    model = Unseen().trunk
+    pruner = NSSPruner(model, inputs, data=data, pruning_ratio=0.5)
+    pruner.step()
+    assert "pruning_ratio asks" not in str(pruner.report)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from networks import assert_unchanged, batches, fingerprint, mlp
-from nss_prune import NSSPruner, restructure, sparsify
+from nss_prune import NSSPruner, sparsify
 from nss_prune.errors import ArgumentError, NSSPruneError
+from nss_prune import restructure
 from nss_prune.unstructured import make_permanent
 
 INPUTS = torch.randn(4, 12, generator=torch.Generator().manual_seed(3)).double()

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from networks import batches, cnn, mlp
-from nss_prune import PAPER, Profile, profile
+from nss_prune import PAPER, Profile
 from nss_prune.errors import ArgumentError
+from nss_prune import profile
 from reference import algorithm_1, landscape_similarity
 
 

@@ -15,8 +15,9 @@ import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from networks import batches, cnn, mlp
-from nss_prune import Profile, profile
+from nss_prune import Profile
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
+from nss_prune import profile
 from nss_prune.profiling.streaming import dataset_labels
 
 ROOM_FOR_ONE = 12 * (16**2 + 11**2)  # bytes that one category of mlp() takes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from nss_prune.graph.slices import Slice
 
 TOLERANCE = 0.01
 """A budget counts as met within this share of the whole model's cost."""
+
+FLOOR = 0.1
+"""Share of its neurons that a layer keeps at least where a budget cannot be met anyway."""
 
 
 ShareOf = Callable[[Slice], float]
@@ -33,11 +36,13 @@ class Limits:
         least: Layer -> neurons that stay at least; 1 where it is not named.
         round_to: Neurons are kept in multiples of this; layers with fewer keep all.
         unrounded: Layers whose neurons are heads, and not single channels.
+        floor: Layer -> neurons that stay at least where a budget is out of reach.
     """
 
     least: Mapping[str, int] = field(default_factory=dict)
     round_to: int = 1
     unrounded: frozenset[str] = frozenset()
+    floor: Mapping[str, int] = field(default_factory=dict)
 
     def kept(self, layer: str, size: int, wanted: int) -> int:
         """How many of ``size`` neurons to keep where ``wanted`` would do."""
@@ -45,9 +50,15 @@ class Limits:
         step = 1 if layer in self.unrounded else self.round_to
         return min(size, -(-least // step) * step)
 
+    def out_of_reach(self) -> Limits:
+        """Where a budget cannot be met: no layer is ruined for what is missing all the same."""
+        names = {*self.least, *self.floor}
+        least = {name: max(self.least.get(name, 1), self.floor.get(name, 1)) for name in names}
+        return replace(self, least=least)
+
 
 def limited(critical: Slice, limits: Limits, scores: Scores) -> Slice:
-    """A slice and, where the limits or a reader ask for more, the best of the neurons outside."""
+    """A slice and, where the limits or a consumer ask for more, the best of the neurons outside."""
     kept = {}
     for name, mask in critical.kept.items():
         count = limits.kept(name, len(mask), int(mask.sum()))
@@ -145,8 +156,8 @@ def solve(
         share: The share that a slice keeps.
 
     Returns:
-        The slice, and the share that it keeps: the largest within the budget, or the least that
-        the limits allow.
+        The slice, and the share that it keeps: the largest within the budget. Where not even the
+        least that the limits allow is within it, the floors hold as well.
     """
     by_layer = {group.name: scores(group.name) for group in groups}
     owners = torch.cat([torch.full((group.size,), i) for i, group in enumerate(groups)])
@@ -157,7 +168,7 @@ def solve(
     }
     partial = _partial_members(groups)
 
-    def without(count: int) -> Slice:
+    def without(count: int, limits: Limits = limits) -> Slice:
         gone = torch.bincount(owners[:count], minlength=len(groups))
         kept = {}
         for group, removed in zip(groups, gone.tolist(), strict=True):
@@ -167,6 +178,9 @@ def solve(
         return _readable(Slice(kept, groups), by_layer.__getitem__, partial)
 
     fewest, most = 0, len(owners)
+    if share(without(most)) > budget:
+        critical = without(most, limits.out_of_reach())
+        return critical, share(critical)
     while fewest < most:
         middle = (fewest + most) // 2
         if share(without(middle)) <= budget:

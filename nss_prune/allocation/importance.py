@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,10 @@ class NSSImportance:
         None, which torch-pruning takes as 'leave it alone', for groups that were not profiled,
         and for the heads of attention, which it would take apart.
 
+        Over several steps of one pruner the scores follow the channels that are left.
+
         Raises:
-            ModelMismatchError: The group has another size than the profiled one.
+            ModelMismatchError: The layer has other channels than those profiled.
         """
         graph = group._DG
         for dependency, _ in group:
@@ -54,13 +57,43 @@ class NSSImportance:
                 break
         else:
             return None
-        scores, neurons = self.scores[name].repeat(self._ties[name]), group[0].root_idxs
-        if max(neurons) >= len(scores):
+        by_channel = self.scores[name].repeat(self._ties[name])
+        width = graph.get_out_channels(dependency.target.module)
+        left = _survivors(graph.pruning_history(), name, len(by_channel), width)
+        if left is None:
             raise ModelMismatchError(
-                f"{name} has {max(neurons) + 1} neurons, {len(scores)} were profiled; profile "
-                "the model as it is now"
+                f"{name} has {width} channels, {len(by_channel)} were profiled, and the pruner's "
+                "history does not say which of them are left; profile the model as it is now, "
+                "before each step"
             )
-        return scores[torch.as_tensor(neurons)].contiguous()
+        return by_channel[left][torch.as_tensor(group[0].root_idxs)].contiguous()
+
+
+def _survivors(
+    history: Sequence[tuple[str, bool, Sequence[int]]], layer: str, before: int, now: int
+) -> Tensor | None:
+    """Of the channels that a layer had, those that the last steps of a pruner left, ``[now]``.
+
+    Args:
+        history: Layer, whether output channels went, and which, step after step.
+
+    Returns:
+        None where no number of last steps makes the difference.
+    """
+    steps: list[Sequence[int]] = []
+    for name, outputs, gone in reversed(history):
+        if before - sum(map(len, steps)) <= now:
+            break
+        if name == layer and outputs:
+            steps.append(gone)
+    if before - sum(map(len, steps)) != now:
+        return None
+    left = torch.arange(before)
+    for gone in reversed(steps):
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[torch.as_tensor(gone, dtype=torch.long)] = False
+        left = left[stays]
+    return left
 
 
 def _without_ties(importance: Tensor, contribution: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from nss_prune.core.models import (
     submodule,
     without_values,
 )
-from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.core.nested import map_tensors
 from nss_prune.graph.axes import check_fits, parameter_axes
 from nss_prune.graph.neurons import Member, NeuronGroup
 
@@ -45,16 +45,13 @@ def macs_by_module(
     """Module -> multiply-accumulates of one call, its children's included; "" is the model.
 
     Half the floating-point operations that torch counts in convolutions, matrix products and
-    attention, whatever the modules are called. Where the model runs on tensors without values,
-    nothing is computed.
+    attention, whatever the modules are called. Where a copy of the model runs on tensors without
+    values, nothing is computed; otherwise the model itself is called.
     """
     try:
         inputs = map_tensors(without_values, example_inputs)
         return _counted(meta_copy(model), inputs, forward)
-    except Exception:
-        if any(parameter.is_meta for parameter in model.parameters()):
-            device = next((tensor.device for tensor in tensors_in(example_inputs)), "cpu")
-            model = model.to_empty(device=device)
+    except Exception:  # it branches on values, or has an index that must be a number
         return _counted(model, example_inputs, forward)
 
 

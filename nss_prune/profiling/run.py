@@ -143,7 +143,9 @@ def profile_neurons(
     """
     check_categories(categories)
     landscape = landscape or Landscape()
-    chosen = [metric_named(metric) for metric in metrics]
+    chosen = [
+        metric_named(metric) for metric in ([metrics] if isinstance(metrics, str) else metrics)
+    ]
     if not chosen:
         raise ArgumentError("metrics is empty; give at least one, for example ('taylor',)")
     builder = ProfileBuilder(neurons, chosen, landscape, check_interval(interval), keep_statistics)

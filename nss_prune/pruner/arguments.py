@@ -133,6 +133,12 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
     return own
 
 
+def is_uniform(arguments: Mapping[str, Any]) -> bool:
+    """Whether torch-pruning's arguments leave a ratio the same for all layers and steps."""
+    others = ("pruning_ratio_dict", "iterative_pruning_ratio_scheduler")
+    return not any(arguments.get(name) for name in others)
+
+
 def _refuse_what_has_no_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
     for name, instead in DEPRECATED.items():
         if arguments.get(name) is not None:

@@ -6,45 +6,125 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nss_prune.errors import GraphError
+from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.subject import Subject
+from nss_prune.structures.protocol import Change
+from nss_prune.surgery.metadata import apply_changes, planned_changes
 
-Entry = tuple[str, bool, list[int]]
-"""Root layer, whether output channels go, and which: as in torch-pruning's history."""
 
+def history(chosen: Slice) -> Iterator[tuple[str, bool, list[int]]]:
+    """What a slice removes, as torch-pruning's history has it.
 
-def entries(chosen: Slice) -> Iterator[Entry]:
-    """What a slice removes, for ``load_pruning_history``, heads by the layer that consumes them."""
+    Heads are named by the channels of the layer that consumes them, because torch-pruning does not
+    follow a fused projection of queries, keys and values to its end.
+
+    Yields:
+        A layer, whether its output channels go or its input channels, and which.
+    """
     groups = {group.name: group for group in chosen.groups}
     for name, neurons in chosen.removed.items():
         group = groups[name]
-        if group.has_channels:
+        if group.has_channels or not group.readers:
             tied = [neurons + group.size * tie for tie in range(group.ties)]
             yield name, True, torch.cat(tied).tolist()
-            continue
-        gone = ~chosen.kept[name]
-        for consumer in group.readers[:1]:
-            yield consumer.name, False, consumer.channels[gone[consumer.neurons]].tolist()
+        else:
+            consumer = group.readers[0]
+            yield consumer.name, False, _channels(consumer, ~chosen.kept[name]).tolist()
+
+
+def pruning_groups(
+    subject: Subject, chosen: Slice, num_heads: dict[nn.Module, int]
+) -> Iterator[Any]:
+    """torch-pruning's groups, each with the channels to remove.
+
+    Args:
+        num_heads: Of a pruner; it follows where a group of heads is pruned, as the attributes of
+            the module do.
+
+    Raises:
+        GraphError: torch-pruning would take heads apart. Nothing was yielded then.
+    """
+    groups = {group.name: group for group in chosen.groups}
+    entries = dict(zip(chosen.removed, history(chosen), strict=True))
+    parts = {
+        name: Slice({name: chosen.kept[name]}, (groups[name],))
+        for name in entries
+        if not groups[name].has_channels
+    }
+    changes = {}
+    for name, part in parts.items():
+        _check_heads(_pruning_group(subject, *entries[name]), groups[name], part, subject)
+        changes[name] = planned_changes(subject.model, part, subject.adapters)
+    for name, entry in entries.items():
+        found = _pruning_group(subject, *entry)
+        if name in parts:
+            _follow(found, parts[name], changes[name], num_heads, subject.model)
+        yield found
+
+
+def _follow(
+    found: Any,
+    part: Slice,
+    changes: tuple[Change, ...],
+    num_heads: dict[nn.Module, int],
+    model: nn.Module,
+) -> None:
+    """Let numbers of heads follow where a group is pruned, and only there."""
+
+    def prune(*arguments: Any, **keywords: Any) -> None:
+        type(found).prune(found, *arguments, **keywords)
+        apply_changes(changes)
+        count_heads(num_heads, model, part)
+
+    found.prune = prune
 
 
 def count_heads(num_heads: dict[nn.Module, int], model: nn.Module, chosen: Slice) -> None:
     """Write to a pruner's ``num_heads`` how many a slice keeps.
 
-    Scripts set the attributes of attention from this.
+    Scripts set the attributes of attention from this. It has the projections that the caller named,
+    and the first one in any case. Query heads that share a key head are several for each neuron.
     """
+    modules = dict(model.named_modules())
     for group in chosen.groups:
-        if not group.has_channels:
-            num_heads[model.get_submodule(group.name)] = int(chosen.kept[group.name].sum())
-
-
-def pruning_groups(subject: Subject, chosen: Slice) -> Iterator[Any]:
-    """torch-pruning's groups, each with the channels to remove; heads are left out."""
-    channels = {group.name for group in subject.groups if group.has_channels}
-    for name, outputs, positions in entries(chosen):
-        if name not in channels or not outputs:  # torch-pruning would take heads apart
+        if group.has_channels:
             continue
-        module = subject.model.get_submodule(name)
-        function = subject.graph.get_pruner_of_module(module).prune_out_channels
-        yield subject.graph.get_pruning_group(module, function, positions)
+        kept = int(chosen.kept[group.name].sum())
+        makers = [member.name for member in group.members if member.side == "out"]
+        for name in dict.fromkeys([group.name, *makers]):
+            module = modules.get(name)
+            if module is not None and (module in num_heads or name == group.name):
+                num_heads[module] = num_heads.get(module, group.size) * kept // group.size
+
+
+def _pruning_group(subject: Subject, name: str, outputs: bool, channels: list[int]) -> Any:
+    module = subject.model.get_submodule(name)
+    functions = subject.graph.get_pruner_of_module(module)
+    function = functions.prune_out_channels if outputs else functions.prune_in_channels
+    return subject.graph.get_pruning_group(module, function, channels)
+
+
+def _check_heads(found: Any, group: NeuronGroup, part: Slice, subject: Subject) -> None:
+    """Raise where torch-pruning's group has other channels than those of the heads."""
+    graph, gone = subject.graph, ~part.kept[group.name]
+    removed = {
+        graph._module2name.get(dependency.target.module): sorted(channels)
+        for dependency, channels in found
+        if graph.is_out_channel_pruning_fn(dependency.handler)
+    }
+    for member in group.members:
+        if member.side == "out" and member.axis is None:
+            wanted = _channels(member, gone).tolist()
+            if removed.get(member.name) != sorted(wanted):
+                raise GraphError(
+                    f"torch-pruning would take the heads of {member.name} apart; call step() "
+                    "without interactive=True, or name the layer in ignored_layers"
+                )
+
+
+def _channels(member: Member, gone: Tensor) -> Tensor:
+    return member.channels[gone[member.neurons]]

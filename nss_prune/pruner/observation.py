@@ -35,7 +35,7 @@ class ProfileEvidence(Evidence):
 
 @dataclass(frozen=True, kw_only=True)
 class EliminationEvidence(Evidence):
-    """Layer -> its neurons in the order in which they can be spared, and what that causes."""
+    """Layer -> its neurons in the order of backward elimination, and what that causes."""
 
     eliminations: dict[str, Elimination]
 

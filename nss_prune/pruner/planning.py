@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nss_prune.allocation.budget import TOLERANCE, Limits
+from torch import nn
+
+from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
+from nss_prune.graph.groups import MAKES_THE_OUTPUT
+from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.cost import everything, shares
@@ -44,6 +48,7 @@ class Planner:
         first_sizes: Layer -> neurons before the first step.
         max_pruning_ratio: Share of the neurons that a layer may lose over all steps.
         round_to: Neurons are kept in multiples of this.
+        uniform: Whether the ratio is that of every layer and of every step in equal parts.
     """
 
     strategy: Strategy[Any]
@@ -51,6 +56,7 @@ class Planner:
     first_sizes: Mapping[str, int]
     max_pruning_ratio: float
     round_to: int | None
+    uniform: bool = True
 
     def plan(
         self,
@@ -74,7 +80,15 @@ class Planner:
             share = shares(amount, whole)
         target = self._target(step, steps, share)
         chosen = self.strategy.select(subject, evidence, target, self._limits(subject))
-        return Plan(subject, evidence, chosen, whole, self._shortfall(subject, chosen, target))
+        notes: tuple[str, ...] = ()
+        if target.budget is not None and target.share is not None:
+            assert self.aim.cost is not None
+            notes = budget_shortfall(self.aim.cost.name, target.budget, target.share(chosen))
+        elif self.aim.ratio is not None and self.uniform:
+            notes = ratio_shortfall(
+                subject, chosen, self.aim.ratio * step / steps, self.first_sizes
+            )
+        return Plan(subject, evidence, chosen, whole, notes)
 
     def _target(self, step: int, steps: int, share: Any) -> Target:
         aim, done = self.aim, step / steps
@@ -88,19 +102,22 @@ class Planner:
         return Target(ratio=(1 - aim.ratio * done) / left)
 
     def _limits(self, subject: Subject) -> Limits:
-        least = {
-            name: math.ceil(size * (1 - self.max_pruning_ratio) - 1e-9)
-            for name, size in self.first_sizes.items()
-        }
+        sizes = self.first_sizes
+        share = 1 - self.max_pruning_ratio
+        least = {name: math.ceil(size * share - 1e-9) for name, size in sizes.items()}
+        for group in subject.groups:
+            if _is_normalised(subject.model, group):
+                least[group.name] = max(2, least.get(group.name, 1))
         heads = (group.name for group in subject.groups if not group.has_channels)
-        return Limits(least, self.round_to or 1, frozenset(heads))
+        floor = {name: math.ceil(size * FLOOR) for name, size in sizes.items()}
+        return Limits(least, self.round_to or 1, frozenset(heads), floor)
 
-    def _shortfall(self, subject: Subject, chosen: Slice, target: Target) -> tuple[str, ...]:
-        if target.budget is not None and target.share is not None:
-            assert self.aim.cost is not None
-            reached = target.share(chosen)
-            return budget_shortfall(self.aim.cost.name, target.budget, reached)
-        return ()
+
+def _is_normalised(model: nn.Module, group: NeuronGroup) -> bool:
+    """Whether a norm over the neurons of each sample would make one neuron a constant."""
+    norms = (nn.LayerNorm, nn.GroupNorm)
+    modules = dict(model.named_modules())
+    return any(isinstance(modules.get(member.name), norms) for member in group.members)
 
 
 def budget_shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:
@@ -108,9 +125,53 @@ def budget_shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...
     if abs(reached - wanted) <= TOLERANCE:
         return ()
     why = (
-        "all neurons that may go are gone; those of the layers left alone, the limits and the "
-        "rest of the model take more"
+        "all neurons that may go are gone, a tenth of each layer stays; the layers left alone, "
+        "the limits and the rest of the model take more"
         if reached > wanted
         else "one more neuron, or the next multiple of round_to, would go beyond it"
     )
     return (f"{reached:.1%} of the {kind} are kept, the budget is {wanted:.1%}: {why}",)
+
+
+def ratio_shortfall(
+    subject: Subject, chosen: Slice, ratio: float, first_sizes: Mapping[str, int]
+) -> tuple[str, ...]:
+    """What the report says about a ratio that is not met, in zero or one lines.
+
+    Args:
+        ratio: Share of the channels of all layers to remove up to this step.
+        first_sizes: Layer -> neurons before the first step.
+    """
+    left_alone = {
+        name: size
+        for name, size in subject.neurons.left_alone_sizes.items()
+        if subject.neurons.left_alone[name] not in (MAKES_THE_OUTPUT, "ignored")
+    }
+    whole = kept = sum(left_alone.values())
+    for group in subject.groups:
+        channels = _channels_of_neuron(group)
+        whole += channels * first_sizes.get(group.name, group.size)
+        kept += channels * int(chosen.kept[group.name].sum())
+    gone = 1 - kept / whole if whole else ratio
+    if ratio - gone <= TOLERANCE:
+        return ()
+    heads = [group.name for group in subject.groups if not group.has_channels]
+    reasons = [
+        *([f"heads go whole, with prune_num_heads ({_some(heads)})"] if heads else []),
+        *([f"left alone are {_some(list(left_alone))}"] if left_alone else []),
+    ]
+    why = "; ".join(reasons) or "the limits, or the union over categories, keep more"
+    return (f"{gone:.1%} of the channels are removed, pruning_ratio asks for {ratio:.1%}: {why}",)
+
+
+def _channels_of_neuron(group: NeuronGroup) -> int:
+    """Channels of the root layer in each neuron."""
+    if group.has_channels:
+        return group.ties
+    root = next(member for member in group.members if member.name == group.name)
+    return len(root.channels) // group.size
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

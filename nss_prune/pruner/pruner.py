@@ -14,6 +14,7 @@ from nss_prune.pruner.arguments import (
     check_steps,
     check_timeout,
     find_aim,
+    is_uniform,
     own_arguments,
     set_without_graph,
     unwrapped,
@@ -27,11 +28,11 @@ from nss_prune.pruner.assembly import (
     strategy_for,
 )
 from nss_prune.pruner.execution import carry_out
-from nss_prune.pruner.interactive import count_heads, entries, pruning_groups
+from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.observation import evidence_of
 from nss_prune.pruner.planning import Plan, Planner
 from nss_prune.pruner.report import Report, report_of
-from nss_prune.pruner.state import restored_on_error, trace_graph, without_graph
+from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.tracer import TIMEOUT, Tracer
 from nss_prune.pruner.types import (
@@ -130,6 +131,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     iterative_steps: int
     ignored_layers: list[nn.Module]
     num_heads: dict[nn.Module, int]
+    report: Report | None = None
+    folded: tuple[str, ...] = ()
+    _plan: Plan | None = None
+    _whole: float | None = None
+    _stale = False
 
     def __init__(
         self,
@@ -180,17 +186,14 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._strategy = strategy_for(
             self.strategy, aim, importance, self._profiling, self, sizes, **common
         )
-        self._planner = Planner(self._strategy, aim, sizes, self.max_pruning_ratio, self.round_to)
+        limits = (self.max_pruning_ratio, self.round_to)
+        self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
         self._given = None if profile is None else evidence_of(profile, self._subject)
         check_steps(self.iterative_steps, importance, data, profile)
         self._profiled: Any = self._given
         self._evidence: Any = None
-        self._plan: Plan | None = None
-        self._whole: float | None = None
-        self._stale = False
         self._history: list[Any] = []
-        self.report: Report | None = None
-        self.folded: tuple[str, ...] = ()
+        share_history(self)
 
     def _first_subject(
         self,
@@ -296,10 +299,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Trace the model again after an earlier step, and forget what was observed of it."""
         if not self._stale:
             return
-        if self.DG is not None:
-            self._history += self.DG.pruning_history()
         self._subject = self._subject.fresh()
         self.DG = self._subject.graph
+        share_history(self)
         self._given = self._profiled = self._evidence = self._plan = None
         self._stale = False
 
@@ -322,7 +324,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Keep what was done, and let what is around the model follow."""
         self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
         self._stale = True
-        self._history += entries(plan.slice)
+        self._history += map(list, history(plan.slice))
         count_heads(self.num_heads, self.model, plan.slice)
 
     def _groups(self, plan: Plan) -> Iterator[Any]:
@@ -331,11 +333,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         def groups() -> Iterator[Any]:
             self._stale = True
-            yield from pruning_groups(plan.subject, plan.slice)
+            yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
 
         return groups()
 
     def pruning_history(self) -> list[Any]:
         """What all steps removed, for ``load_pruning_history`` on a fresh model."""
-        last = [] if self.DG is None else self.DG.pruning_history()
-        return [list(entry) for entry in (*self._history, *last)]
+        return list(self._history)

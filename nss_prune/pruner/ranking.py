@@ -82,7 +82,9 @@ class Ranking:
                     channels = torch.as_tensor(group[0].idxs, dtype=torch.long)
                     kept[name][channels % len(kept[name])] = False
             for name in self._vanished(subject, {name: kept[name] for name in ranked}, scores):
-                kept[name] = scores(name) >= scores(name).max()
+                left = max(1, int(self._first_sizes[name] * (1 - self._ratio(subject, name))))
+                best = scores(name).argsort(descending=True, stable=True)[:left]
+                kept[name] = torch.zeros_like(kept[name]).index_fill(0, best, True)
             if self._pruner.prune_num_heads:
                 kept.update(self._heads(subject, scores))
         return Slice(kept, subject.groups)
@@ -92,11 +94,13 @@ class Ranking:
         """The pruner as it ranks for the next step, without limits of its own.
 
         It forgets the largest ratio, and rounds some layers to nothing:
-        :func:`nss_prune.allocation.budget.limited` applies both afterwards. What it notes about
-        heads while it ranks is not what is removed.
+        :func:`nss_prune.allocation.budget.limited` applies both afterwards. Heads are not ranked
+        among the channels, inside of which nothing can go.
         """
         own = vars(self._pruner)
-        left_alone = [subject.model.get_submodule(name) for name in subject.neurons.left_alone]
+        heads = [group.name for group in subject.groups if not group.has_channels]
+        names = [*subject.neurons.left_alone, *heads]
+        left_alone = [subject.model.get_submodule(name) for name in names]
         changed = {
             "estimate_importance": importance,
             "current_step": max(self._pruner.current_step, 1),
@@ -118,7 +122,10 @@ class Ranking:
     def _vanished(
         self, subject: Subject, kept: Mapping[str, Tensor], scores: Callable[[str], Tensor]
     ) -> list[str]:
-        """Layers that would lose all neurons, which torch-pruning then skips without a word."""
+        """Layers that would lose all neurons, which torch-pruning then skips without a word.
+
+        They keep the share that the ratio leaves of all.
+        """
         untouched = [name for name, mask in kept.items() if mask.all()]
         if not self._pruner.global_pruning:
             ratios = {name: self._ratio(subject, name) for name in untouched}

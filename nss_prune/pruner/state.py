@@ -45,7 +45,14 @@ def trace_graph(pruner: Any) -> None:
     if pruner.DG is None:
         return
     pruner.DG, _ = pruner._subject.tracer.graph(pruner.model)
+    share_history(pruner)
     pruner._subject = replace(pruner._subject, graph=pruner.DG)
     if pruner._plan is not None:
         subject = replace(pruner._plan.subject, graph=pruner.DG)
         pruner._plan = replace(pruner._plan, subject=subject)
+
+
+def share_history(pruner: Any) -> None:
+    """Let the graph, which is another for every step, go on with the history of all steps."""
+    if pruner.DG is not None:
+        pruner.DG._pruning_history = pruner._history

@@ -46,6 +46,8 @@ class Contribution(Protocol):
 
 _METRICS: dict[str, Contribution] = {}
 
+NEEDED = ("name", "needs_gradient", "gather", "per_sample", "score")
+
 
 def register_metric(metric: Contribution) -> None:
     """Make a metric known under its name, for ``metric="name"``."""
@@ -66,9 +68,16 @@ def metric_named(metric: str | Contribution) -> Contribution:
     """The metric of that name, or the metric itself.
 
     Raises:
-        ArgumentError: No metric has that name.
+        ArgumentError: No metric has that name, or it lacks a method.
     """
     if not isinstance(metric, str):
+        missing = [name for name in NEEDED if not hasattr(metric, name)]
+        if missing:
+            raise ArgumentError(
+                f"metric is a {type(metric).__name__} without {', '.join(missing)}; give a name of "
+                f"{sorted(_METRICS)}, or an object with the methods of "
+                "nss_prune.profiling.contributions.Contribution"
+            )
         return metric
     if metric not in _METRICS:
         raise ArgumentError(
