@@ -17,6 +17,7 @@ from benchmarks.common.data import Split
 from benchmarks.common.training import Recipe, train
 from benchmarks.rivals import ranking
 from benchmarks.rivals.corp import ActivationEnergy, RidgeCompensation
+from benchmarks.rivals.ranked import RankedByInputs
 from benchmarks.rivals.vbp import ActivationVariance, MeanShift
 from nss_prune import NSSImportance, NSSPruner, Profile, Slice
 from nss_prune.allocation.budget import Limits
@@ -25,6 +26,7 @@ from nss_prune.graph.costs import macs_by_module
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.pruner.cost import MACs, everything
 from nss_prune.pruner.observation import Eliminating
+from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategies import DivergenceStrategy
 from nss_prune.pruner.strategy import Strategy, Target
 from nss_prune.pruner.subject import Subject
@@ -33,7 +35,10 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 HIDDEN_CONSUMERS = "conv_pwl"  # timm's name for what consumes hidden channels
 BUDGETS = {"MACs": "macs_budget", "parameters": "params_budget"}
-OWN = {VBP: (ActivationVariance, MeanShift), CORP: (ActivationEnergy, RidgeCompensation)}
+OWN: dict[str, tuple[type[RankedByInputs], Callable[[], Repair]]] = {
+    VBP: (ActivationVariance, MeanShift),
+    CORP: (ActivationEnergy, RidgeCompensation),
+}
 """Criterion -> the strategy that ranks, and the repair that compensates."""
 
 

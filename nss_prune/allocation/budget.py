@@ -156,30 +156,19 @@ def solve(
         share: The share that a slice keeps.
 
     Returns:
-        The slice, and the share that it keeps: the largest within the budget. Where not even the
-        least that the limits allow is within it, the floors hold as well.
+        The slice, and the share that it keeps: the largest within the budget, filled up with
+        single neurons that fit besides where it is short of it. Where not even the least that the
+        limits allow is within it, the floors hold as well.
     """
-    by_layer = {group.name: scores(group.name) for group in groups}
-    owners = torch.cat([torch.full((group.size,), i) for i, group in enumerate(groups)])
-    order = torch.cat(list(by_layer.values())).argsort(stable=True)
-    owners = owners[order]
-    rankings = {
-        name: values.argsort(descending=True, stable=True) for name, values in by_layer.items()
-    }
-    partial = _partial_members(groups)
+    ranked = _Ranked(groups, scores, limits)
 
-    def without(count: int, limits: Limits = limits) -> Slice:
-        gone = torch.bincount(owners[:count], minlength=len(groups))
-        kept = {}
-        for group, removed in zip(groups, gone.tolist(), strict=True):
-            stay = limits.kept(group.name, group.size, group.size - removed)
-            best = rankings[group.name][:stay]
-            kept[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, best, True)
-        return _readable(Slice(kept, groups), by_layer.__getitem__, partial)
+    def without(count: int) -> Slice:
+        return ranked.slice(torch.bincount(ranked.owners[:count], minlength=len(groups)))
 
-    fewest, most = 0, len(owners)
+    fewest, most = 0, len(ranked.owners)
     if share(without(most)) > budget:
-        critical = without(most, limits.out_of_reach())
+        ranked.limits = limits.out_of_reach()
+        critical = without(most)
         return critical, share(critical)
     while fewest < most:
         middle = (fewest + most) // 2
@@ -188,4 +177,60 @@ def solve(
         else:
             fewest = middle + 1
     critical = without(fewest)
+    if budget - share(critical) > TOLERANCE:
+        gone = torch.bincount(ranked.owners[:fewest], minlength=len(groups))
+        critical = _filled(ranked, gone, budget, share)
     return critical, share(critical)
+
+
+class _Ranked:
+    """All neurons in one order, the worst first, and the slices that follow it in each layer."""
+
+    def __init__(self, groups: tuple[NeuronGroup, ...], scores: Scores, limits: Limits) -> None:
+        self.groups = groups
+        self.limits = limits
+        self.by_layer = {group.name: scores(group.name) for group in groups}
+        owners = torch.cat([torch.full((group.size,), i) for i, group in enumerate(groups)])
+        self.owners = owners[torch.cat(list(self.by_layer.values())).argsort(stable=True)]
+        self._rankings = {
+            name: values.argsort(descending=True, stable=True)
+            for name, values in self.by_layer.items()
+        }
+        self._partial = _partial_members(groups)
+
+    def slice(self, gone: Tensor) -> Slice:
+        """The slice without so many neurons of each group, ``[groups]``, but within the limits."""
+        kept = {}
+        for group, removed in zip(self.groups, gone.tolist(), strict=True):
+            stay = self.limits.kept(group.name, group.size, group.size - removed)
+            best = self._rankings[group.name][:stay]
+            kept[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, best, True)
+        return _readable(Slice(kept, self.groups), self.by_layer.__getitem__, self._partial)
+
+    def best_gone(self, gone: Tensor) -> list[int]:
+        """Groups that lose neurons, those whose best lost neuron scores most first."""
+        losing = gone.nonzero().flatten().tolist()
+
+        def score(index: int) -> float:
+            group = self.groups[index]
+            best = self._rankings[group.name][group.size - int(gone[index])]
+            return float(self.by_layer[group.name][best])
+
+        return sorted(losing, key=score, reverse=True)
+
+
+def _filled(ranked: _Ranked, gone: Tensor, budget: float, share: ShareOf) -> Slice:
+    """A slice with the neurons put back that a budget has room for besides.
+
+    Where the last neuron that went is a large share of the cost, smaller ones went before it.
+    """
+    for index in ranked.best_gone(gone):
+        fewest, most = 0, int(gone[index])
+        while fewest < most:
+            gone[index] = (fewest + most) // 2
+            if share(ranked.slice(gone)) <= budget:
+                most = int(gone[index])
+            else:
+                fewest = int(gone[index]) + 1
+        gone[index] = fewest
+    return ranked.slice(gone)

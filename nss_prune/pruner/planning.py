@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.norms import least_neurons
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.cost import everything, shares
@@ -106,18 +105,11 @@ class Planner:
         share = 1 - self.max_pruning_ratio
         least = {name: math.ceil(size * share - 1e-9) for name, size in sizes.items()}
         for group in subject.groups:
-            if _is_normalised(subject.model, group):
-                least[group.name] = max(2, least.get(group.name, 1))
+            few = least_neurons(group, subject.model)
+            least[group.name] = max(few, least.get(group.name, 1))
         heads = (group.name for group in subject.groups if not group.has_channels)
         floor = {name: math.ceil(size * FLOOR) for name, size in sizes.items()}
         return Limits(least, self.round_to or 1, frozenset(heads), floor)
-
-
-def _is_normalised(model: nn.Module, group: NeuronGroup) -> bool:
-    """Whether a norm over the neurons of each sample would make one neuron a constant."""
-    norms = (nn.LayerNorm, nn.GroupNorm)
-    modules = dict(model.named_modules())
-    return any(isinstance(modules.get(member.name), norms) for member in group.members)
 
 
 def budget_shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:

@@ -82,6 +82,7 @@ def test_less_work_is_never_foreseen_to_take_longer(model) -> None:
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.filterwarnings("ignore:no data was given")
 @pytest.mark.parametrize("given", [True, False])
 def test_a_budget_is_met_by_what_is_timed(model, monkeypatch, given: bool) -> None:
     monkeypatch.setattr(latency, "seconds_by_layer", counted)

@@ -582,7 +582,7 @@ UNCOVERED: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {
     "batch norm in training": (nn.BatchNorm1d(7).double().train(), {"native_batch_norm"}),
     "grid": (
         lambda x: functional.grid_sample(
-            torch.ones(len(x), 1, 4, 4).double(), x[:, :6].view(-1, 1, 3, 2)
+            torch.ones(len(x), 1, 4, 4).double(), x[:, :6].view(-1, 1, 3, 2), align_corners=False
         ),
         {"grid_sampler2d"},
     ),

@@ -271,6 +271,7 @@ class Positions(nn.Module):
         return self.head(torch.relu(self.hidden(inputs + self.table(positions).mean(0))))
 
 
+@pytest.mark.filterwarnings("ignore:no data was given")
 def test_nothing_reads_samples() -> None:
     model = Positions().double()
     before = fingerprint(model)
