@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nss_prune.core.models import submodule
+from nss_prune.errors import NothingToPruneError
 from nss_prune.graph.axes import parameter_axes
 from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap
 
@@ -27,13 +28,16 @@ def merged_by_ties(model: nn.Module, neurons: NeuronMap) -> NeuronMap:
 
     Where one layer that shares it is cut and another is not, or in another order, its groups are
     left alone.
+
+    Raises:
+        NothingToPruneError: No group is left.
     """
-    shared = shared_parameters(model)
-    if not shared:
-        return neurons
-    for names in shared:
-        neurons = _merged(model, neurons, names)
-    return neurons
+    merged = neurons
+    for names in shared_parameters(model):
+        merged = _merged(model, merged, names)
+    if neurons.groups and not merged.groups:
+        raise NothingToPruneError(f"no layer is left to prune: {merged.left_alone}")
+    return merged
 
 
 def _merged(model: nn.Module, neurons: NeuronMap, names: Sequence[str]) -> NeuronMap:
