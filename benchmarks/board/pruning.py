@@ -182,7 +182,7 @@ class Calibration:
         key = (variant, folds and variant.criterion == DIVERGENCE)
         if key not in self._strategies:
             if variant.criterion == DIVERGENCE:
-                eliminating = Eliminating(self.batches, folds, {"progress": False})
+                eliminating = Eliminating(self.batches, folds, progress=False)
                 strategy: Strategy[Any] = DivergenceStrategy(eliminating)
             else:
                 ranked, _ = OWN[variant.criterion]
