@@ -21,8 +21,8 @@ FOLDERS = (
 )  # fmt: skip
 FILE_LINES, CLASS_LINES, FUNCTION_LINES, SIBLINGS = 450, 300, 60, 12
 UNFINISHED = {
-    "pruner.pruner", "profiling.run", "profiling.accumulation", "profiling.contributions.rescale",
-    "compensation.refit", "discovery.trial",
+    "profiling.run", "profiling.accumulation", "profiling.profile",
+    "profiling.contributions.rescale",
 }  # fmt: skip
 ENTRANCES = ("", "adapters", "divergence", "effects")  # import from anywhere, are imported nowhere
 

@@ -25,7 +25,7 @@ from nss_prune.errors import NothingToPruneError
 from nss_prune.graph.costs import macs_by_module
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.pruner.cost import MACs, everything
-from nss_prune.pruner.observation import Eliminating
+from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategies import DivergenceStrategy
 from nss_prune.pruner.strategy import Strategy, Target

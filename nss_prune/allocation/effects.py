@@ -25,17 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nss_prune.allocation.changes import NORMS, ConsumerChange, NormChange, mixings, ordered
-from nss_prune.allocation.elimination import Elimination, shrunk
-from nss_prune.compensation.eligible import reason_to_leave, shared_weights
+from nss_prune.allocation.changes import ConsumerChange, NormChange
+from nss_prune.allocation.elimination import Elimination
+from nss_prune.allocation.group_changes import GroupChanges
 from nss_prune.core.arguments import on_input
 from nss_prune.core.batches import as_computed, counted_batches, split_batch
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.outputs import Outputs, outputs_of
-from nss_prune.graph.axes import map_positions, sides_by_consumer
-from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.statistics.capture import by_sample
 from nss_prune.statistics.moments import ConsumerStatistics
 
@@ -84,13 +83,13 @@ def measured(
     if not counts or not _suffices(data):
         return known
     outputs = outputs or outputs_of(model, data, forward=forward, progress=progress)
-    plan = _Plan(model, groups, statistics)
+    changes = GroupChanges(model, groups, statistics, MOST_VALUES // 2)
     part = _Part(model)
     for group in groups:
         if group.name not in counts:
             continue
         order, levels = found[group.name].order.cpu(), counts[group.name].tolist()
-        part.add(group, *plan.changes(group, order, levels))
+        part.add(group, *changes.of(group, order, levels))
         if part.values >= MOST_VALUES:
             known.update(_measured(part, found, counts, data, seed, outputs, forward, progress))
             part = _Part(model)
@@ -144,89 +143,6 @@ def _counts(size: int) -> Tensor:
     """Numbers of neurons that go, up to all but one."""
     counts: Tensor = torch.linspace(0, size - 1, LEVELS + 1).round().long().unique()
     return counts[1:]
-
-
-Changes = tuple[dict[str, ConsumerChange], dict[str, NormChange]]
-"""Consumers and norms by name, and how they change."""
-
-
-class _Plan:
-    """How consumers and norms change when the neurons of one group go.
-
-    Args:
-        statistics: Of the consumers' inputs; None where nothing is folded.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: Sequence[NeuronGroup],
-        statistics: Mapping[str, ConsumerStatistics] | None,
-    ) -> None:
-        self._model = model
-        self._sides = sides_by_consumer(groups)
-        self._statistics = statistics or {}
-        self._shared = shared_weights(model)
-        self._precisions: dict[str, Tensor] = {}
-
-    def changes(self, group: NeuronGroup, order: Tensor, counts: Sequence[int]) -> Changes:
-        """Of one group.
-
-        Args:
-            order: Neurons, the first to go first, ``[neurons]``.
-            counts: Neurons that have gone at each level.
-        """
-        ranks = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
-        consumers, norms = {}, {}
-        for member in group.members:
-            if member.axis is not None:
-                continue
-            module = submodule(self._model, member.name)
-            when = torch.full((member.width,), -1)
-            when[member.channels] = ranks[member.neurons]
-            if member.side == "in":
-                consumers[member.name] = self._consumer(member, module, when, counts)
-            elif isinstance(module, NORMS):
-                kept = torch.stack([(when < 0) | (when >= count) for count in counts])
-                norms[member.name] = NormChange(module, kept)
-        return consumers, norms
-
-    def _consumer(
-        self, member: Member, module: nn.Module, ranks: Tensor, counts: Sequence[int]
-    ) -> ConsumerChange:
-        found = self._statistics.get(member.name)
-        if found is None or reason_to_leave(module, found, self._shared):
-            return ConsumerChange(*ordered(ranks, counts))
-        repeats = map_positions(module, self._sides[member.name])
-        if found.observations < 2 * member.width:
-            found = found.by_neuron(repeats)
-        units = len(found.covariance)
-        order, gone = ordered(ranks.view(units, -1)[:, 0], counts)
-        precision = self._precision(member.name, module, found)
-        mixing = mixings(precision, order.to(precision.device), gone) if max(gone) else ()
-        return ConsumerChange(order, gone, found.mean, mixing)
-
-    def _precision(self, name: str, module: nn.Module, found: ConsumerStatistics) -> Tensor:
-        """Inverse of the shrunk covariance of an input, without that between channel groups."""
-        if name in self._precisions:
-            return self._precisions[name]
-        covariance = found.covariance
-        groups = getattr(module, "groups", 1)
-        if groups > 1:
-            block = torch.arange(len(covariance), device=covariance.device) * groups
-            block = block // len(covariance)
-            covariance = covariance * (block[:, None] == block)
-        factor = torch.linalg.cholesky(shrunk(covariance, found.observations))
-        precision = torch.cholesky_inverse(factor)
-        if len(self._sides[name]) > 1:
-            self._keep(name, precision)
-        return precision
-
-    def _keep(self, name: str, precision: Tensor) -> None:
-        """Keep one for the next group of its consumer, the latest ones where there are many."""
-        self._precisions[name] = precision
-        while sum(known.numel() for known in self._precisions.values()) > MOST_VALUES // 2:
-            self._precisions.pop(next(iter(self._precisions)))
 
 
 class _Part:

@@ -17,16 +17,15 @@ a thousand classes are not balanced by the few samples that there are of each.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from nss_prune.core.batches import labelled_batches
+from nss_prune.core.classifier import find_classifier_by_shift, shifted_bias
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.outputs import Outputs, resolve_outputs, scores_by_place
@@ -145,7 +144,7 @@ def balance(
         why = "no shift of their scores helps on samples left out"
         return Balanced(None, none, f"the classes are not balanced: {why}")
     module: Any = model.get_submodule(head)
-    module.bias = _moved(module, shift)
+    module.bias = shifted_bias(module, shift)
     return Balanced(head, shift)
 
 
@@ -249,39 +248,7 @@ def _head(
 ) -> str | None:
     """The last layer whose bias moves the scores by as much, or None."""
     with evaluation(model), torch.no_grad():
-        for number, inputs, labels, _ in labelled_batches(model, data, False, "balance"):
-            found = run(model, inputs, number, forward)
-            outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
-            before = outputs.scores(found)
-            break
-        assert outputs is not None
-        named: list[tuple[str, nn.Module]] = list(model.named_modules())
-        for name, module in reversed(named):
-            made = getattr(module, "out_features", getattr(module, "out_channels", None))
-            if not isinstance(module, (nn.Linear, _ConvNd)) or made != before.shape[1]:
-                continue
-            size = max(1.0, float(before.abs().max()))
-            shift = torch.linspace(-size, size, made).to(before)
-            with _shifted(module, shift):
-                moved = outputs.scores(run(model, inputs, number, forward)) - before
-            missed = moved.movedim(1, -1) - shift
-            if float(missed.abs().max()) <= 32 * torch.finfo(before.dtype).eps * size:
-                return name
-    return None
-
-
-@contextlib.contextmanager
-def _shifted(module: Any, shift: Tensor) -> Iterator[None]:
-    before = module.bias
-    module.bias = _moved(module, shift)
-    try:
-        yield
-    finally:
-        module.bias = before
-
-
-def _moved(module: Any, shift: Tensor) -> nn.Parameter:
-    """The bias of a layer, moved; a new one where it has none."""
-    like = module.weight if module.bias is None else module.bias
-    old = 0.0 if module.bias is None else module.bias.detach().cpu().double()
-    return nn.Parameter((old + shift.cpu().double()).to(like), like.requires_grad)
+        number, inputs, labels, _ = next(labelled_batches(model, data, False, "balance"))
+        if outputs is None:
+            outputs = resolve_outputs(None, run(model, inputs, number, forward), labels)
+    return find_classifier_by_shift(model, inputs, number, scores=outputs.scores, forward=forward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,18 +12,15 @@ from tqdm.auto import tqdm
 
 from nss_prune.compensation.eligible import reason_to_leave, shared_weights
 from nss_prune.compensation.folding import Folded, apply
+from nss_prune.compensation.paired import paired_statistics
 from nss_prune.compensation.problem import changed_channels, resolved
 from nss_prune.compensation.solve import ConsumerFold, solved
 from nss_prune.core.batches import counted_batches
 from nss_prune.core.models import Forward, call_model, evaluation, submodule
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import check_fits, map_positions, sides_by_consumer
-from nss_prune.graph.neurons import Member
 from nss_prune.graph.slices import Slice
-from nss_prune.statistics.capture import by_sample, readings
-from nss_prune.statistics.consumers import summed_positions
-from nss_prune.statistics.moments import ConsumerStatistics, Moments
-from nss_prune.statistics.survey import Survey, survey
+from nss_prune.statistics.survey import survey
 
 
 def refit(
@@ -73,9 +70,8 @@ def refit(
         hidden = None if progress is None else not progress
         for name in tqdm(shown.calls, desc="refit", unit="reader", leave=False, disable=hidden):
             module = submodule(model, name)
-            summed = summed_positions(module, readers[name])
-            both = _both_readings(
-                model, sliced, critical, name, data, shown, summed, readers[name], forward
+            both = paired_statistics(
+                model, sliced, critical, name, data, shown, readers[name], forward
             )
             reason = reason_to_leave(module, both, shared)
             if reason:
@@ -95,29 +91,3 @@ def _removed_channels(critical: Slice, name: str, width: int) -> Tensor:
     if found is not None:
         removed[found[1]] = True
     return removed
-
-
-def _both_readings(
-    model: nn.Module,
-    sliced: nn.Module,
-    critical: Slice,
-    name: str,
-    data: Iterable[Any],
-    shown: Survey,
-    repeats: int,
-    sides: Sequence[Member],
-    forward: Forward,
-) -> ConsumerStatistics:
-    """Of ``[2 channels]``: what a reader reads in the whole model, then in the sliced one."""
-    moments = Moments(repeats)
-    shape: tuple[int, ...] = ()
-    module = submodule(model, name)
-    for number, inputs, samples in counted_batches(model, data, False, ""):
-        wholes = readings(model, name, inputs, number, shown.calls[name], sides, forward)
-        with critical.masked(sliced):
-            slices = readings(sliced, name, inputs, number, shown.calls[name], sides, forward)
-        for whole, part in zip(wholes, slices, strict=True):
-            values = [by_sample(name, read, module, samples) for read in (whole, part)]
-            moments.add(torch.cat(values, dim=1))
-            shape = tuple(whole.shape[1:])
-    return moments.statistics(name, shape, shown.norms.get(name))

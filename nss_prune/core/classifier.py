@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nss_prune.core.models import evaluation, run, submodule
+from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.outputs import class_scores
 from nss_prune.errors import ArgumentError, ModelMismatchError
 
@@ -48,12 +48,21 @@ def find_classifier(model: nn.Module, classifier: nn.Module | str | None = None)
     raise ArgumentError("the model has no Linear or convolution layer; name its head with head=")
 
 
-def find_classifier_by_shift(model: nn.Module, inputs: Any, number: int = 0) -> str | None:
+def find_classifier_by_shift(
+    model: nn.Module,
+    inputs: Any,
+    number: int = 0,
+    *,
+    scores: Callable[[Any], Tensor] = class_scores,
+    forward: Forward = call_model,
+) -> str | None:
     """The last layer whose bias moves the class scores by as much, found by trial.
 
     Args:
         inputs: Of one call of the model, on its device.
         number: Of the batch, for messages.
+        scores: Function of the outputs that gives the class scores, ``[samples, classes, ...]``.
+        forward: Calls the model on the inputs.
 
     Returns:
         Its qualified name; None where no layer's bias does.
@@ -63,14 +72,14 @@ def find_classifier_by_shift(model: nn.Module, inputs: Any, number: int = 0) -> 
             is as before.
     """
     with evaluation(model), torch.no_grad():
-        before = class_scores(run(model, inputs, number))
+        before = scores(run(model, inputs, number, forward))
         classes, size = before.shape[1], max(1.0, float(before.abs().max()))
         shift = torch.linspace(-size, size, classes).to(before)
         for name, layer in _candidates(model):
             if outputs_of(model, name) != classes:
                 continue
             with _shifted(layer, shift):
-                moved = class_scores(run(model, inputs, number)) - before
+                moved = scores(run(model, inputs, number, forward)) - before
             missed = float((moved.movedim(1, -1) - shift).abs().max())
             if missed <= ROUNDING * torch.finfo(before.dtype).eps * size:
                 return name

@@ -7,9 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from nss_prune.core.processes import processes
-from nss_prune.profiling.categories import Categories, check_categories
-from nss_prune.profiling.contributions.protocol import metric_named
-from nss_prune.profiling.similarity import Features, Landscape
 from nss_prune.pruner.arguments import (
     Aim,
     check_fold,
@@ -17,10 +14,12 @@ from nss_prune.pruner.arguments import (
     check_repeatable,
     check_strategy,
 )
-from nss_prune.pruner.observation import Eliminating, ProfileEvidence, Profiling
+from nss_prune.pruner.balancing import Balance
+from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.observation import ProfileEvidence, Profiling
 from nss_prune.pruner.ranking import Ranking
 from nss_prune.pruner.repair import Repair
-from nss_prune.pruner.repairs import Balance, Fold, Recalibrate, Refit
+from nss_prune.pruner.repairs import Fold, Recalibrate, Refit
 from nss_prune.pruner.strategies import (
     BudgetByCriterion,
     BudgetByRanking,
@@ -55,36 +54,6 @@ def chosen_strategy(
     return strategy
 
 
-def profiling_for(
-    data: Iterable[Any] | None,
-    fold: bool | str,
-    metric: Any,
-    categories: Categories,
-    features: Features,
-    ranking: str,
-    settings: Mapping[str, Any],
-) -> Profiling:
-    """How the model is profiled.
-
-    Args:
-        settings: Further keywords of :func:`nss_prune.profiling.run.profile_neurons`; None is
-            left out.
-
-    Raises:
-        ArgumentError: A metric or categories that there are not.
-    """
-    check_categories(categories)
-    own = {
-        "metrics": (metric_named(metric),),
-        "categories": categories,
-        "landscape": Landscape(features),
-        **_given(settings),
-    }
-    if ranking != "magnitude":
-        own["ranking"] = ranking
-    return Profiling(data, bool(fold) and data is not None, own)
-
-
 def strategy_for(
     strategy: Any,
     aim: Aim,
@@ -99,7 +68,7 @@ def strategy_for(
     Args:
         pruner: torch-pruning's, whose own ranking decides where there is a ratio.
         sizes: Layer -> neurons before the first step.
-        settings: As of :class:`nss_prune.pruner.observation.Eliminating`; None is left out.
+        settings: As of :class:`nss_prune.pruner.eliminating.Eliminating`; None is left out.
     """
     if not isinstance(strategy, str):
         return strategy  # type: ignore[no-any-return]
@@ -172,7 +141,3 @@ def repairs_for(
         assert data is not None
         found.append(Balance(data, progress, outputs))
     return (*found, *check_repairs(more))
-
-
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}

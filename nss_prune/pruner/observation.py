@@ -1,26 +1,23 @@
-"""The passes over the data: a profile, or eliminations."""
+"""A profile as evidence: of a pass over the data, or made before."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nss_prune.allocation.effects import measured
-from nss_prune.allocation.elimination import Elimination, eliminations
 from nss_prune.allocation.importance import NSSImportance
-from nss_prune.core.outputs import OutputsSpec
 from nss_prune.core.processes import processes
-from nss_prune.core.views import views_of
 from nss_prune.errors import ModelMismatchError
+from nss_prune.profiling.categories import Categories, check_categories
+from nss_prune.profiling.contributions.protocol import metric_named
 from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.run import profile_neurons
-from nss_prune.pruner.meaning import outputs_for
+from nss_prune.profiling.similarity import Features, Landscape
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
-from nss_prune.statistics.consumers import ConsumerSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +30,6 @@ class ProfileEvidence(Evidence):
     def importance(self) -> NSSImportance:
         """The semantic importance of every neuron."""
         return NSSImportance(self.profile)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EliminationEvidence(Evidence):
-    """Layer -> its neurons in the order of backward elimination, and what that causes."""
-
-    eliminations: dict[str, Elimination]
 
 
 def evidence_of(profile: Profile, subject: Subject) -> ProfileEvidence:
@@ -110,46 +100,35 @@ class Profiling:
         )
 
 
-@dataclass(frozen=True)
-class Eliminating:
-    """Eliminates the neurons of every group, in one pass; a second one measures what that costs.
+def profiling_for(
+    data: Iterable[Any] | None,
+    fold: bool | str,
+    metric: Any,
+    categories: Categories,
+    features: Features,
+    ranking: str,
+    settings: Mapping[str, Any],
+) -> Profiling:
+    """How the model is profiled.
 
-    The second needs data that can be iterated again.
+    Args:
+        settings: Further keywords of :func:`nss_prune.profiling.run.profile_neurons`; None is
+            left out.
 
-    Attributes:
-        data: Batches of (inputs, labels).
-        folds: Whether the removed neurons will be folded.
-        outputs: What the outputs mean, see :data:`nss_prune.core.outputs.OutputsSpec`.
-        progress: Show a progress bar; None for only on a terminal.
+    Raises:
+        ArgumentError: A metric or categories that there are not.
     """
+    check_categories(categories)
+    own = {
+        "metrics": (metric_named(metric),),
+        "categories": categories,
+        "landscape": Landscape(features),
+        **_given(settings),
+    }
+    if ranking != "magnitude":
+        own["ranking"] = ranking
+    return Profiling(data, bool(fold) and data is not None, own)
 
-    data: Iterable[Any]
-    folds: bool
-    outputs: OutputsSpec = None
-    progress: bool | None = None
 
-    def observe(self, subject: Subject) -> EliminationEvidence:
-        """The evidence; the model is left as found.
-
-        Raises:
-            DataError, NumericalError: The data cannot be used.
-            NothingToPruneError: No consumer sees samples.
-        """
-        subject = subject.readable()
-        model, groups = subject.model, subject.groups
-        outputs, data = outputs_for(subject, self.data, self.outputs)
-        settings: dict[str, Any] = {"outputs": outputs, "progress": self.progress}
-        settings.update(subject.calling)
-        sums = ConsumerSums(model, groups, views_of(self.data)) if self.folds else None
-        found = eliminations(model, data, groups, reads=sums, **settings)
-        statistics = (
-            None if sums is None else sums.surveyed(subject.example_inputs, **subject.calling)
-        )
-        if not isinstance(data, Iterator):
-            found = measured(model, data, groups, found, statistics, **settings)
-        return EliminationEvidence(
-            neurons=subject.neurons,
-            statistics=statistics,
-            notes=(outputs.describe(), *outputs.notes),
-            eliminations=found,
-        )
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

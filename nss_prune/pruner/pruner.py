@@ -23,13 +23,12 @@ from nss_prune.pruner.assembly import (
     chosen_strategy,
     is_by_profile,
     observed,
-    profiling_for,
     repairs_for,
     strategy_for,
 )
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
-from nss_prune.pruner.observation import evidence_of
+from nss_prune.pruner.observation import evidence_of, profiling_for
 from nss_prune.pruner.planning import Plan, Planner
 from nss_prune.pruner.report import Report, report_of
 from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph

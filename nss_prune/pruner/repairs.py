@@ -1,4 +1,4 @@
-"""The repairs: folding, refitting, recalibration of norms, balance of classes."""
+"""The repairs of layers: folding, refitting, recalibration of norms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nss_prune.compensation.balance import ClassShares, balance, class_shares
 from nss_prune.compensation.folding import Folded, fold
 from nss_prune.compensation.recalibration import (
     NormStatistics,
@@ -16,10 +15,8 @@ from nss_prune.compensation.recalibration import (
     running_norms,
 )
 from nss_prune.compensation.refit import refit
-from nss_prune.core.outputs import Outputs, OutputsSpec
 from nss_prune.core.processes import processes
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.meaning import outputs_for
 from nss_prune.pruner.repair import Repaired
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
@@ -124,51 +121,3 @@ class Recalibrate:
         if running_norms(subject.model):
             return Repaired()
         return Repaired(("nothing was recalibrated: the model has no BatchNorm",))
-
-
-@dataclass
-class Balance:
-    """Shifts the class scores to the probabilities that the first model gave each class.
-
-    See :mod:`nss_prune.compensation.balance`.
-
-    Attributes:
-        data: Batches that can be iterated again.
-        progress: Show a progress bar; None for only on a terminal.
-        outputs: What the outputs mean, see :data:`nss_prune.core.outputs.OutputsSpec`.
-    """
-
-    data: Iterable[Any]
-    progress: bool | None = None
-    outputs: OutputsSpec = None
-    _meaning: Outputs | None = None
-    _whole: ClassShares | None = None
-
-    def observe(self, subject: Subject, evidence: Evidence) -> ClassShares:
-        """What the model gives each class before the first removal."""
-        if self._whole is None:
-            self._meaning, _ = outputs_for(subject, self.data, self.outputs)
-            self._whole = class_shares(
-                subject.model,
-                self.data,
-                progress=self.progress,
-                outputs=self._meaning,
-                **subject.calling,
-            )
-        return self._whole
-
-    def before(self, subject: Subject, chosen: Slice, seen: Any) -> Repaired:
-        """Nothing yet."""
-        return Repaired()
-
-    def after(self, subject: Subject, chosen: Slice, seen: ClassShares) -> Repaired:
-        """Balance, where that helps."""
-        balanced = balance(
-            subject.model,
-            self.data,
-            seen,
-            progress=self.progress,
-            outputs=self._meaning,
-            **subject.calling,
-        )
-        return Repaired((balanced.note,) if balanced.note else ())

@@ -12,12 +12,8 @@ from nss_prune.allocation.budget import Limits, Scores, limited, solve
 from nss_prune.allocation.divergence import allocate
 from nss_prune.errors import NothingToPruneError
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.observation import (
-    Eliminating,
-    EliminationEvidence,
-    ProfileEvidence,
-    Profiling,
-)
+from nss_prune.pruner.eliminating import Eliminating, EliminationEvidence
+from nss_prune.pruner.observation import ProfileEvidence, Profiling
 from nss_prune.pruner.ranking import Asked, Ranking, importance_of
 from nss_prune.pruner.strategy import Evidence, Importance, Target
 from nss_prune.pruner.subject import Subject

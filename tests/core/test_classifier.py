@@ -74,6 +74,23 @@ def test_by_trial_the_last_whose_bias_moves_the_scores_by_as_much(bias: bool) ->
         find_classifier_by_shift(Scored(), torch.randn(3, 7))
 
 
+def test_by_trial_of_the_scores_that_are_asked_for_and_as_the_model_is_called() -> None:
+    class TwoHeaded(Scored):
+        def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+            hidden = self.body(inputs).relu()
+            return {"main": self.scores(hidden), "other": self.auxiliary(hidden)}
+
+    batch = {"given": torch.randn(3, 6)}
+    for key, expected in (("main", "scores"), ("other", "auxiliary")):
+        found = find_classifier_by_shift(
+            TwoHeaded(),
+            batch,
+            scores=lambda outputs, key=key: outputs[key],
+            forward=lambda model, inputs: model(inputs["given"]),
+        )
+        assert found == expected
+
+
 def test_widths() -> None:
     assert outputs_of(cnn(), "4") == 10
     assert outputs_of(cnn(), "9") == 5
