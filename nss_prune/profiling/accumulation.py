@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,35 +12,16 @@ from torch import Tensor, nn
 
 from nss_prune.core.batches import as_computed, check_inputs
 from nss_prune.core.models import Forward, call_model, run
-from nss_prune.core.nested import tensors_in
-from nss_prune.core.output_inference import Labels
-from nss_prune.core.outputs import Outputs, resolve_outputs
 from nss_prune.errors import NumericalError
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.profiling.categories import Categories, assign, count_used
-from nss_prune.profiling.contributions.deeplift import (
-    count_references,
-    difference,
-    target_scores,
-    with_reference,
-)
 from nss_prune.profiling.contributions.protocol import Contribution, needs_reference
-from nss_prune.profiling.contributions.rescale import RescaleRule
+from nss_prune.profiling.described import Described, Meaning, by_labels
+from nss_prune.profiling.described import Loss as Loss  # what a Collector takes, for its callers
+from nss_prune.profiling.gathering import BatchStatistics, against_reference, without_gradient
 from nss_prune.profiling.similarity import Landscape, LandscapeSums
 from nss_prune.profiling.sums import CategorySums, GroupSums, draw_within
 from nss_prune.statistics.capture import Reading, Watcher
-
-Loss = Callable[[Any, Any], Tensor]
-
-
-Meaning = Callable[[Any, Any], Outputs]
-"""Function of the outputs and labels of a batch that says what the outputs mean."""
-
-
-def by_labels(outputs: Any, labels: Any) -> Outputs:
-    """What outputs mean by their own shapes and labels."""
-    return resolve_outputs(None, outputs, labels)
-
 
 Beside = Callable[[int], contextlib.AbstractContextManager[None]]
 
@@ -70,7 +50,7 @@ class Collector:
         flat_limit: Bytes for the activations that landscapes of "flat" features keep.
 
     Attributes:
-        described: What the outputs mean; None as long as it did not matter.
+        described: The outputs as what they mean.
         used: Number of samples that count for a category, each counted once.
         unused: Number of samples that count for none.
         sums: Category -> its sums.
@@ -94,13 +74,11 @@ class Collector:
     ) -> None:
         self.groups = groups
         self.beside = beside
-        self.meaning = meaning
+        self.described = Described(loss, meaning)
         self.forward = forward
-        self.described: Outputs | None = None
         self.metrics = metrics
         self.landscape = landscape
         self.categories = categories
-        self.loss = loss
         self.device = torch.device(device)
         self.sums: dict[int, CategorySums] = {}
         self.counts_as: dict[int, int] = {}
@@ -185,15 +163,15 @@ class Collector:
             self._add_landscapes(watcher.readings, membership)
             if self.landscape.features == "flat":
                 draw_within(self.sums.values(), self.flat_limit)
-            self._add_statistics(self._ungraded(watcher.readings), membership)
+            self._add_statistics(without_gradient(self.metrics, watcher.readings), membership)
             if with_gradient:
                 watcher.readings.clear()
-                self._loss(outputs, labels).backward()
+                self.described.loss(outputs, labels).backward()
                 self._add_statistics(gathered, membership)
         if compared:
-            if self.loss is None or _are_classes(labels):
-                self._describe(outputs, labels)  # of the samples without their references
-            differences = self._against_reference(model, inputs, labels, compared, number)
+            if self.described.explains_meaning(labels):
+                self.described.outputs(outputs, labels)  # of the samples without their references
+            differences = self._differences(model, inputs, labels, compared, number)
             self._add_statistics(differences, membership)
         for category, indices in membership.items():
             self.sums[category].samples += len(indices)
@@ -219,31 +197,16 @@ class Collector:
             found.setdefault(self.counts_as.get(category, category), []).append(indices)
         return {category: torch.cat(parts) for category, parts in found.items()}
 
-    def _describe(self, outputs: Any, labels: Any) -> Outputs:
-        """What the outputs mean, by the first batch that is asked for."""
-        if self.described is None:
-            self.described = self.meaning(outputs, labels)
-        return self.described
-
     def _membership(
         self, inputs: Any, labels: Any, outputs: Any, samples: int
     ) -> dict[int, Tensor]:
         """Category -> its samples."""
         if self.categories != "predicted":
             return assign(self.categories, inputs, labels, outputs, samples)
-        predicted = self._describe(outputs, labels).predictions(outputs)
+        predicted = self.described.predictions(outputs, labels)
         return assign("labels", inputs, predicted, outputs, samples)
 
-    def _explained(self, outputs: Any, labels: Any, samples: int) -> Tensor:
-        """What metrics with a reference explain: classes, or all outputs together.
-
-        Outputs are of the samples and their references.
-        """
-        if self.loss is not None and not _are_classes(labels):
-            return target_scores(outputs, None, samples)
-        return self._describe(outputs, labels).explained(outputs, labels, samples)
-
-    def _against_reference(
+    def _differences(
         self,
         model: nn.Module,
         inputs: Any,
@@ -252,38 +215,18 @@ class Collector:
         number: int,
     ) -> BatchStatistics:
         """Differences and multipliers of the batch against its references."""
-        samples = len(tensors_in(inputs)[0])
-        gathered = BatchStatistics(metrics)
-
-        def gather(reading: Reading, gradient: Tensor) -> None:
-            differences = replace(reading, activation=difference(reading.activation, samples))
-            gathered.add(differences, gradient[:samples])
-
-        references = count_references(inputs, self.baseline)
-        watcher = Watcher(self.groups, samples + references, gather)
-        rule = RescaleRule(samples, references)
-        with watcher.attached(model), torch.enable_grad(), rule:
-            both = with_reference(inputs, self.baseline, references)
-            outputs = run(model, both, number, self.forward)
-            watcher.readings.clear()
-            self._explained(outputs, labels, samples).backward()
-        self.uncovered |= rule.uncovered
+        gathered, uncovered = against_reference(
+            model,
+            inputs,
+            self.baseline,
+            self.groups,
+            metrics,
+            lambda outputs, samples: self.described.explained(outputs, labels, samples),
+            self.forward,
+            number,
+        )
+        self.uncovered |= uncovered
         return gathered
-
-    def _ungraded(self, readings: Sequence[Reading]) -> BatchStatistics:
-        statistics = BatchStatistics([m for m in self.metrics if not m.needs_gradient])
-        for reading in readings:
-            statistics.add(reading, None)
-        return statistics
-
-    def _loss(self, outputs: Any, labels: Any) -> Tensor:
-        loss = self.loss or self._describe(outputs, labels).loss
-        value = loss(outputs, labels).sum()
-        if not torch.isfinite(value):
-            raise NumericalError(
-                f"the loss is {value.item()}; check the data and the model's weights for NaN"
-            )
-        return value
 
     def _add_landscapes(
         self, readings: Sequence[Reading], membership: Mapping[int, Tensor]
@@ -319,40 +262,7 @@ class Collector:
                     sums[metric.name] += values[:, indices.to(values.device)].sum(1)
 
 
-class BatchStatistics:
-    """What a batch contributes, gathered over all readers before it counts by sample."""
-
-    def __init__(self, metrics: Sequence[Contribution]) -> None:
-        self.metrics = metrics
-        self._gathered: dict[tuple[Any, str], Tensor] = {}
-        self._positions: dict[str, int] = {}
-        # Metrics that share a gather function (average, variance, ensemble) share its result.
-        self._gathers = {type(metric).gather: metric.gather for metric in metrics}
-
-    def add(self, reading: Reading, gradient: Tensor | None) -> None:
-        """Gather one reading with its gradient, both ``[samples, neurons, positions]``."""
-        activation = as_computed(reading.activation)
-        gradient = None if gradient is None else as_computed(gradient)
-        for function, gather in self._gathers.items():
-            key = (function, reading.group)
-            values = gather(activation, gradient)
-            known = self._gathered.get(key)
-            self._gathered[key] = values if known is None else known + values
-        seen = self._positions.get(reading.group, 0)
-        self._positions[reading.group] = seen + activation.shape[2]
-
-    def per_sample(self, metric: Contribution, group: str) -> Tensor | None:
-        """``[statistics, samples, neurons]``, or None where nothing was gathered."""
-        gathered = self._gathered.get((type(metric).gather, group))
-        return None if gathered is None else metric.per_sample(gathered, self._positions[group])
-
-
 def _of_samples(observed: Tensor, indices: Tensor) -> Tensor:
     if len(indices) == observed.shape[1]:
         return observed
     return observed.index_select(1, indices.to(observed.device))
-
-
-def _are_classes(labels: Any) -> bool:
-    whole = Labels(labels).whole()
-    return whole is not None and not whole.is_floating_point()

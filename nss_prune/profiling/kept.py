@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from nss_prune.core.text import elided
+from nss_prune.profiling.categories import joined
 from nss_prune.profiling.contributions.protocol import Contribution, metric_named
 from nss_prune.profiling.flat import DrawnSamples
 from nss_prune.profiling.similarity import Landscape, LandscapeSums
-from nss_prune.profiling.streaming import Sums
+from nss_prune.profiling.streaming import Part, Sums
 from nss_prune.profiling.sums import CategorySums, GroupSums
 from nss_prune.statistics.covariance import Covariance
 
@@ -41,6 +43,21 @@ class Statistics:
             f"Statistics({len(self.sums)} categories, {samples} samples; metrics {names}; "
             f"{self.landscape})"
         )
+
+    def parts(self) -> Iterator[tuple[Part, Sums]]:
+        """Categories that count as one, by the samples of all, with their sums."""
+        samples = {category: sums.samples for category, sums in self.sums.items()}
+        for part in joined(samples).values():
+            yield part, {category: self.sums[category] for category in part}
+
+
+def total_statistics(statistics: Sequence[Statistics]) -> Statistics:
+    """The sums of all shards of the data, made with the same metrics and landscape."""
+    total: Sums = {}
+    for found in statistics:
+        for category, sums in found.sums.items():
+            total[category] = total[category] + sums if category in total else sums
+    return Statistics(statistics[0].metrics, statistics[0].landscape, total)
 
 
 def encode_statistics(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:

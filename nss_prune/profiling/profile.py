@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.text import elided, listing, shortened
-from nss_prune.errors import ArgumentError, DataError, ModelMismatchError
+from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.encoding import decode_groups, encode_groups
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
-from nss_prune.profiling.categories import MINIMUM_SAMPLES, joined
-from nss_prune.profiling.contributions.protocol import Contribution
-from nss_prune.profiling.kept import Statistics, decode_statistics, encode_statistics
-from nss_prune.profiling.notes import notes_on_categories, notes_on_drawn, notes_on_samples
-from nss_prune.profiling.selection import Strategy, slice_profile
-from nss_prune.profiling.similarity import (
-    Landscape,
-    Ranking,
-    check_interval,
-    entry_thresholds,
-    ranked,
-    similarity_curve,
+from nss_prune.profiling.kept import (
+    Statistics,
+    decode_statistics,
+    encode_statistics,
+    total_statistics,
 )
-from nss_prune.profiling.streaming import Part, Sums
+from nss_prune.profiling.scores import Scores
+from nss_prune.profiling.selection import Strategy, slice_profile
+from nss_prune.profiling.similarity import Ranking, check_interval, entry_thresholds, ranked
+from nss_prune.profiling.streaming import Part
 from nss_prune.statistics.moments import ConsumerStatistics
 
 
@@ -255,135 +248,34 @@ def _decode(tensors: dict[str, Tensor], notes: dict[str, Any]) -> Profile:
     )
 
 
-class ProfileBuilder:
-    """Turns the sums of one category after the other into contributions and curves."""
+def profile_of(
+    neurons: NeuronMap,
+    scores: Scores,
+    interval: int,
+    minimum_samples: int,
+    notes: tuple[str, ...] = (),
+) -> Profile:
+    """The profile of all categories that were added to ``scores``, with further notes.
 
-    def __init__(
-        self,
-        neurons: NeuronMap,
-        metrics: Sequence[Contribution],
-        landscape: Landscape,
-        interval: int,
-        keep_statistics: bool,
-        *,
-        ranking: Ranking = "magnitude",
-    ) -> None:
-        self.neurons = neurons
-        self.metrics = metrics
-        self.landscape = landscape
-        self.interval = interval
-        self.ranking = ranking
-        self.used = self.unused = 0
-        self.drawn: dict[Part, tuple[int, int]] = {}
-        self.parts: dict[Part, int] = {}
-        self.kept: Sums | None = {} if keep_statistics else None
-        self._scores: dict[tuple[str, str], Rows] = {}
-        self._curves: dict[tuple[str, str], Rows] = {}
-        self._overall: dict[tuple[str, str], Tensor] = {}
-
-    def count(self, used: int, unused: int) -> None:
-        """Count samples that belong to a category, and samples that do not."""
-        self.used += used
-        self.unused += unused
-
-    def add(self, part: Part, whole: Sums) -> None:
-        """Add categories that count as one, with all of their samples."""
-        sums = functools.reduce(operator.add, whole.values())
-        self.parts[part] = sums.samples
-        if self.kept is not None:
-            self.kept.update(whole)
-        for group in self.neurons.groups:
-            found = sums.groups[group.name]
-            kernel = found.landscape.kernel(self.landscape)
-            drawn = found.landscape.drawn
-            if drawn is not None and len(drawn.keys) < drawn.seen:
-                self.drawn[part] = (len(drawn.keys), drawn.seen)
-            for metric in self.metrics:
-                key = (metric.name, group.name)
-                total = found.statistics[metric.name]
-                score = metric.score(total[:, None] / sums.samples)[0]
-                self._scores.setdefault(key, Rows()).append(score)
-                curve = similarity_curve(kernel, ranked(score, self.ranking))
-                self._curves.setdefault(key, Rows()).append(curve)
-                self._overall.setdefault(key, torch.zeros_like(total)).add_(total)
-
-    def build(self, minimum_samples: int, notes: tuple[str, ...] = ()) -> Profile:
-        """The profile, with further notes.
-
-        Raises:
-            DataError: Fewer samples than ``minimum_samples``.
-        """
-        samples = sum(self.parts.values())
-        if samples < minimum_samples:
-            raise DataError(
-                f"the data has {samples} sample(s); at least {minimum_samples} are needed to "
-                f"compare, better {MINIMUM_SAMPLES} or more for each category"
-            )
-        added = list(self.parts)
-        order = sorted(range(len(added)), key=added.__getitem__)
-        parts = [added[i] for i in order]
-        return Profile(
-            neurons=self.neurons,
-            categories=tuple(parts),
-            samples=tuple(self.parts[part] for part in parts),
-            contributions=self._by_metric(self._scores, order),
-            overall={
-                metric.name: {
-                    group.name: metric.score(
-                        self._overall[metric.name, group.name][:, None] / samples
-                    )[0].cpu()
-                    for group in self.neurons.groups
-                }
-                for metric in self.metrics
-            },
-            curves=self._by_metric(self._curves, order),
-            interval=self.interval,
-            notes=(
-                *notes_on_categories(parts),
-                *notes_on_samples(self.parts, self.used, self.unused),
-                *notes_on_drawn(self.drawn),
-                *notes,
-            ),
-            statistics=None
-            if self.kept is None
-            else Statistics(tuple(self.metrics), self.landscape, self.kept),
-            ranked_by=self.ranking,
-            used=self.used,
-            unused=self.unused,
-        )
-
-    def _by_metric(
-        self, values: dict[tuple[str, str], Rows], order: Sequence[int]
-    ) -> dict[str, dict[str, Tensor]]:
-        # Each is dropped once it is in order: with many categories they are what is large.
-        return {
-            metric.name: {
-                group.name: values.pop((metric.name, group.name)).in_order(order)
-                for group in self.neurons.groups
-            }
-            for metric in self.metrics
-        }
-
-
-class Rows:
-    """Rows of one length, in one tensor that doubles: small ones would leave the heap in pieces."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._rows = torch.empty(0)
-
-    def append(self, row: Tensor) -> None:
-        """Add a row, ``[length]``."""
-        if self._count == len(self._rows):
-            longer = torch.empty(max(8, 2 * self._count), len(row), dtype=row.dtype)
-            longer[: self._count] = self._rows[: self._count].view(self._count, len(row))
-            self._rows = longer
-        self._rows[self._count] = row
-        self._count += 1
-
-    def in_order(self, order: Sequence[int]) -> Tensor:
-        """Some of the rows, ``[order, length]``."""
-        return self._rows[list(order)]
+    Raises:
+        DataError: Fewer samples than ``minimum_samples``.
+    """
+    scores.check_samples(minimum_samples)
+    parts = scores.ordered()
+    return Profile(
+        neurons=neurons,
+        categories=tuple(parts),
+        samples=tuple(scores.parts[part] for part in parts),
+        contributions=scores.contributions(),
+        overall=scores.overall(),
+        curves=scores.curves(),
+        interval=interval,
+        notes=(*scores.notes(), *notes),
+        statistics=scores.statistics(),
+        ranked_by=scores.ranking,
+        used=scores.used,
+        unused=scores.unused,
+    )
 
 
 def merged(profiles: Sequence[Profile]) -> Profile:
@@ -409,20 +301,12 @@ def merged(profiles: Sequence[Profile]) -> Profile:
                 "the profiles are of different models or arguments; profile every shard with "
                 "the same model, metrics, features, centered, positions and ranking"
             )
-    total: Sums = {}
-    for found in statistics:
-        for category, sums in found.sums.items():
-            total[category] = total[category] + sums if category in total else sums
-    builder = ProfileBuilder(
-        first.neurons,
-        statistics[0].metrics,
-        statistics[0].landscape,
-        first.interval,
-        True,
-        ranking=first.ranked_by,
+    total = total_statistics(statistics)
+    scores = Scores(
+        first.groups, total.metrics, total.landscape, keep_statistics=True, ranking=first.ranked_by
     )
     for profile in profiles:
-        builder.count(profile.used, profile.unused)
-    for part in joined({category: sums.samples for category, sums in total.items()}).values():
-        builder.add(part, {category: total[category] for category in part})
-    return builder.build(2)
+        scores.count(profile.used, profile.unused)
+    for part, sums in total.parts():
+        scores.add(part, sums)
+    return profile_of(first.neurons, scores, first.interval, minimum_samples=2)

@@ -1,37 +1,28 @@
-"""One pass over the data -> Profile."""
+"""One pass over the data -> Profile.
+
+The data are batches of (inputs, labels) on the model's device. Inputs are a tensor, a tuple of
+arguments or a dict of keywords; labels are class indices (samples labelled -100 are not used), or
+rows of zeros and ones where a sample has several labels or none. With torch.distributed
+initialised, each process gives its shard of the data, and all get the same profile of the whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from nss_prune.core.batches import first_batch, split_batch
-from nss_prune.core.models import Forward, call_model, device_of, evaluation
-from nss_prune.core.nested import add_nested, map_tensors, tensors_in
-from nss_prune.core.outputs import Outputs, OutputsSpec, resolve_outputs, with_units
-from nss_prune.core.processes import processes, total_counts
-from nss_prune.discovery.samples import readable
-from nss_prune.discovery.whole import discover
-from nss_prune.errors import ArgumentError, DataError
+from nss_prune.core.models import Forward, call_model
+from nss_prune.core.outputs import OutputsSpec
 from nss_prune.graph.neurons import NeuronMap
-from nss_prune.graph.tracing import resolve_layers
-from nss_prune.profiling.accumulation import Collector, Loss, Meaning, alone
-from nss_prune.profiling.categories import Categories, check_categories
-from nss_prune.profiling.contributions.protocol import Contribution, metric_named, needs_reference
-from nss_prune.profiling.notes import notes_on_rule
-from nss_prune.profiling.profile import Profile, ProfileBuilder
-from nss_prune.profiling.similarity import (
-    Features,
-    Landscape,
-    Ranking,
-    check_interval,
-    check_ranking,
-)
-from nss_prune.profiling.streaming import stream_parts
-from nss_prune.statistics.consumers import ConsumerSums
+from nss_prune.profiling.categories import Categories
+from nss_prune.profiling.described import Loss
+from nss_prune.profiling.discovered import readable_neurons, with_example
+from nss_prune.profiling.onepass import one_pass
+from nss_prune.profiling.profile import Profile
+from nss_prune.profiling.settings import Comparison, Metrics, Objective, Upkeep
+from nss_prune.profiling.similarity import Features, Landscape, Ranking
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 
@@ -43,7 +34,6 @@ PAPER: dict[str, Any] = {
 }
 """The paper's Eq. 1 and 2 and Algorithm 1 to the letter: ``profile(model, data, **PAPER)``."""
 
-BYTES = 12  # for each pair of neurons: a sum in float64, and observations that wait in float32
 MEMORY_LIMIT = 2**30
 """Bytes that the sums of all open categories may take, unless ``memory_limit`` says otherwise."""
 
@@ -53,7 +43,7 @@ def profile(
     data: Iterable[Any],
     example_inputs: Any = None,
     *,
-    metrics: Sequence[str | Contribution] = ("taylor",),
+    metrics: Metrics = ("taylor",),
     categories: Categories = "labels",
     features: Features = "pixel",
     centered: bool = True,
@@ -71,48 +61,27 @@ def profile(
     adapters: Sequence[Adapter] = ADAPTERS,
     progress: bool | None = None,
 ) -> Profile:
-    """Profile a model in one pass over labelled data.
-
-    With torch.distributed initialised, each process gives its shard of the data, and all get the
-    same profile of the whole.
+    """Profile a model in one pass over labelled data, all processes of torch.distributed together.
 
     Args:
         model: Any model that torch-pruning can trace; it is left exactly as found.
-        data: Batches of (inputs, labels) on the model's device. Inputs are a tensor, a tuple of
-            arguments or a dict of keywords; labels are class indices (samples labelled -100 are
-            not used), or rows of zeros and ones where a sample has several labels or none.
+        data: Batches of (inputs, labels), as :mod:`nss_prune.profiling.run` describes them.
         example_inputs: Inputs to trace the model with; the first batch's by default.
-        metrics: Contribution metrics, by name or as objects, all from the same pass.
-        categories: "labels", "predicted", None for a single category, or a function of
-            (inputs, labels, outputs) that gives an integer for each sample. Categories with
-            fewer than 8 samples join others, see ``Profile.notes``.
-        features: "pixel", every position of every sample is an observation of its own;
-            "pooled", positions are averaged first; "flat", positions are features, and all
-            samples of a category are compared in pairs.
+        metrics: Contribution metrics, by name or as objects, see :class:`.Comparison`.
+        categories: "labels", "predicted", None for one, or a function of (inputs, labels, outputs).
+        features: What an observation is: "pixel", "pooled" or "flat", see :class:`.Landscape`.
         centered: Centre the activations before they are compared.
         positions: With "pixel", look at this many evenly spaced positions of a map at most.
         interval: Neurons that Algorithm 1 adds at a time.
-        ranking: Neurons are ranked by the "magnitude" of their contributions, or "signed", from
-            the largest to the most negative.
-        loss: Function of (outputs, labels), summed over the samples or one value for each. By
-            default by ``outputs``: cross entropy, binary cross entropy with logits, or half the
-            squared error in units of the variance of the outputs.
-        outputs: What the outputs mean: "classes" (softmax), "labels" (sigmoids), "values", a list
-            or dict of these where there are several, a function that returns the tensors to keep;
-            None for what the outputs and labels of the first batch decide, see
-            :data:`nss_prune.core.outputs.OutputsSpec`.
+        ranking: Neurons are ranked by the "magnitude" of their contributions, or "signed".
+        loss: Function of (outputs, labels); by default by ``outputs``, see :class:`.Objective`.
+        outputs: What the outputs mean; None for what the first batch decides.
         forward: Function of (model, inputs) that gives the outputs, for the data and the example.
-        baseline: The reference of "deeplift": "zeros", "mean" (of the data, in a pass before),
-            or a tensor that broadcasts to one sample, nested like the inputs where these are.
+        baseline: The reference of "deeplift": "zeros", "mean", or a tensor like one sample.
         ignored_layers: Modules, types or names whose neurons are not profiled.
-        memory_limit: Bytes for the sums of the categories that are open at a time. Data with
-            more categories is read in their order, or several times. With "flat", half of it
-            is for the activations of layers with positions; where these take more, an even draw
-            of each category's samples is compared, see ``Profile.notes``.
-        keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category (and
-            with "flat" the activations).
-        keep_readers: Keep the mean and covariance of what each reader reads, to fold with: 8 C²
-            bytes for a reader of C channels.
+        memory_limit: Bytes for the sums of the categories open at a time, see :class:`.Upkeep`.
+        keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category.
+        keep_readers: Keep the moments of what each reader of C channels reads, 8 C² bytes.
         adapters: The structures in which neurons are more than channels, such as heads.
         progress: Show a progress bar; by default when stderr is a terminal.
 
@@ -122,30 +91,13 @@ def profile(
         NumericalError: NaN or infinite activations, gradients or losses.
         GraphError, NothingToPruneError: From tracing the model.
     """
-    if example_inputs is None:
-        first, data = first_batch(data)
-        example_inputs = split_batch(first)[0]
-    ignored = resolve_layers(model, ignored_layers)
-    neurons = discover(model, example_inputs, ignored, forward=forward, adapters=adapters)
-    return profile_neurons(
-        model,
-        data,
-        readable(model, neurons, example_inputs, forward),
-        example_inputs,
-        metrics=metrics,
-        categories=categories,
-        landscape=Landscape(features, centered, positions),
-        interval=interval,
-        ranking=ranking,
-        loss=loss,
-        outputs=outputs,
-        forward=forward,
-        baseline=baseline,
-        memory_limit=memory_limit,
-        keep_statistics=keep_statistics,
-        keep_readers=keep_readers,
-        progress=progress,
-    )
+    example, data = with_example(data, example_inputs)
+    neurons = readable_neurons(model, example, ignored_layers, forward, adapters)
+    landscape = Landscape(features, centered, positions)
+    comparison = Comparison(metrics, categories, landscape, interval, ranking)
+    objective = Objective(loss, outputs, forward, baseline)
+    upkeep = Upkeep(memory_limit, keep_statistics, keep_readers, progress)
+    return one_pass(model, data, neurons, example, comparison, objective, upkeep)
 
 
 def profile_neurons(
@@ -154,7 +106,7 @@ def profile_neurons(
     neurons: NeuronMap,
     example_inputs: Any = None,
     *,
-    metrics: Sequence[str | Contribution] = ("taylor",),
+    metrics: Metrics = ("taylor",),
     categories: Categories = "labels",
     landscape: Landscape | None = None,
     interval: int = 1,
@@ -172,95 +124,19 @@ def profile_neurons(
     """:func:`profile` for neurons that are already known.
 
     Args:
+        model, data, metrics, categories, interval, ranking, loss, outputs, forward, baseline,
+            memory_limit, keep_statistics, keep_readers, progress: Those of :func:`profile`.
+        neurons: The neurons, of groups that fit the model.
         example_inputs: Of one call; only needed with ``keep_readers``.
-    """
-    check_categories(categories)
-    landscape = landscape or Landscape()
-    chosen = [
-        metric_named(metric) for metric in ([metrics] if isinstance(metrics, str) else metrics)
-    ]
-    if not chosen:
-        raise ArgumentError("metrics is empty; give at least one, for example ('taylor',)")
-    builder = ProfileBuilder(
-        neurons,
-        chosen,
-        landscape,
-        check_interval(interval),
-        keep_statistics,
-        ranking=check_ranking(ranking),
-    )
-    if any(needs_reference(metric) for metric in chosen) and isinstance(baseline, str):
-        baseline = mean_inputs(data) if baseline == "mean" else baseline
-    sums_read = ConsumerSums(model, neurons.groups)
-    if keep_readers and processes() > 1:
-        raise ArgumentError(
-            "keep_readers=True is for one process: what the readers read is not summed over "
-            "several; profile in one of them"
-        )
-    # Activations of "flat" features take half of the memory.
-    limit = memory_limit // 2 if landscape.features == "flat" else memory_limit
-    collector = Collector(
-        neurons.groups,
-        chosen,
-        landscape,
-        categories,
-        loss,
-        device_of(model),
-        baseline,
-        sums_read.watching if keep_readers else alone,
-        _meaning(model, data, outputs, forward),
-        forward,
-        limit / processes(),
-    )
-    room = max(1, limit // sum(BYTES * group.size**2 for group in neurons.groups))
-    with evaluation(model):
-        for part, sums in stream_parts(
-            model, data, collector, room, separate=keep_statistics, progress=progress
-        ):
-            builder.add(part, sums)
-            if not keep_statistics:
-                for used in sums.values():
-                    collector.reuse(used)
-    counted = total_counts({True: collector.used, False: collector.unused})
-    builder.count(counted[True], counted[False])
-    found = builder.build(minimum_samples, notes_on_rule(collector.uncovered))
-    if not keep_readers:
-        return found
-    return replace(found, readers=sums_read.surveyed(example_inputs, forward))
-
-
-def _meaning(model: nn.Module, data: Iterable[Any], spec: OutputsSpec, forward: Forward) -> Meaning:
-    """What the outputs mean by one batch, in units of all data where it can be read again."""
-
-    def meaning(outputs: Any, labels: Any) -> Outputs:
-        found = resolve_outputs(spec, outputs, labels)
-        # The workers of a loader that keeps them cannot begin anew while a pass goes on.
-        kept = getattr(getattr(data, "data", data), "persistent_workers", False)
-        return found if kept else with_units(found, spec, model, data, forward)
-
-    return meaning
-
-
-def mean_inputs(data: Iterable[Any]) -> Any:
-    """The mean sample of the inputs, nested as they are.
+        landscape: How observations are made of activations; by default that of :func:`profile`.
+        minimum_samples: Samples that the data must have at least.
 
     Raises:
-        DataError: The data can be iterated only once, or its inputs have no mean.
+        ArgumentError, DataError, NumericalError: As for :func:`profile`.
     """
-    if iter(data) is data:
-        raise DataError(
-            "baseline='mean' needs a pass of its own, but the data can be iterated only once; "
-            "give a list or a DataLoader, or the mean as a tensor"
-        )
-    total: Any = None
-    samples = 0
-    for batch in data:
-        inputs = split_batch(batch)[0]
-        if not all(tensor.is_floating_point() for tensor in tensors_in(inputs)):
-            raise DataError("baseline='mean' needs inputs of real numbers; give a tensor instead")
-        summed = map_tensors(lambda tensor: tensor.sum(0, keepdim=True), inputs)
-        total = summed if total is None else add_nested(total, summed)
-        samples += len(tensors_in(inputs)[0])
-    if total is None:
-        raise DataError("the data has no batch; give an iterable of (inputs, labels) batches")
-    return map_tensors(lambda tensor: tensor / samples, total)
+    comparison = Comparison(metrics, categories, landscape or Landscape(), interval, ranking)
+    objective = Objective(loss, outputs, forward, baseline)
+    upkeep = Upkeep(memory_limit, keep_statistics, keep_readers, progress)
+    return one_pass(
+        model, data, neurons, example_inputs, comparison, objective, upkeep, minimum_samples
+    )
