@@ -236,20 +236,20 @@ def deeplift(names: Iterable[str], repeats: int) -> Rows:
     rows = []
     for name in names:
         model, inputs, labels, neurons = prepared(name)
-        readers = [
+        consumers = [
             model.get_submodule(member.name)
             for group in neurons.groups
-            for member in group.readers[:1]
+            for member in group.consumers[:1]
         ]
         ours = functools.partial(all_layers, model, neurons, inputs, labels)
         bare = functools.partial(bare_passes, model, inputs, labels, 1)
         times = in_turn(ours, bare, repeats)
         rows.append(ratio_row(f"deeplift, {name}, against bare", *times, "<= 3", faster=False))
         show(rows[-1])
-        captum = functools.partial(captum_layers, model, readers, inputs, labels)
+        captum = functools.partial(captum_layers, model, consumers, inputs, labels)
         times = in_turn(ours, captum, 1)
-        what = f"deeplift, {name}, {len(readers)} layers, against captum"
-        target = f">= {0.7 * len(readers):.1f}"
+        what = f"deeplift, {name}, {len(consumers)} layers, against captum"
+        target = f">= {0.7 * len(consumers):.1f}"
         rows.append(ratio_row(what, *times, target, faster=True))
         show(rows[-1])
     return rows
@@ -275,11 +275,13 @@ def all_layers(
 
 
 def captum_layers(
-    model: nn.Module, readers: Sequence[nn.Module], inputs: Tensor, labels: Tensor
+    model: nn.Module, consumers: Sequence[nn.Module], inputs: Tensor, labels: Tensor
 ) -> None:
-    """LayerDeepLift of what every reader reads, one call a layer."""
-    for reader in readers:
-        LayerDeepLift(model, reader).attribute(inputs, target=labels, attribute_to_layer_input=True)
+    """LayerDeepLift of what every consumer reads, one call a layer."""
+    for consumer in consumers:
+        LayerDeepLift(model, consumer).attribute(
+            inputs, target=labels, attribute_to_layer_input=True
+        )
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

@@ -1,4 +1,4 @@
-"""Small networks whose activations a reader can compute on paper, and helpers for real ones."""
+"""Small networks whose activations a consumer can compute on paper, and helpers for real ones."""
 
 from __future__ import annotations
 

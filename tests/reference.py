@@ -27,12 +27,12 @@ def algorithm_1(
     return set(chosen)
 
 
-def taylor(model: nn.Sequential, reader: int, inputs: Tensor, labels: Tensor) -> Tensor:
-    """mean_x (Σ a ∂L/∂a)² for what layer ``reader`` of a sequence reads, sample by sample."""
+def taylor(model: nn.Sequential, consumer: int, inputs: Tensor, labels: Tensor) -> Tensor:
+    """mean_x (Σ a ∂L/∂a)² for what layer ``consumer`` of a sequence reads, sample by sample."""
     squares = []
     for sample, label in zip(inputs, labels, strict=True):
-        activation = model[:reader](sample[None]).detach().requires_grad_()
-        loss = nn.functional.cross_entropy(model[reader:](activation), label[None])
+        activation = model[:consumer](sample[None]).detach().requires_grad_()
+        loss = nn.functional.cross_entropy(model[consumer:](activation), label[None])
         (gradient,) = torch.autograd.grad(loss, activation)
         products = (activation * gradient)[0]
         squares.append(products.reshape(len(products), -1).sum(1) ** 2)

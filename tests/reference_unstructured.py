@@ -96,7 +96,7 @@ class Tied(nn.Module):
         return self.head(self.two(self.one(self.embedding(tokens)).relu()).relu())
 
 
-class Reader(nn.Module):
+class Consumer(nn.Module):
     """Reads its children's weights without calling the children."""
 
     def __init__(self) -> None:

@@ -71,7 +71,7 @@ def own_macs(subject: Subject) -> int:
 
 def is_hidden(group: NeuronGroup) -> bool:
     """Whether the neurons are the hidden channels of an inverted bottleneck."""
-    return any(consumer.name.endswith(HIDDEN_CONSUMERS) for consumer in group.readers)
+    return any(consumer.name.endswith(HIDDEN_CONSUMERS) for consumer in group.consumers)
 
 
 class ObservedOnce:

@@ -111,7 +111,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Source:
-    """How one data set is read: its statistics (pixels scaled to 0..1) and its reader."""
+    """How one data set is read: its statistics (pixels scaled to 0..1) and its consumer."""
 
     read: Callable[[Path, Path], tuple[str, Pictures, Pictures]]
     mean: tuple[float, ...]
@@ -149,7 +149,7 @@ def read_digits(root: Path, cache: Path) -> tuple[str, Pictures, Pictures]:
 
 
 def read_torchvision(kind: str) -> Callable[[Path, Path], tuple[str, Pictures, Pictures]]:
-    """A reader of torchvision.datasets.`kind`, which downloads it where `root` has none."""
+    """A consumer of torchvision.datasets.`kind`, which downloads it where `root` has none."""
 
     def read(root: Path, cache: Path) -> tuple[str, Pictures, Pictures]:
         train, test = (fetch(kind, root, train) for train in (True, False))

@@ -95,17 +95,17 @@ class HardAttention:
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Within the context, the readers of the neurons read them through their gates."""
+        """Within the context, the consumers of the neurons read them through their gates."""
         with contextlib.ExitStack() as stack:
             for group in self.groups:
-                for member in group.readers:
-                    reader = submodule(model, member.name)
-                    hook = self._gating(group.name, member, input_axis(reader))
-                    stack.callback(reader.register_forward_pre_hook(hook).remove)
+                for member in group.consumers:
+                    consumer = submodule(model, member.name)
+                    hook = self._gating(group.name, member, input_axis(consumer))
+                    stack.callback(consumer.register_forward_pre_hook(hook).remove)
             yield
 
     def _gating(self, layer: str, member: Member, axis: int) -> Any:
-        def gate(reader: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        def gate(consumer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             inputs = arguments[0]
             shape = [1] * inputs.dim()
             shape[axis] = member.width

@@ -67,7 +67,7 @@ class RankedByInputs:
         """The mean over the channels that carry a neuron, ``[neurons]``."""
         total, count = (torch.zeros(group.size, dtype=torch.float64) for _ in range(2))
         assert evidence.statistics is not None
-        for member in group.readers:
+        for member in group.consumers:
             if member.name in evidence.statistics:
                 values = self.score(evidence.statistics[member.name]).cpu().double()
                 total.index_add_(0, member.neurons, values[member.channels])

@@ -54,7 +54,7 @@ def eliminations(
     Args:
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used.
         seed: For what is drawn at random.
-        reads: To add what the readers read to, in the same pass.
+        reads: To add the consumers' inputs to, in the same pass.
         outputs: What the outputs mean; found from the first batch by default.
         forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
@@ -62,7 +62,7 @@ def eliminations(
     Raises:
         ArgumentError: It is not certain what the outputs mean; give ``outputs``.
         DataError: The data is empty, or the model refuses it.
-        NumericalError: A reader reads NaN or infinite values, or gets such gradients.
+        NumericalError: A consumer reads NaN or infinite values, or gets such gradients.
     """
     found = sensitivities(
         model, data, groups, seed=seed, reads=reads, outputs=outputs, forward=forward,

@@ -165,9 +165,9 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 def _sole_consumer(group: NeuronGroup) -> str | None:
     """The one layer that reads the neurons, where it reads nothing else and each as a channel."""
-    if len(group.readers) != 1:
+    if len(group.consumers) != 1:
         return None
-    (reader,) = group.readers
+    (consumer,) = group.consumers
     neurons = torch.arange(group.size)
-    alike = reader.width == group.size and reader.channels.equal(neurons)
-    return reader.name if alike and reader.neurons.equal(neurons) else None
+    alike = consumer.width == group.size and consumer.channels.equal(neurons)
+    return consumer.name if alike and consumer.neurons.equal(neurons) else None

@@ -15,7 +15,7 @@ from nss_prune.graph.axes import input_axis
 
 @dataclass(frozen=True)
 class ConstantOutput:
-    """What a reader makes of a constant map, over its positions.
+    """What a consumer makes of a constant map, over its positions.
 
     Attributes:
         average: ``[outputs]``.
@@ -30,7 +30,7 @@ class ConstantOutput:
 
 
 def constant_output(module: nn.Module, shape: Sequence[int], means: Tensor) -> ConstantOutput:
-    """What a reader without its bias makes of ``means``, ``[units, repeats]``."""
+    """What a consumer without its bias makes of ``means``, ``[units, repeats]``."""
     weight: Any = module.weight
     inputs = constant_map(module, shape, means.flatten())
     outputs = response(module, weight.detach().double(), inputs)

@@ -15,7 +15,7 @@ from nss_prune.statistics.moments import ConsumerStatistics
 def reason_to_leave(
     module: nn.Module, statistics: ConsumerStatistics | None, shared: Collection[int]
 ) -> str:
-    """Why a reader cannot be folded into, or ""."""
+    """Why a consumer cannot be folded into, or ""."""
     if statistics is None:
         return "there are no statistics of it"
     if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):

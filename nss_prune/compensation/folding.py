@@ -1,6 +1,6 @@
-"""What the removed neurons said, said by those that stay: folded into their readers.
+"""What the removed neurons said, said by those that stay: folded into their consumers.
 
-A reader that loses its input channels P keeps the channels S. The best linear guess at what it
+A consumer that loses its input channels P keeps the channels S. The best linear guess at what it
 misses is x_P ≈ μ_P + B (x_S − μ_S) with B = Σ_PS (Σ_SS + λI)⁻¹, so its weights become
 W_S + W_P B and W_P (μ_P − B μ_S) goes into its bias: a closed form, without labels and without
 training. Every position of a kernel mixes the channels by the same B, so this holds for
@@ -8,10 +8,10 @@ convolutions of any kernel, stride, dilation and padding, transposed ones too, a
 channel groups of grouped ones. Depthwise convolutions and norms pass neurons on without mixing
 them and stay as they are.
 
-Two things are approximate. Where a reader pads with zeros, or is transposed with a stride, the
+Two things are approximate. Where a consumer pads with zeros, or is transposed with a stride, the
 constant differs between positions: its average over the output goes into the bias, which is the
 best that a bias can do, and the rest counts as error. And the statistics are those of the whole
-model: how other folded layers, or a norm over neurons of which some go, change what a reader
+model: how other folded layers, or a norm over neurons of which some go, change what a consumer
 reads is seen by :func:`refit` alone.
 """
 
@@ -39,8 +39,8 @@ class Folded:
     """What was folded.
 
     Attributes:
-        notes: Readers that were not folded, or only in part, and why.
-        errors: Reader -> E‖Δy‖² / E‖y‖² of its output on the calibration statistics, without
+        notes: Consumers that were not folded, or only in part, and why.
+        errors: Consumer -> E‖Δy‖² / E‖y‖² of its output on the calibration statistics, without
             folding and with it, as in :class:`ConsumerFold`.
     """
 
@@ -49,9 +49,9 @@ class Folded:
 
 
 def fold(model: nn.Module, critical: Slice, statistics: Mapping[str, ConsumerStatistics]) -> Folded:
-    """Fold the neurons outside the slice into their readers, in place, before they are removed.
+    """Fold the neurons outside the slice into their consumers, in place, before they are removed.
 
-    Shapes stay; a reader that has neither a bias nor a BatchNorm behind it gets a bias. Weights
+    Shapes stay; a consumer that has neither a bias nor a BatchNorm behind it gets a bias. Weights
     and buffers are replaced by new ones and never written to, so that within
     :func:`nss_prune.core.undo.undone_on_error` an error puts the old ones back.
 
@@ -68,9 +68,9 @@ def fold(model: nn.Module, critical: Slice, statistics: Mapping[str, ConsumerSta
 def folding(
     model: nn.Module, critical: Slice, statistics: Mapping[str, ConsumerStatistics]
 ) -> dict[str, ConsumerFold]:
-    """Reader -> how it changes, for every reader that loses channels; nothing is changed.
+    """Consumer -> how it changes, for every consumer that loses channels; nothing is changed.
 
-    λ minimises the error that generalised cross-validation predicts for the reader's output; see
+    λ minimises the error that generalised cross-validation predicts for the consumer's output; see
     :func:`nss_prune.compensation.ridge.ridge`. Where no λ is predicted to do better than the means
     alone, the weights stay. A flattened map is folded channel by channel where there are two
     observations for each kept channel, and otherwise neuron by neuron with the same B at all its
@@ -80,7 +80,7 @@ def folding(
         ModelMismatchError: The slice or the statistics are of another model.
     """
     check_fits(critical.groups, model)
-    readers = sides_by_consumer(critical.groups)
+    consumers = sides_by_consumer(critical.groups)
     shared = shared_weights(model)
     folds = {}
     for (name, side), (member, channels) in critical.removed_channels().items():
@@ -99,13 +99,13 @@ def folding(
                 f"the statistics of {name} are of {len(found.mean)} channels, it reads "
                 f"{member.width}; take them of this model before anything is removed"
             )
-        found = resolved(found, map_positions(module, readers[name]), int((~removed).sum()))
+        found = resolved(found, map_positions(module, consumers[name]), int((~removed).sum()))
         folds[name] = solved(name, module, missing_channels(found, removed))
     return folds
 
 
 def apply(model: nn.Module, folds: Mapping[str, ConsumerFold]) -> Folded:
-    """Change the readers as :func:`folding` found."""
+    """Change the consumers as :func:`folding` found."""
     for name, change in folds.items():
         module: Any = submodule(model, name)
         if change.weight is not None:

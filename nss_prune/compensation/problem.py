@@ -12,7 +12,7 @@ from nss_prune.statistics.moments import ConsumerStatistics
 
 @dataclass(frozen=True)
 class Problem:
-    """What a reader misses, and what is left to say it with.
+    """What a consumer misses, and what is left to say it with.
 
     Units are channels, or the neurons of a flattened map with ``repeats`` channels each.
 
@@ -20,7 +20,7 @@ class Problem:
         missing: Covariance of what is missed, ``[units, units]``.
         cross: Covariance of what is missed (rows) with what is left (columns).
         known: Covariance of what is left.
-        whole: Covariance of what the reader of the whole model reads.
+        whole: Covariance of what the consumer of the whole model reads.
         missing_mean: ``[units, repeats]``, and so are ``known_mean`` and ``whole_mean``.
         targets: True where something may be missed, ``[units]``, for each of the ridges that say
             it one after the other; what one leaves is for the next. The last are all of them.

@@ -31,23 +31,23 @@ def refit(
     forward: Forward = call_model,
     progress: bool | None = None,
 ) -> Folded:
-    """Fold in network order, each reader against what it read in the whole model; in place.
+    """Fold in network order, each consumer against what it read in the whole model; in place.
 
-    All channels x of a reader's input in the whole model are approximated from the kept ones x̃
-    as they are in the sliced model whose earlier readers are fitted already:
+    All channels x of a consumer's input in the whole model are approximated from the kept ones x̃
+    as they are in the sliced model whose earlier consumers are fitted already:
     x ≈ μ + B (x̃ − μ̃), where λ shrinks B towards leaving the weights as they are; first those that
     are removed, then what is still missed of all, with a λ of its own: there is less to be found.
-    So a reader makes up for the errors of those before it too, and for norms that see fewer
+    So a consumer makes up for the errors of those before it too, and for norms that see fewer
     neurons. It pays after deep cuts, where samples abound: few of them say less of x̃ than
     :func:`fold` knows of x.
 
-    It costs a pass over the data for every reader, in which both models run up to that reader
-    (about readers × passes forward), and a copy of the model.
+    It costs a pass over the data for every consumer, in which both models run up to that consumer
+    (about consumers × passes forward), and a copy of the model.
 
     Args:
         data: Batches that can be iterated again: a list or a DataLoader.
         forward: Calls the model on the inputs of a batch.
-        progress: Show a progress bar over the readers; None for only on a terminal.
+        progress: Show a progress bar over the consumers; None for only on a terminal.
 
     Raises:
         ArgumentError: The data can be iterated only once.
@@ -57,35 +57,35 @@ def refit(
     if isinstance(data, Iterator):
         raise ArgumentError(
             f"data is a {type(data).__name__}, which can be iterated only once, and refit takes a "
-            "pass for every reader; give a list of batches or a DataLoader"
+            "pass for every consumer; give a list of batches or a DataLoader"
         )
     check_fits(critical.groups, model)
-    readers = sides_by_consumer(critical.groups)
+    consumers = sides_by_consumer(critical.groups)
     shared = shared_weights(model)
     sliced = copy.deepcopy(model)
     folds: dict[str, ConsumerFold] = {}
     with evaluation(model), evaluation(sliced), torch.no_grad():
         _, inputs, _ = next(counted_batches(model, data, False, ""))
-        shown = survey(model, readers, inputs, forward)
+        shown = survey(model, consumers, inputs, forward)
         hidden = None if progress is None else not progress
-        for name in tqdm(shown.calls, desc="refit", unit="reader", leave=False, disable=hidden):
+        for name in tqdm(shown.calls, desc="refit", unit="consumer", leave=False, disable=hidden):
             module = submodule(model, name)
             both = paired_statistics(
-                model, sliced, critical, name, data, shown, readers[name], forward
+                model, sliced, critical, name, data, shown, consumers[name], forward
             )
             reason = reason_to_leave(module, both, shared)
             if reason:
                 folds[name] = ConsumerFold(note=f"{name} is left unfolded: {reason}")
                 continue
             removed = _removed_channels(critical, name, len(both.mean) // 2)
-            both = resolved(both, map_positions(module, readers[name]), int((~removed).sum()))
+            both = resolved(both, map_positions(module, consumers[name]), int((~removed).sum()))
             folds[name] = solved(name, module, changed_channels(both, removed))
             apply(sliced, {name: folds[name]})
     return apply(model, folds)
 
 
 def _removed_channels(critical: Slice, name: str, width: int) -> Tensor:
-    """True for the channels that a reader loses, ``[channels]``."""
+    """True for the channels that a consumer loses, ``[channels]``."""
     removed = torch.zeros(width, dtype=torch.bool)
     found = critical.removed_channels().get((name, "in"))
     if found is not None:

@@ -30,7 +30,7 @@ def ridge(
         missing: Covariance of what is to be said, ``[targets, targets]``, float64.
         cross: Its covariance with what can be used, ``[targets, kept]``.
         known: Covariance of what can be used, ``[kept, kept]``.
-        gram: WᵀW: how much the reader minds an error, ``[targets, targets]``.
+        gram: WᵀW: how much the consumer minds an error, ``[targets, targets]``.
         floor: Variance that is rounding error only.
         observations: n.
 

@@ -17,15 +17,15 @@ EPSILON = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class ConsumerFold:
-    """How one reader changes.
+    """How one consumer changes.
 
     Attributes:
-        weight: The new weight of the still unpruned reader; None where it stays.
+        weight: The new weight of the still unpruned consumer; None where it stays.
         mixing: What it reads additionally, of what it reads: B of every channel group, float64
             ``[channel groups, units, units]``, zero but in the rows that go and the columns that
             stay; None where the weight stays. Units as in :class:`Problem`.
         constant: What is added to its output, float64 ``[outputs]``; None where nothing is.
-        norm: The BatchNorm that takes the constant where the reader has no bias, or None.
+        norm: The BatchNorm that takes the constant where the consumer has no bias, or None.
         errors: E‖Δy‖² / E‖y‖² of its output y on the statistics, without folding and with it.
             Between the positions of a kernel no covariance is known: their errors add up.
         note: Why it was not folded, or only in part; "" where it was.
@@ -40,7 +40,7 @@ class ConsumerFold:
 
 
 def solved(name: str, module: nn.Module, problem: Problem) -> ConsumerFold:
-    """How a reader changes so that it misses as little as can be."""
+    """How a consumer changes so that it misses as little as can be."""
     shape = problem.source.shape
     weight = by_channel_group(module, problem.whole_mean.shape[1])
     parts = problem.split(len(weight))
@@ -141,7 +141,7 @@ def _why_only_means(source: ConsumerStatistics, kept: int) -> str:
 
 
 def _weighted(covariance: Tensor, gram: Tensor, units: Tensor | None = None) -> float:
-    """tr(gram · covariance) over some units: the variance that a reader makes of it."""
+    """tr(gram · covariance) over some units: the variance that a consumer makes of it."""
     product = gram * covariance
     if units is not None:
         product = product * units[:, None] * units

@@ -38,10 +38,10 @@ def readable(
     axes = _sample_axes(model, neurons, example_inputs, forward)
     groups = tuple(_with_axes(group, axes) for group in neurons.groups)
     reasons = {
-        group.name: f"{reader.name} reads no samples"
+        group.name: f"{consumer.name} reads no samples"
         for group in groups
-        for reader in group.readers
-        if axes.get(reader.name, 0) is None
+        for consumer in group.consumers
+        if axes.get(consumer.name, 0) is None
     }
     found = replace(neurons, groups=groups).without(reasons)
     if not found.groups:
@@ -68,7 +68,7 @@ def _sample_axes(
     if not here or not there:  # the model takes no other batch size
         return {}
     samples, others = len(tensors_in(example_inputs)[0]), len(tensors_in(other)[0])
-    names = {reader.name for group in neurons.groups for reader in group.readers}
+    names = {consumer.name for group in neurons.groups for consumer in group.consumers}
     return {
         name: next(
             (
@@ -120,7 +120,7 @@ def _shapes_of_inputs(
         return record
 
     with contextlib.ExitStack() as stack:
-        for name in {reader.name for group in neurons.groups for reader in group.readers}:
+        for name in {consumer.name for group in neurons.groups for consumer in group.consumers}:
             stack.callback(on_input(submodule(model, name), look(name)).remove)
         with evaluation(model), torch.no_grad():
             forward(model, inputs)

@@ -50,12 +50,12 @@ def check_fits(groups: Iterable[NeuronGroup], model: nn.Module) -> None:
 
 
 def input_axis(module: nn.Module) -> int:
-    """The axis of a reader's input that carries its channels."""
+    """The axis of a consumer's input that carries its channels."""
     return 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
 
 
 def held_channels(channels: Tensor, width: int) -> Tensor:
-    """Those of a reader's channels that its weight holds, of ``width`` along that axis.
+    """Those of a consumer's channels that its weight holds, of ``width`` along that axis.
 
     A grouped convolution loses the same channels in each group, and holds one's.
     """
@@ -80,10 +80,10 @@ def parameter_axes(module: nn.Module) -> dict[str, tuple[int, int | None]]:
 
 
 def sides_by_consumer(groups: Sequence[NeuronGroup]) -> dict[str, list[Member]]:
-    """Reader -> its sides, one for each group that it reads."""
+    """Consumer -> its sides, one for each group that it reads."""
     found: dict[str, list[Member]] = {}
     for group in groups:
-        for member in group.readers:
+        for member in group.consumers:
             # The channels of a head have nothing in common, as the positions of a map have.
             side = member if group.has_channels else replace(member, neurons=member.channels)
             found.setdefault(member.name, []).append(side)
@@ -91,7 +91,7 @@ def sides_by_consumer(groups: Sequence[NeuronGroup]) -> dict[str, list[Member]]:
 
 
 def map_positions(module: nn.Module, members: Sequence[Member]) -> int:
-    """Positions of the flattened map that a linear reader reads neuron by neuron, or 1."""
+    """Positions of the flattened map that a linear consumer reads neuron by neuron, or 1."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return 1
     repeats = len(members[0].neurons) // len(members[0].neurons.unique())

@@ -135,14 +135,14 @@ def reason_to_leave(
     graph: tp.DependencyGraph, group: Any, output_nodes: set[Any], ignored: set[nn.Module]
 ) -> str | None:
     """Why a whole group must stay, or None."""
-    makers = readers = 0
+    makers = consumers = 0
     size, ties = len(group[0].idxs), _ties(group)
     for dependency, channels in group:
         node, handler = dependency.target, dependency.handler
         makes = graph.is_out_channel_pruning_fn(handler)
         reads = graph.is_in_channel_pruning_fn(handler)
         makers += makes and not reads
-        readers += reads and not makes
+        consumers += reads and not makes
         if node.module in ignored and makes:
             return "ignored"
         if makes and (node.grad_fn in output_nodes or node.type == tp.ops.OPTYPE.OUTPUT):
@@ -154,7 +154,7 @@ def reason_to_leave(
             return f"{graph._module2name.get(node.module)} ties channels in {groups} groups"
     if not makers:
         return "made outside of what is traced"
-    return None if readers else "nothing reads it"
+    return None if consumers else "nothing reads it"
 
 
 def _channel_groups(module: Any, kind: Any) -> int:

@@ -76,7 +76,7 @@ class NeuronGroup:
         return root is None or len(root.channels) == self.size * self.ties
 
     @property
-    def readers(self) -> tuple[Member, ...]:
+    def consumers(self) -> tuple[Member, ...]:
         """Members that read the neurons; their inputs are the neurons' activations."""
         return tuple(member for member in self.members if member.side == "in")
 
@@ -89,7 +89,7 @@ class NeuronMap:
         groups: In the order of ``model.named_modules()``.
         left_alone: Root layer -> why its group must not be pruned.
         left_alone_sizes: Root layer -> number of its channels.
-        notes: What a reader of the report should know about how they were found.
+        notes: What a user should know about how they were found.
     """
 
     groups: tuple[NeuronGroup, ...]

@@ -24,7 +24,7 @@ from nss_prune.statistics.capture import Reading, Watcher
 
 
 class BatchStatistics:
-    """What a batch contributes, gathered over all readers before it counts by sample."""
+    """What a batch contributes, gathered over all consumers before it counts by sample."""
 
     def __init__(self, metrics: Sequence[Contribution]) -> None:
         self.metrics = metrics

@@ -1,4 +1,4 @@
-"""What a reader of the report should know about a profile."""
+"""What a user should know about a profile."""
 
 from __future__ import annotations
 

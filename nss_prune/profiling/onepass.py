@@ -41,7 +41,7 @@ def one_pass(
     consumers = ConsumerSums(model, groups)
     if upkeep.keep_readers and processes() > 1:
         raise ArgumentError(
-            "keep_readers=True is for one process: what the readers read is not summed over "
+            "keep_readers=True is for one process: the consumers' inputs is not summed over "
             "several; profile in one of them"
         )
     # Activations of "flat" features take half of the memory.
@@ -74,4 +74,4 @@ def one_pass(
     found = profile_of(neurons, scores, comparison.interval, minimum_samples, notes)
     if not upkeep.keep_readers:
         return found
-    return replace(found, readers=consumers.surveyed(example_inputs, objective.forward))
+    return replace(found, consumers=consumers.surveyed(example_inputs, objective.forward))

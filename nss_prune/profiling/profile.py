@@ -41,10 +41,10 @@ class Profile:
         overall: metric -> layer -> contributions over all data, ``[neurons]``.
         curves: metric -> layer -> ``[categories, neurons]``, the similarity after each rank.
         interval: Neurons that Algorithm 1 adds at a time.
-        notes: What a reader of the report should know.
+        notes: What a user should know.
         statistics: The sums, where ``profile(..., keep_statistics=True)`` kept them.
-        readers: What every reader reads, where ``profile(..., keep_readers=True)`` kept it: what
-            folding needs. It is not saved.
+        consumers: What every consumer reads, where ``profile(..., keep_readers=True)`` kept it:
+            what folding needs. It is not saved.
         ranked_by: "magnitude" or "signed", see :func:`nss_prune.profiling.similarity.ranked`.
         used: Number of samples that count for a category, each counted once.
         unused: Number of samples that count for none.
@@ -59,7 +59,7 @@ class Profile:
     interval: int = 1
     notes: tuple[str, ...] = ()
     statistics: Statistics | None = field(default=None, repr=False)
-    readers: dict[str, ConsumerStatistics] | None = field(default=None, repr=False)
+    consumers: dict[str, ConsumerStatistics] | None = field(default=None, repr=False)
     ranked_by: Ranking = "magnitude"
     used: int = 0
     unused: int = 0
@@ -76,6 +76,11 @@ class Profile:
             *elided([f"  note: {shortened(note, 80)}" for note in self.notes], 3, "more notes"),
         ]
         return "\n".join(lines)
+
+    @property
+    def readers(self) -> dict[str, ConsumerStatistics] | None:
+        """``consumers``, by its earlier name."""
+        return self.consumers
 
     @property
     def groups(self) -> tuple[NeuronGroup, ...]:

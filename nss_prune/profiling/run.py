@@ -81,7 +81,7 @@ def profile(
         ignored_layers: Modules, types or names whose neurons are not profiled.
         memory_limit: Bytes for the sums of the categories open at a time, see :class:`.Upkeep`.
         keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category.
-        keep_readers: Keep the moments of what each reader of C channels reads, 8 C² bytes.
+        keep_readers: Keep the moments of what each consumer of C channels reads, 8 C² bytes.
         adapters: The structures in which neurons are more than channels, such as heads.
         progress: Show a progress bar; by default when stderr is a terminal.
 

@@ -104,8 +104,8 @@ class Upkeep:
             of each category's samples is compared, see ``Profile.notes``.
         keep_statistics: Keep the sums for ``Profile.merge``, 8 Σ neurons² bytes a category (and
             with "flat" the activations).
-        keep_readers: Keep the mean and covariance of what each reader reads, to fold with: 8 C²
-            bytes for a reader of C channels.
+        keep_readers: Keep the mean and covariance of what each consumer reads, to fold with: 8 C²
+            bytes for a consumer of C channels.
         progress: Show a progress bar; by default when stderr is a terminal.
     """
 

@@ -92,7 +92,7 @@ class LandscapeSums:
         self.drawn = None
 
     def add(self, landscape: Landscape, observed: Sequence[Tensor]) -> None:
-        """Add what all readers of a batch observed, each ``[neurons, samples, seen]``.
+        """Add what all consumers of a batch observed, each ``[neurons, samples, seen]``.
 
         Raises:
             DataError: With "flat", samples have other positions than those before.

@@ -28,11 +28,11 @@ def history(chosen: Slice) -> Iterator[tuple[str, bool, list[int]]]:
     groups = {group.name: group for group in chosen.groups}
     for name, neurons in chosen.removed.items():
         group = groups[name]
-        if group.has_channels or not group.readers:
+        if group.has_channels or not group.consumers:
             tied = [neurons + group.size * tie for tie in range(group.ties)]
             yield name, True, torch.cat(tied).tolist()
         else:
-            consumer = group.readers[0]
+            consumer = group.consumers[0]
             yield consumer.name, False, _channels(consumer, ~chosen.kept[name]).tolist()
 
 

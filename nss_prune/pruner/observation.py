@@ -46,7 +46,7 @@ def evidence_of(profile: Profile, subject: Subject) -> ProfileEvidence:
             "model as it is, with the same ignored_layers"
         )
     return ProfileEvidence(
-        neurons=neurons, statistics=profile.readers, notes=profile.notes, profile=profile
+        neurons=neurons, statistics=profile.consumers, notes=profile.notes, profile=profile
     )
 
 

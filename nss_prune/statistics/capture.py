@@ -20,7 +20,7 @@ from nss_prune.graph.neurons import Member, NeuronGroup
 
 @dataclass(frozen=True)
 class Reading:
-    """One input of one reader.
+    """One input of one consumer.
 
     Attributes:
         group: Name of the neuron group.
@@ -41,10 +41,10 @@ class Watcher:
 
     Args:
         groups: The neurons to watch.
-        samples: Number of samples in the batch. Readers that fold more into their first axis
+        samples: Number of samples in the batch. Consumers that fold more into their first axis
             (windows, tokens) get the surplus as positions.
         on_gradient: Called in the backward pass with a reading and its gradient
-            ``[samples, neurons, positions]``, which flows through that reader alone.
+            ``[samples, neurons, positions]``, which flows through that consumer alone.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Watcher:
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module) -> Iterator[Watcher]:
-        """Hook the readers of ``model``; the hooks leave even when the body raises."""
-        readers: dict[str, list[tuple[NeuronGroup, Member]]] = {}
+        """Hook the consumers of ``model``; the hooks leave even when the body raises."""
+        consumers: dict[str, list[tuple[NeuronGroup, Member]]] = {}
         for group in self.groups:
-            for member in group.readers:
-                readers.setdefault(member.name, []).append((group, member))
+            for member in group.consumers:
+                consumers.setdefault(member.name, []).append((group, member))
         with contextlib.ExitStack() as stack:
-            for name, entries in readers.items():
+            for name, entries in consumers.items():
                 module = submodule(model, name)
                 stack.callback(on_input(module, self._hook(name, entries)).remove)
             yield self
@@ -114,7 +114,7 @@ class Watcher:
 
 
 def _tap(inputs: Tensor) -> Tensor:
-    """An alias of ``inputs`` whose gradient is what flows through one reader only."""
+    """An alias of ``inputs`` whose gradient is what flows through one consumer only."""
     if inputs.requires_grad:
         return inputs.view_as(inputs)
     return inputs.detach().requires_grad_()
@@ -128,7 +128,7 @@ def _by_neuron(picked: Tensor, neurons: Tensor, size: int) -> Tensor:
     """``[samples, positions of the side, positions]`` -> ``[samples, neurons, positions]``.
 
     A neuron that fills several positions of the side (a flattened map) gets them all as
-    positions; one that the reader does not read gets zeros.
+    positions; one that the consumer does not read gets zeros.
     """
     counts = torch.bincount(neurons, minlength=size)
     repeats = int(counts.max())

@@ -29,9 +29,9 @@ def consumer_statistics(
     forward: Forward = call_model,
     progress: bool | None = None,
 ) -> dict[str, ConsumerStatistics]:
-    """Mean and covariance of what every reader of the groups reads, in one forward-only pass.
+    """Mean and covariance of what every consumer of the groups reads, in one forward-only pass.
 
-    Takes 8 C² bytes for a reader of C channels. The model is left as found.
+    Takes 8 C² bytes for a consumer of C channels. The model is left as found.
 
     Args:
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used.
@@ -39,11 +39,11 @@ def consumer_statistics(
         progress: Show a progress bar; None for only on a terminal.
 
     Returns:
-        Reader -> its statistics; a reader that is never called is missing.
+        Consumer -> its statistics; a consumer that is never called is missing.
 
     Raises:
         DataError: The data is empty, or the model refuses it.
-        NumericalError: A reader reads NaN or infinite values.
+        NumericalError: A consumer reads NaN or infinite values.
         ModelMismatchError: The model does not have the groups.
     """
     check_fits(groups, model)
@@ -53,24 +53,24 @@ def consumer_statistics(
         for number, inputs, samples in counted_batches(model, data, progress, "folding"):
             with sums.watching(samples):
                 if number == 0:
-                    norms = survey(model, sums.readers, inputs, forward).norms
+                    norms = survey(model, sums.consumers, inputs, forward).norms
                 else:
                     run(model, inputs, number, forward)
     return sums.statistics(norms)
 
 
 class ConsumerSums:
-    """Adds up what the readers of a model read, whoever runs it.
+    """Adds up what the consumers of a model read, whoever runs it.
 
     Args:
         views: Of each sample, see :class:`nss_prune.core.views.Views`.
 
     Attributes:
-        readers: Reader -> its sides, one for each group that it reads.
+        consumers: Consumer -> its sides, one for each group that it reads.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], views: int = 1) -> None:
-        self.readers = sides_by_consumer(groups)
+        self.consumers = sides_by_consumer(groups)
         self._model = model
         self._views = views
         self._moments: dict[str, Moments] = {}
@@ -83,18 +83,18 @@ class ConsumerSums:
         def add(name: str, read: Tensor) -> None:
             module = submodule(self._model, name)
             if name not in self._moments:
-                repeats = summed_positions(module, self.readers[name])
+                repeats = summed_positions(module, self.consumers[name])
                 self._moments[name] = Moments(repeats, self._views)
             shape = map_shape(read, input_axis(module), samples)
             self._moments[name].add(by_sample(name, read, module, samples), shape)
             self._shapes[name] = tuple(read.shape[1:])
 
-        with watched(self._model, self.readers, add):
+        with watched(self._model, self.consumers, add):
             yield
 
-    def moments(self, reader: str) -> Moments:
-        """What was added up of one reader."""
-        return self._moments[reader]
+    def moments(self, consumer: str) -> Moments:
+        """What was added up of one consumer."""
+        return self._moments[consumer]
 
     def surveyed(
         self, example_inputs: Any, forward: Forward = call_model
@@ -103,17 +103,17 @@ class ConsumerSums:
         if not any(isinstance(module, _BatchNorm) for module in self._model.modules()):
             return self.statistics({})
         with evaluation(self._model), torch.no_grad():
-            found = survey(self._model, self.readers, example_inputs, forward)
+            found = survey(self._model, self.consumers, example_inputs, forward)
             return self.statistics(found.norms)
 
     def statistics(self, norms: Mapping[str, str]) -> dict[str, ConsumerStatistics]:
-        """Reader -> its statistics; one that was never called is missing.
+        """Consumer -> its statistics; one that was never called is missing.
 
         Args:
             norms: See :class:`Survey`.
 
         Raises:
-            NumericalError: A reader read NaN or infinite values.
+            NumericalError: A consumer read NaN or infinite values.
         """
         return {
             name: moments.statistics(name, self._shapes[name], norms.get(name))

@@ -14,7 +14,7 @@ from nss_prune.statistics.positions import spaced
 
 @dataclass(frozen=True)
 class ConsumerStatistics:
-    """What one reader reads, over all samples and positions.
+    """What one consumer reads, over all samples and positions.
 
     Attributes:
         mean: ``[channels]``, float64.
@@ -28,7 +28,7 @@ class ConsumerStatistics:
             sampling (Kish, Survey Sampling, 1965), which is samples · tr Σ / tr Σ̄ where Σ̄ is
             the covariance of the samples' averages over their positions.
         shape: Of the input, without the samples.
-        norm: The BatchNorm that reads what the reader puts out, and alone does so, or None.
+        norm: The BatchNorm that reads what the consumer puts out, and alone does so, or None.
     """
 
     mean: Tensor

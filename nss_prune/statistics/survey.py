@@ -20,11 +20,11 @@ from nss_prune.core.nested import tensors_in
 
 @dataclass(frozen=True)
 class Survey:
-    """What one forward pass shows of the readers.
+    """What one forward pass shows of the consumers.
 
     Attributes:
-        calls: Reader -> number of calls, in the order of the first ones.
-        norms: Reader -> the BatchNorm that reads what it puts out, where nothing else does and
+        calls: Consumer -> number of calls, in the order of the first ones.
+        norms: Consumer -> the BatchNorm that reads what it puts out, where nothing else does and
             both are called once.
     """
 
@@ -33,12 +33,12 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, readers: Iterable[str], inputs: Any, forward: Forward = call_model
+    model: nn.Module, consumers: Iterable[str], inputs: Any, forward: Forward = call_model
 ) -> Survey:
     """Run one batch and see who is called, and what reads what they put out."""
     followed = _Followed()
     with contextlib.ExitStack() as stack:
-        for name in readers:
+        for name in consumers:
             hook = submodule(model, name).register_forward_hook(followed.reader_hook(name))
             stack.callback(hook.remove)
         for name, module in model.named_modules():
@@ -58,7 +58,7 @@ def survey(
 
 
 class _Followed(TorchFunctionMode):
-    """Counts the functions that make tensors of what readers put out."""
+    """Counts the functions that make tensors of what consumers put out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Followed(TorchFunctionMode):
         self._outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def reader_hook(self, name: str) -> Any:
-        """To be called after a reader."""
+        """To be called after a consumer."""
 
         def made(module: nn.Module, arguments: Any, output: Tensor) -> None:
             self.calls[name] += 1
@@ -89,7 +89,7 @@ class _Followed(TorchFunctionMode):
         return read
 
     def count(self, tensor: Tensor) -> None:
-        """Count a use of a tensor, if a reader has put it out."""
+        """Count a use of a tensor, if a consumer has put it out."""
         name = self._reader_of(tensor)
         if name is not None:
             self.uses[name] += 1

@@ -2,7 +2,7 @@
 
 Attention is a module that says how many heads it has, with projections that make queries, keys
 and values, and one that reads what the heads give. What a head gives depends on nothing that
-another head has, so zeroing it for the reader is the same as removing it.
+another head has, so zeroing it for the consumer is the same as removing it.
 
 Where heads share keys and values (Ainslie et al., 2023, "GQA"), a neuron is a key head with its
 query heads; where all share a single one (Shazeer, 2019), each query head is a neuron.
@@ -94,8 +94,8 @@ class Heads:
         key_width: Channels of a head's query and key.
         value_width: Channels of a head's value.
         sources: The projections that make the heads.
-        reader: The projection that reads them.
-        norms: Paths of the norms over all heads, before the reader.
+        consumer: The projection that reads them.
+        norms: Paths of the norms over all heads, before the consumer.
         others: Path -> any other module inside; the attention module itself is "".
     """
 
@@ -104,7 +104,7 @@ class Heads:
     key_width: int
     value_width: int
     sources: tuple[Source, ...]
-    reader: Projection
+    consumer: Projection
     norms: tuple[str, ...]
     others: Mapping[str, nn.Module]
 
@@ -204,9 +204,9 @@ class Attention:
             for name in source.projection.norms:
                 yield covering(prefix + name, "both", neurons)
         read = heads.neuron_of_query(heads.value_width)
-        for name in (*heads.norms, *heads.reader.norms):
+        for name in (*heads.norms, *heads.consumer.norms):
             yield covering(prefix + name, "both", read)
-        yield covering(prefix + heads.reader.name, "in", read)
+        yield covering(prefix + heads.consumer.name, "in", read)
         for name, part in heads.others.items():
             if isinstance(part, nn.Linear) and part.out_features == heads.queries:
                 yield covering(prefix + name, "out", heads.neuron_of_query(1))
@@ -218,21 +218,21 @@ class Attention:
 def find_heads(module: nn.Module) -> Heads | None:
     """The heads of a module; None where it is not attention, or its heads cannot go one by one."""
     queries = _number_of_heads(module)
-    reader = _projection(module, READER, "in")
-    if queries is None or queries < 2 or reader is None or reader.width % queries:
+    consumer = _projection(module, READER, "in")
+    if queries is None or queries < 2 or consumer is None or consumer.width % queries:
         return None
-    width = reader.width // queries
+    width = consumer.width // queries
     sources = _fused(module, queries, width) or _separate(module, queries, width)
     keys = sources[-1].heads if sources else 0
     if not keys or queries % keys:
         return None
     if any(source.heads * sum(source.parts) != source.projection.width for source in sources):
         return None
-    norms = _norms_between(module, sources, reader)
+    norms = _norms_between(module, sources, consumer)
     gate = _projection(module, GATE, "out")
-    if gate is not None and gate.width == reader.width:
+    if gate is not None and gate.width == consumer.width:
         sources = (sources[0], Source(gate, (width,), queries), *sources[1:])
-    children = {source.projection.child for source in sources} | {reader.child}
+    children = {source.projection.child for source in sources} | {consumer.child}
     others = {
         path: part
         for path, part in module.named_modules()
@@ -246,7 +246,7 @@ def find_heads(module: nn.Module) -> Heads | None:
         sources[0].parts[0],
         width,
         sources,
-        reader,
+        consumer,
         norms,
         others,
     )
@@ -339,16 +339,16 @@ def _mixes(layer: nn.Module, heads: int) -> bool:
 
 
 def _norms_between(
-    module: nn.Module, sources: Iterable[Source], reader: Projection
+    module: nn.Module, sources: Iterable[Source], consumer: Projection
 ) -> tuple[str, ...]:
-    """LayerNorms as wide as all heads that come after the sources and before the reader."""
+    """LayerNorms as wide as all heads that come after the sources and before the consumer."""
     children = list(module._modules)
     first = max(children.index(source.projection.child) for source in sources)
     return tuple(
         name
-        for name in children[first : children.index(reader.child)]
+        for name in children[first : children.index(consumer.child)]
         if isinstance(norm := module._modules[name], nn.LayerNorm)
-        if tuple(norm.normalized_shape) == (reader.width,)
+        if tuple(norm.normalized_shape) == (consumer.width,)
     )
 
 

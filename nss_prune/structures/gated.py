@@ -53,8 +53,8 @@ def _pair(module: nn.Module) -> tuple[str, tuple[str, ...], str, int] | None:
     leaves = list(itertools.islice(_leaves_with_parameters(module), MOST_LAYERS + 1))
     if not 2 <= len(leaves) <= MOST_LAYERS:
         return None
-    (first, maker), *between, (second, reader) = leaves
-    size = _channels(reader, "in")
+    (first, maker), *between, (second, consumer) = leaves
+    size = _channels(consumer, "in")
     if not size or _channels(maker, "out") != 2 * size:
         return None
     if not all(isinstance(norm, nn.LayerNorm) for _, norm in between):

@@ -808,10 +808,10 @@ class Gated(nn.Module):
 def half_of_gated() -> Slice:
     """Of each layer every other neuron; the gate is no member, so that no mask cuts it."""
     groups = []
-    for name, size, reader in (("first", 16, "second"), ("second", 12, "head")):
+    for name, size, consumer in (("first", 16, "second"), ("second", 12, "head")):
         every = torch.arange(size)
         members = [
-            Member(key, side, every, every, size) for key, side in ((name, "out"), (reader, "in"))
+            Member(key, side, every, every, size) for key, side in ((name, "out"), (consumer, "in"))
         ]
         groups.append(NeuronGroup(name, size, tuple(members)))
     kept = {group.name: torch.arange(group.size) % 2 == 0 for group in groups}

@@ -40,7 +40,8 @@ class Residual(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Readers that are no plain layers: a transposed convolution, one with a forward of its own."""
+    """Consumers that are no plain layers: a transposed convolution, one with a forward of its
+    own."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,14 +35,14 @@ def test_what_lies_above_one_minus_theta_is_what_algorithm_1_keeps() -> None:
     inputs, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
     importance = NSSImportance(profile(model, data))
     graph = tp.DependencyGraph().build_dependency(model, (inputs[:2],))
-    for layer, reader in ((1, 3), (3, 5)):
+    for layer, consumer in ((1, 3), (3, 5)):
         width = model[layer].out_features
         members = (model[layer], tp.prune_linear_out_channels, list(range(width)))
         scores = importance(graph.get_pruning_group(*members)).double()
         of_category = [
             (
-                model[:reader](inputs[mine]).detach(),
-                taylor(model, reader, inputs[mine], labels[mine]),
+                model[:consumer](inputs[mine]).detach(),
+                taylor(model, consumer, inputs[mine], labels[mine]),
             )
             for mine in (labels == category for category in range(3))
         ]

@@ -722,7 +722,7 @@ def test_heads_are_folded_channel_by_channel() -> None:
     heads = [group for group in groups if not group.has_channels]
     if not heads:
         pytest.skip("this version of timm cannot take fewer heads")
-    name = heads[0].readers[0].name
+    name = heads[0].consumers[0].name
     assert map_positions(model.get_submodule(name), sides_by_consumer(groups)[name]) == 1
     critical = Slice({heads[0].name: torch.tensor([True, False, True, True])}, groups)
     whole = model(inputs)

@@ -86,7 +86,7 @@ def distinct(model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
     for inputs, _ in data:
         with sums.watching(len(inputs)), torch.no_grad():
             model(inputs)
-    return {name: sums.moments(name).distinct(name) for name in sums.readers}
+    return {name: sums.moments(name).distinct(name) for name in sums.consumers}
 
 
 def test_a_copy_of_each_sample_is_no_other_observation(model, data) -> None:

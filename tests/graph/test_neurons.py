@@ -21,11 +21,11 @@ def neurons_of(model: nn.Module, *shape: int, ignored: tuple[object, ...] = ()) 
 def test_a_flatten_repeats_each_neuron() -> None:
     found = {group.name: group for group in neurons_of(cnn(), 3, 12, 12).groups}
     assert list(found) == ["0", "4", "7"]
-    (reader,) = found["4"].readers
-    assert reader.name == "7"
-    assert reader.width == 160
-    assert reader.channels.tolist() == list(range(160))
-    assert reader.neurons.tolist() == [n for n in range(10) for _ in range(16)]
+    (consumer,) = found["4"].consumers
+    assert consumer.name == "7"
+    assert consumer.width == 160
+    assert consumer.channels.tolist() == list(range(160))
+    assert consumer.neurons.tolist() == [n for n in range(10) for _ in range(16)]
 
 
 def test_a_concat_shifts_and_a_norm_passes_on() -> None:
@@ -35,7 +35,7 @@ def test_a_concat_shifts_and_a_norm_passes_on() -> None:
     assert {("stem", "out"), ("down", "out"), ("norm", "both"), ("up", "in"), ("head", "in")} == (
         sides
     )
-    (side,) = next(g for g in groups if g.name == "side").readers
+    (side,) = next(g for g in groups if g.name == "side").consumers
     assert side.channels.tolist() == list(range(12, 19))
 
 
@@ -72,8 +72,8 @@ def test_grouped_convolutions_and_group_norms_tie_channels() -> None:
     found = neurons_of(model, 3, 8, 8)
     sizes = {group.name: (group.size, group.ties) for group in found.groups}
     assert sizes == {"0": (4, 2), "1": (4, 2), "2": (3, 2), "4": (5, 1)}
-    (maker, reader) = found.groups[0].members
-    assert (maker.name, maker.side, reader.name, reader.side) == ("0", "out", "1", "in")
+    (maker, consumer) = found.groups[0].members
+    assert (maker.name, maker.side, consumer.name, consumer.side) == ("0", "out", "1", "in")
     # Neuron n is the channels n and n + 4, one for each half of the convolution.
     assert maker.neurons.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert maker.channels.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]

@@ -63,10 +63,10 @@ def test_against_loops(metric: str, make, shape) -> None:
     data = batches(54, shape, 3, size=10)
     result = profile(model, data, metrics=(metric,))
     inputs, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
-    readers = [i for i, layer in enumerate(model) if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    for layer, reader in itertools.pairwise(readers):
+    consumers = [i for i, layer in enumerate(model) if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    for layer, consumer in itertools.pairwise(consumers):
         size = result.layers[str(layer)]
-        read = model[:reader](inputs).detach()
+        read = model[:consumer](inputs).detach()
         emitted = read.reshape(len(read), size, -1).transpose(1, 2)
         for category in range(3):
             mine = emitted[labels == category].flatten(0, 1)

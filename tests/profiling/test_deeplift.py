@@ -274,19 +274,19 @@ def test_equals_captum(name: str) -> None:
     model.double().eval()
     reference = torch.randn_like(inputs[:1])
     targets = torch.arange(SAMPLES) % 3
-    readers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][1:]
-    explained = Explained(model, inputs, readers, reference, targets)
+    consumers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][1:]
+    explained = Explained(model, inputs, consumers, reference, targets)
     assert explained.uncovered == set()
-    for reader in readers:
-        expected = LayerDeepLift(model, model.get_submodule(reader)).attribute(
+    for consumer in consumers:
+        expected = LayerDeepLift(model, model.get_submodule(consumer)).attribute(
             inputs,
             reference.expand_as(inputs),
             target=targets,
             attribute_to_layer_input=True,
         )
-        gap = (explained.contributions[reader] - expected).abs().max()
+        gap = (explained.contributions[consumer] - expected).abs().max()
         assert gap < 1e-8 * expected.abs().max()
-        assert explained.error(reader) < 1e-9
+        assert explained.error(consumer) < 1e-9
 
 
 # Complete, whatever the function

@@ -63,8 +63,8 @@ def test_every_batch_size_gives_equation_1(size: int, centered: bool) -> None:
     data = batches(40, shape, 2, size=size)
     result = profile(model, data, metrics=("avg",), **{**FLAT, "centered": centered})
     inputs, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
-    for layer, reader in ((0, 2), (2, 6)):
-        read = model[:reader](inputs).detach()
+    for layer, consumer in ((0, 2), (2, 6)):
+        read = model[:consumer](inputs).detach()
         read = read.reshape(len(read), read.shape[1], -1)
         for category in range(2):
             order = result.ranking("avg", str(layer))[category]

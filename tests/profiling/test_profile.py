@@ -50,20 +50,20 @@ def test_slices_are_algorithm_1_category_by_category(make, shape, interval: int)
     data = batches(54, shape, 3, size=10)
     result = profile(model, data, interval=interval)
     inputs, labels = whole(data)
-    readers = [
+    consumers = [
         index for index, layer in enumerate(model) if isinstance(layer, (nn.Linear, nn.Conv2d))
     ]
-    for layer, reader in itertools.pairwise(readers):
+    for layer, consumer in itertools.pairwise(consumers):
         name, size = str(layer), result.layers[str(layer)]
         union: set[int] = set()
         for category in range(3):
             mine = labels == category
-            read = model[:reader](inputs[mine]).detach()
-            contribution = taylor(model, reader, inputs[mine], labels[mine])
-            if isinstance(model[layer], nn.Conv2d) and isinstance(model[reader], nn.Linear):
+            read = model[:consumer](inputs[mine]).detach()
+            contribution = taylor(model, consumer, inputs[mine], labels[mine])
+            if isinstance(model[layer], nn.Conv2d) and isinstance(model[consumer], nn.Linear):
                 read = read.reshape(len(read), size, -1)
                 # A flattened map: the positions of a channel belong to one neuron.
-                contribution = flattened_taylor(model, reader, inputs[mine], labels[mine], size)
+                contribution = flattened_taylor(model, consumer, inputs[mine], labels[mine], size)
             rows = read.reshape(len(read), size, -1).transpose(1, 2).reshape(-1, size)
             torch.testing.assert_close(
                 result.contributions["taylor"][name][category], contribution, rtol=1e-10, atol=0
@@ -77,11 +77,11 @@ def test_slices_are_algorithm_1_category_by_category(make, shape, interval: int)
         assert set(kept.nonzero().flatten().tolist()) == union
 
 
-def flattened_taylor(model, reader: int, inputs, labels, size: int) -> torch.Tensor:
+def flattened_taylor(model, consumer: int, inputs, labels, size: int) -> torch.Tensor:
     squares = []
     for sample, label in zip(inputs, labels, strict=True):
-        activation = model[:reader](sample[None]).detach().requires_grad_()
-        loss = nn.functional.cross_entropy(model[reader:](activation), label[None])
+        activation = model[:consumer](sample[None]).detach().requires_grad_()
+        loss = nn.functional.cross_entropy(model[consumer:](activation), label[None])
         (gradient,) = torch.autograd.grad(loss, activation)
         squares.append((activation * gradient).reshape(size, -1).sum(1) ** 2)
     return torch.stack(squares).mean(0).detach()

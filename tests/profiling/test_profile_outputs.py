@@ -226,7 +226,7 @@ def test_a_forward_function_is_used_for_the_data_too() -> None:
         keep_readers=True,
         progress=False,
     )
-    assert wrapped.readers
+    assert wrapped.consumers
     torch.testing.assert_close(
         wrapped.contributions["taylor"]["0"], plain.contributions["taylor"]["0"]
     )

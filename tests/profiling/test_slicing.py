@@ -73,8 +73,8 @@ def test_what_does_not_suit_the_strategy_is_refused(known, arguments, message: s
         known.slice(**arguments)
 
 
-def activations(model: nn.Sequential, reader: int, inputs: torch.Tensor, size: int):
-    read = model[:reader](inputs).detach()
+def activations(model: nn.Sequential, consumer: int, inputs: torch.Tensor, size: int):
+    read = model[:consumer](inputs).detach()
     return read.reshape(len(read), size, -1)
 
 
@@ -85,8 +85,8 @@ def test_pooled_and_pixel_landscapes(positions: int | None) -> None:
     (inputs, labels), mine = data[0], data[0][1] == 0
     for features in ("pooled", "pixel"):
         result = profile(model, data, features=features, positions=positions)
-        for layer, reader, size in ((0, 4, 8), (4, 7, 10)):
-            read = activations(model, reader, inputs[mine], size)
+        for layer, consumer, size in ((0, 4, 8), (4, 7, 10)):
+            read = activations(model, consumer, inputs[mine], size)
             if features == "pooled":
                 rows = read.mean(2)
             else:

@@ -1,4 +1,4 @@
-"""What readers read, captured: shapes, values, gradients through one reader only."""
+"""What consumers read, captured: shapes, values, gradients through one consumer only."""
 
 from __future__ import annotations
 

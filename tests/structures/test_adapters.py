@@ -504,7 +504,7 @@ def test_members_of_fused_attention_by_hand() -> None:
     assert (proj.name, proj.side, proj.width) == ("0.proj", "in", 6)
     assert proj.channels.tolist() == list(range(6))
     assert proj.neurons.tolist() == [0, 0, 0, 1, 1, 1]
-    assert group.readers == (proj,)
+    assert group.consumers == (proj,)
 
 
 def test_shared_keys_go_with_all_of_their_queries() -> None:
@@ -609,10 +609,10 @@ def test_groups_that_share_a_side_are_replaced() -> None:
     model, _ = classifier()
     (heads,) = adapted(model, NOTHING).groups
     everything = torch.arange(12)
-    reader = Member("attention.proj", "in", everything, everything, 12)
+    consumer = Member("attention.proj", "in", everything, everything, 12)
     other = Member("head", "in", torch.arange(8), torch.arange(8), 8)
     old = NeuronMap(
-        (NeuronGroup("hidden", 12, (reader,)), NeuronGroup("head", 8, (other,))),
+        (NeuronGroup("hidden", 12, (consumer,)), NeuronGroup("head", 8, (other,))),
         {"attention.qkv": "tied"},
         {"attention.qkv": 36},
         ("a note",),

@@ -491,7 +491,7 @@ def test_samples_are_found_on_another_axis(samples: int) -> None:
     torch.manual_seed(0)
     model, inputs = ByKeyword(False).double(), torch.randn(samples, 10, 6).double()
     neurons = readable(model, discover(model, inputs), inputs)
-    (consumer,) = neurons.groups[0].readers
+    (consumer,) = neurons.groups[0].consumers
     assert consumer.sample_axis == 1
     watcher = Watcher(neurons.groups, samples)
     with watcher.attached(model), torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor
 class Average:
     """Mean activation: Σ f_n(x) / |D|.
 
-    What a neuron emits for a sample, f_n(x), is the mean over its positions and readers.
+    What a neuron emits for a sample, f_n(x), is the mean over its positions and consumers.
     """
 
     name = "avg"

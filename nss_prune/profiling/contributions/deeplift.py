@@ -34,7 +34,7 @@ from nss_prune.errors import ArgumentError, DataError
 class DeepLift:
     """Change of the target's output that a neuron accounts for, against a reference.
 
-    (a − a_ref) · multiplier is summed over all positions and readers of a sample and averaged
+    (a − a_ref) · multiplier is summed over all positions and consumers of a sample and averaged
     over the samples. It is signed: a neuron that speaks against the target is below zero (and
     ranked by the magnitude).
     """

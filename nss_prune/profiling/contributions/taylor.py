@@ -8,7 +8,7 @@ from torch import Tensor
 class Taylor:
     """Squared first-order change of the loss when a neuron is zeroed.
 
-    The change is summed over all positions and readers of a sample before it is squared, and the
+    The change is summed over all positions and consumers of a sample before it is squared, and the
     squares are averaged over the samples: mean_x (Σ a · ∂L/∂a)².
     """
 

@@ -11,7 +11,7 @@ from nss_prune.profiling.contributions.average import Average
 class Variance(Average):
     """Variance of the activation over all observations: E[a²] - E[a]².
 
-    An observation is what a neuron emits for one sample at one position to one of its readers,
+    An observation is what a neuron emits for one sample at one position to one of its consumers,
     so that a neuron whose maps differ within the samples varies, even where their averages are
     all the same. Without positions it is the paper's Σ (f_n(x) - avg_n)² / |D|.
     """
