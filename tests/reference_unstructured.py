@@ -96,7 +96,7 @@ class Tied(nn.Module):
         return self.head(self.two(self.one(self.embedding(tokens)).relu()).relu())
 
 
-class Consumer(nn.Module):
+class Reader(nn.Module):
     """Reads its children's weights without calling the children."""
 
     def __init__(self) -> None:
