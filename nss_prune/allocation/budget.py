@@ -144,7 +144,13 @@ def _own_macs(model: nn.Module, name: str, by_module: Mapping[str, int]) -> int:
 
 
 def solve(
-    groups: tuple[NeuronGroup, ...], scores: Scores, budget: float, share: ShareOf, limits: Limits
+    groups: tuple[NeuronGroup, ...],
+    scores: Scores,
+    budget: float,
+    share: ShareOf,
+    limits: Limits,
+    *,
+    fill: bool = True,
 ) -> tuple[Slice, float]:
     """The slice that keeps the best neurons of all layers together within a budget.
 
@@ -154,11 +160,12 @@ def solve(
     Args:
         budget: Share of the cost to keep, in (0, 1].
         share: The share that a slice keeps.
+        fill: Where the slice is short of the budget, fill it up with single neurons that fit
+            besides, whatever their layers keep.
 
     Returns:
-        The slice, and the share that it keeps: the largest within the budget, filled up with
-        single neurons that fit besides where it is short of it. Where not even the least that the
-        limits allow is within it, the floors hold as well.
+        The slice, and the share that it keeps: the largest within the budget. Where not even the
+        least that the limits allow is within it, the floors hold as well.
     """
     ranked = _Ranked(groups, scores, limits)
 
@@ -177,7 +184,7 @@ def solve(
         else:
             fewest = middle + 1
     critical = without(fewest)
-    if budget - share(critical) > TOLERANCE:
+    if fill and budget - share(critical) > TOLERANCE:
         gone = torch.bincount(ranked.owners[:fewest], minlength=len(groups))
         critical = _filled(ranked, gone, budget, share)
     return critical, share(critical)

@@ -175,7 +175,8 @@ class BudgetByCriterion:
         def shares(layer: str) -> Tensor:
             return _shares_below(scores(layer))
 
-        return _within_budget(subject, scores if self.together else shares, target, limits)
+        chosen = scores if self.together else shares
+        return _within_budget(subject, chosen, target, limits, fill=self.together)
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,12 @@ class DivergenceStrategy:
         return critical
 
 
-def _within_budget(subject: Subject, scores: Scores, target: Target, limits: Limits) -> Slice:
+def _within_budget(
+    subject: Subject, scores: Scores, target: Target, limits: Limits, *, fill: bool = True
+) -> Slice:
     assert target.budget is not None
     assert target.share is not None
-    critical, _ = solve(subject.groups, scores, target.budget, target.share, limits)
+    critical, _ = solve(subject.groups, scores, target.budget, target.share, limits, fill=fill)
     return critical
 
 

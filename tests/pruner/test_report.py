@@ -88,7 +88,7 @@ def test_costs_of_a_model_that_branches_on_values_and_rows_of_what_was_not_follo
     rows = {row.layer: row for row in pruner.report.rows}
     assert list(rows) == ["trunk.0", "trunk.2", "hidden", "last"]
     assert (rows["trunk.0"].before, rows["trunk.0"].after) == (64, 64)
-    assert "not followed" in rows["trunk.2"].reason
+    assert "no_grad" in rows["trunk.2"].reason
 
 
 def test_a_ratio_that_falls_short_is_said() -> None:
