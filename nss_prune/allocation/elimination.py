@@ -87,7 +87,7 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
     apart = statistics.covariance.diagonal() * sums.information.diagonal() / sums.samples
     effects = _effects_alone(sums, statistics)
     if len(apart) > TOO_WIDE * observations:
-        return independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
+        return _independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
     # Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
     # Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
     weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
@@ -108,7 +108,7 @@ def _on_new_samples(divergence: Tensor, observations: float) -> Tensor:
     return 1 / (1 - parameters / observations)
 
 
-def independent(costs: Tensor) -> Elimination:
+def _independent(costs: Tensor) -> Elimination:
     """Of neurons of which too little is known to fold one into others."""
     order = costs.argsort(stable=True)
     return Elimination(order, costs[order].cumsum(0) / 2)

@@ -115,7 +115,9 @@ class _Batch:
         for position, reading in enumerate(readings):
             values = reading.activation
             print_of = (reading.group, reading.shape, float(values.sum(dtype=torch.float64)))
-            same = (i for i in known.get(print_of, ()) if _equal(readings[i].activation, values))
+            same = (
+                i for i in known.get(print_of, ()) if torch.equal(readings[i].activation, values)
+            )
             source = next(same, position)
             if source == position:
                 known.setdefault(print_of, []).append(position)
@@ -157,10 +159,6 @@ class _Batch:
             if add_read:
                 into.read.add(as_computed(reading.activation), reading.shape)
         into.samples += samples
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and bool(torch.equal(first, second))
 
 
 def _sole_consumer(group: NeuronGroup) -> str | None:

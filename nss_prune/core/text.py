@@ -25,3 +25,8 @@ def listing(rows: Sequence[tuple[str, str]], shown: int, what: str) -> list[str]
     """Indented lines of a name and a text each: the first ``shown``, and how many there are."""
     width = max((len(name) for name, _ in rows[: shown + 1]), default=0)
     return elided([f"  {name:<{width}}  {text}" for name, text in rows], shown, what)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model
+from nss_prune.core.text import first_line
 from nss_prune.discovery.calls import Call, look, recorded_calls
 from nss_prune.errors import GraphError, NothingToPruneError
 from nss_prune.graph.deadline import deadline
@@ -122,7 +123,3 @@ def _with_prefix(group: NeuronGroup, prefix: str) -> NeuronGroup:
         for member in group.members
     )
     return replace(group, name=f"{prefix}.{group.name}", members=members)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

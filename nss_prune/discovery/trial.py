@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nss_prune.core.arguments import on_input
 from nss_prune.core.models import clone, evaluation
+from nss_prune.core.text import first_line
 from nss_prune.discovery.calls import Call, look
 from nss_prune.discovery.claims import Claim, joined
 from nss_prune.errors import RemovalError
@@ -94,7 +95,7 @@ def refusal(module: nn.Module, adapter: Adapter, call: Call | None) -> str | Non
         halves = {group.name: torch.arange(group.size) % 2 == 0 for group in groups}
         reason = _removal_failure(module, Slice(halves, groups), adapter, call)
         if reason in (None, OTHERWISE) and not all(
-            independent(module, group, call) for group in groups
+            _independent(module, group, call) for group in groups
         ):
             reason = "the heads depend on each other, or are not told apart"
     except Exception as error:
@@ -120,7 +121,7 @@ def _removal_failure(
     return None
 
 
-def independent(module: nn.Module, group: NeuronGroup, call: Call) -> bool:
+def _independent(module: nn.Module, group: NeuronGroup, call: Call) -> bool:
     """Whether no neuron reaches the channels of another one.
 
     Some neurons are made NaN, and what reads the others must not see any. Any two neurons differ
@@ -189,7 +190,3 @@ def _watched(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> Iterator
 def _run(module: nn.Module, call: Call) -> Any:
     with evaluation(module), torch.no_grad():
         return call.on(module)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
