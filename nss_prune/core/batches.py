@@ -1,4 +1,4 @@
-"""A batch -> inputs, labels and the number of samples, checked where it enters."""
+"""A batch -> inputs, labels and the number of samples: moved and checked where it enters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nss_prune.core.models import device_of
-from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.core.nested import map_tensors, moved, tensors_in
 from nss_prune.errors import DataError
 
 
@@ -40,8 +40,7 @@ def labelled_batches(
     for number, batch in enumerate(
         tqdm(data, desc=label, unit="batch", leave=False, disable=hidden)
     ):
-        inputs, labels = split_batch(batch)
-        yield number, inputs, labels, check_inputs(model, inputs, number)
+        yield number, *entered(model, batch, number)
     if number < 0:
         raise DataError("the data has no batches; give at least one batch of (inputs, labels)")
 
@@ -70,16 +69,29 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def entered(model: nn.Module, batch: Any, number: int) -> tuple[Any, Any, int]:
+    """Inputs and labels of a batch on the model's device, and the number of samples.
+
+    Args:
+        number: Of the batch, for messages.
+
+    Raises:
+        DataError: The batch cannot be used.
+    """
+    inputs, labels = moved(split_batch(batch), device_of(model))
+    return inputs, labels, samples_in(inputs, number)
+
+
 def pick_samples(value: Any, indices: Tensor) -> Any:
     """The same nest with only some samples of every tensor."""
     return map_tensors(lambda tensor: tensor[indices.to(tensor.device)], value)
 
 
-def check_inputs(model: nn.Module, inputs: Any, number: int) -> int:
+def samples_in(inputs: Any, number: int) -> int:
     """Number of samples of a batch.
 
     Raises:
-        DataError: No samples, or on another device than the model.
+        DataError: No samples.
     """
     tensors = tensors_in(inputs)
     if not tensors or any(tensor.dim() == 0 for tensor in tensors):
@@ -89,13 +101,6 @@ def check_inputs(model: nn.Module, inputs: Any, number: int) -> int:
         )
     if tensors[0].shape[0] == 0:
         raise DataError(f"batch {number} has no samples; leave empty batches out")
-    home = device_of(model)
-    for tensor in tensors:
-        if tensor.device != home:
-            raise DataError(
-                f"batch {number} is on {tensor.device}, the model on {home}; move the data: "
-                "((inputs.to(device), labels.to(device)) for inputs, labels in loader)"
-            )
     return int(tensors[0].shape[0])
 
 

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nss_prune.adaptation.freezing import Freezing, critical_channels, critical_entries
-from nss_prune.core.batches import check_inputs, pick_samples, split_batch
+from nss_prune.core.batches import counted_batches, pick_samples, samples_in
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.undo import undone_on_error
@@ -77,10 +76,8 @@ class DeepArc:
             raise ArgumentError(f"memory_limit is {memory_limit}; give a number of bytes")
         self.model = model
         self.data = data
-        batches = _inputs(data, progress)
-        first = next(batches, None)
-        if first is None:
-            raise DataError("data holds no batches; give at least one batch of (inputs, labels)")
+        batches = _inputs(model, data, progress)
+        first = next(batches)
         self._example = _first_samples(model, first)
         self._layers = find_layers(model, self._example, layers)
         batches = itertools.chain([first], batches)
@@ -255,7 +252,7 @@ class DeepArc:
         replacements[layer.name] = connector
         replace_modules(smaller, replacements)
         if not isinstance(connector, nn.Identity):
-            fit(connector, layer, self.model, smaller, _inputs(self._data_again(data)))
+            fit(connector, layer, self.model, smaller, _inputs(self.model, self._data_again(data)))
         return replacements
 
     def _data_again(self, data: Iterable[Any] | None) -> Iterable[Any]:
@@ -291,14 +288,13 @@ class DeepArc:
             )
 
 
-def _inputs(data: Iterable[Any], progress: bool | None = False) -> Iterator[Any]:
-    """The inputs of every batch, with a progress bar."""
-    hidden = None if progress is None else not progress
-    for batch in tqdm(data, desc="layers", unit="batch", leave=False, disable=hidden):
-        yield split_batch(batch)[0]
+def _inputs(model: nn.Module, data: Iterable[Any], progress: bool | None = False) -> Iterator[Any]:
+    """The inputs of every batch on the model's device, with a progress bar."""
+    for _, inputs, _ in counted_batches(model, data, progress, "layers"):
+        yield inputs
 
 
 def _first_samples(model: nn.Module, inputs: Any) -> Any:
     """Two samples of a batch, or the one that it has."""
-    samples = check_inputs(model, inputs, 0)
+    samples = samples_in(inputs, 0)
     return pick_samples(inputs, torch.arange(min(2, samples)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import as_computed, check_inputs
+from nss_prune.core.batches import as_computed, samples_in
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.deeparc.layers import Layer
@@ -27,7 +27,7 @@ def unbiased_sums(model: nn.Module, layers: Sequence[Layer], batches: Iterable[A
     sums = torch.zeros(len(layers), len(layers), dtype=torch.float64)
     seen = False
     for number, inputs in enumerate(batches):
-        if check_inputs(model, inputs, number) < MINIMUM_SAMPLES:
+        if samples_in(inputs, number) < MINIMUM_SAMPLES:
             continue
         grams = torch.stack(outputs_seen(model, layers, inputs, number, unbiased_gram))
         sums += (grams @ grams.T).cpu()
@@ -106,7 +106,7 @@ def outputs_seen(
         NumericalError: A layer emits NaN or infinite values.
     """
     seen: dict[str, Tensor] = {}
-    samples = check_inputs(model, inputs, number)
+    samples = samples_in(inputs, number)
 
     def hook(name: str) -> Any:
         # At once: what follows may work in place.

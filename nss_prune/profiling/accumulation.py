@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import as_computed, check_inputs
+from nss_prune.core.batches import as_computed, samples_in
 from nss_prune.core.models import Forward, call_model, run
 from nss_prune.errors import NumericalError
 from nss_prune.graph.neurons import NeuronGroup
@@ -137,7 +137,7 @@ class Collector:
         Raises:
             DataError, NumericalError: The batch cannot be used.
         """
-        samples = check_inputs(model, inputs, number)
+        samples = samples_in(inputs, number)
         compared = [metric for metric in self.metrics if needs_reference(metric)]
         with_gradient = [
             metric for metric in self.metrics if metric.needs_gradient and metric not in compared

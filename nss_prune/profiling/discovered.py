@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nss_prune.core.batches import first_batch, split_batch
+from nss_prune.core.batches import entered, first_batch
 from nss_prune.core.models import Forward
 from nss_prune.discovery.samples import readable
 from nss_prune.discovery.whole import discover
@@ -16,12 +16,14 @@ from nss_prune.graph.tracing import resolve_layers
 from nss_prune.structures.protocol import Adapter
 
 
-def with_example(data: Iterable[Any], example_inputs: Any) -> tuple[Any, Iterable[Any]]:
+def with_example(
+    model: nn.Module, data: Iterable[Any], example_inputs: Any
+) -> tuple[Any, Iterable[Any]]:
     """Inputs to trace the model with, by default the first batch's, and all of the data."""
     if example_inputs is not None:
         return example_inputs, data
     first, data = first_batch(data)
-    return split_batch(first)[0], data
+    return entered(model, first, 0)[0], data
 
 
 def readable_neurons(

@@ -91,7 +91,7 @@ def profile(
         NumericalError: NaN or infinite activations, gradients or losses.
         GraphError, NothingToPruneError: From tracing the model.
     """
-    example, data = with_example(data, example_inputs)
+    example, data = with_example(model, data, example_inputs)
     neurons = readable_neurons(model, example, ignored_layers, forward, adapters)
     landscape = Landscape(features, centered, positions)
     comparison = Comparison(metrics, categories, landscape, interval, ranking)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm.auto import tqdm
 
-from nss_prune.core.batches import check_inputs, pick_samples, split_batch
+from nss_prune.core.batches import entered, pick_samples
 from nss_prune.core.processes import processes, total_counts
 from nss_prune.errors import DataError
 from nss_prune.profiling.accumulation import Collector
@@ -124,7 +124,7 @@ def _in_order(
     )
     finished = 0
     for number, (batch, expected) in enumerate(zip(bar(ordered, progress), batches, strict=True)):
-        inputs, found = split_batch(batch)
+        inputs, found, _ = entered(model, batch, number)
         wanted = [label for label, _ in expected]
         if found is None or torch.as_tensor(found).tolist() != wanted:
             raise DataError(
@@ -219,13 +219,12 @@ def _pass(
     postponed: set[int] = set()
     summed = set(collector.sums)
     for number, batch in enumerate(data):
-        inputs, labels = split_batch(batch)
+        inputs, labels, samples = entered(model, batch, number)
         if collector.categories != "labels" or labels is None:
             collector.add(model, inputs, labels, number)
             if len(collector.sums) > room:
                 raise DataError(_too_many(room, "and they are not known before the model runs"))
             continue
-        samples = check_inputs(model, inputs, number)
         membership = members(torch.as_tensor(labels).detach().cpu(), samples)
         if not done:  # the first pass
             collector.count(membership, samples)

@@ -375,7 +375,7 @@ def test_data_that_ends_is_asked_for_again_where_a_layer_gets_a_connector() -> N
     arc = DeepArc(model, iter(data), threshold=0.001)
     with pytest.raises(DataError, match="iterated only once"):
         arc.restructure()
-    with pytest.raises(DataError, match="no data to fit"):
+    with pytest.raises(DataError, match="no batches"):
         arc.restructure([], inplace=True)
     assert_unchanged(model, before)
     assert arc.restructure(data)(data[0][0]).shape == (16, 3)
