@@ -22,6 +22,7 @@ from nss_prune.adaptation.datasets import Data, classes_in, mixed, on_device_of,
 from nss_prune.adaptation.learned import LearnedTasks
 from nss_prune.adaptation.replay import Replay, replayed
 from nss_prune.adaptation.task_finder import THETAS, TaskFinder
+from nss_prune.adaptation.task_inference import TaskFeatures
 from nss_prune.adaptation.task_training import TaskTraining
 from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.training import Loss, Objective, OptimizerFactory, TaskLoss
@@ -241,7 +242,8 @@ class IncrementalTrainer(LearnedTasks):
             purpose = {"settled": len(self.tasks), "classes": list(task.classes)}
             with task.masked(self.model):
                 training.run(freezing, Objective(of_task, of_task), batches, purpose=purpose)
-        self.tasks = (*self.tasks[:-1], replace(task, finetuned=True))
+        task = self._with_features(replace(task, finetuned=True), batches)
+        self.tasks = (*self.tasks[:-1], task)
 
     def settle(self, data: Data | None = None, **arguments: Any) -> None:
         """Deprecated name of :meth:`finetune_masked`."""
@@ -294,7 +296,13 @@ class IncrementalTrainer(LearnedTasks):
             classes=classes,
             loss=loss or TaskLoss(classes),
         )
-        return finder.prune_weights(self.model, self.head, task, self.tasks)
+        task = finder.prune_weights(self.model, self.head, task, self.tasks)
+        return self._with_features(task, data)
+
+    def _with_features(self, task: Task, data: Data) -> Task:
+        """The task with where the activations of its neurons lie, which tells it from others."""
+        with task.inference(self.model, self.head, masked=True):
+            return replace(task, features=TaskFeatures.of(self.model, task.slice, data))
 
     def _first(self, slice: Slice | None, classes: Collection[int] | None) -> Task:
         if slice is None and not self._data:

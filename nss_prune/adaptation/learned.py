@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from nss_prune.adaptation.protection import (
     needed_channels,
     needed_entries,
 )
+from nss_prune.adaptation.task_inference import Score, TaskFeatures, entropy, pooled
 from nss_prune.adaptation.task_weights import check_weights
-from nss_prune.adaptation.tasks import Task, least_uncertain
+from nss_prune.adaptation.tasks import Task
+from nss_prune.core.batches import samples_in
 from nss_prune.core.classifier import find_classifier, outputs_of
 from nss_prune.core.models import run, submodule
 from nss_prune.core.outputs import class_scores
@@ -85,33 +87,55 @@ class LearnedTasks:
         return self.task(1)
 
     @torch.no_grad()
-    def predict(self, inputs: Any, task: int | str | None = None) -> Tensor:
+    def predict(
+        self, inputs: Any, task: int | str | None = None, *, by: Score | None = None
+    ) -> Tensor:
         """Classes, ``[samples]``.
 
         Args:
             inputs: Of one call of the model, on its device.
-            task: To which all samples belong; inferred for each by default, see
-                :meth:`infer_task`.
+            task: To which all samples belong; inferred for each by default.
+            by: What infers it, see :meth:`infer_task`.
 
         Raises:
-            ArgumentError: There is no such task.
+            ArgumentError: There is no such task, or no such score of the tasks.
         """
         if task is not None:
             with self.task(task):
                 return class_scores(run(self.model, inputs, 0)).argmax(1)
-        scores = self._scores(inputs)
-        chosen = least_uncertain(scores)
-        classes = torch.stack([each.argmax(1) for each in scores])
-        return classes.gather(0, chosen[None])[0]
+        classes = torch.stack([scores.argmax(1) for scores in self._scores(inputs)])
+        return classes.gather(0, self.infer_task(inputs, by=by)[None])[0]
 
     @torch.no_grad()
-    def infer_task(self, inputs: Any) -> Tensor:
-        """Position of the task whose outputs have the least entropy, ``[samples]``.
+    def infer_task(self, inputs: Any, *, by: Score | None = None) -> Tensor:
+        """Position of the task that each sample most likely belongs to, ``[samples]``.
 
-        The entropy of a task is relative to that of its classes at random, ln(classes), so that
-        tasks of different size compare; a task with a single class has no entropy and comes last.
+        Args:
+            inputs: Of one call of the model, on its device.
+            by: "features", how far the activations of a task's critical neurons are from those
+                of its own samples; "energy" or "entropy" of its outputs, see
+                :mod:`nss_prune.adaptation.task_inference`. By default "features" where the data
+                of all tasks was given, else "entropy".
+
+        Raises:
+            ArgumentError: There is no such score, or a task's data, which it needs, was not given.
         """
-        return least_uncertain(self._scores(inputs))
+        if by is None:
+            known = all(task.features is not None for task in self.tasks)
+            by = "features" if known else "entropy"
+        if by not in get_args(Score):
+            raise ArgumentError(f"by is {by!r}; use one of {get_args(Score)}")
+        if by == "features":
+            found = self._distances(inputs)
+        else:
+            scored = zip(self.tasks, self._scores(inputs), strict=True)
+            found = [
+                entropy(scores, len(task.classes))
+                if by == "entropy"
+                else self._features(task).energy_score(scores)
+                for task, scores in scored
+            ]
+        return torch.stack(found).argmin(0)
 
     @property
     def free(self) -> dict[str, int]:
@@ -245,3 +269,21 @@ class LearnedTasks:
             with self.task(position):
                 scores.append(class_scores(run(self.model, inputs, 0)))
         return scores
+
+    def _distances(self, inputs: Any) -> list[Tensor]:
+        """How far the samples are from those of each task, ``[samples]``."""
+        samples = samples_in(inputs, 0)
+        found = []
+        for position, task in enumerate(self.tasks):
+            with self.task(position, masked=True):
+                _, activations = pooled(self.model, task.slice.groups, inputs, samples)
+            found.append(self._features(task).score(activations))
+        return found
+
+    def _features(self, task: Task) -> TaskFeatures:
+        if task.features is None:
+            raise ArgumentError(
+                f"the data of {task.name!r} was not given, so that its features are not known; "
+                'use by="entropy", or give data='
+            )
+        return task.features

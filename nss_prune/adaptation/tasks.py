@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nss_prune.adaptation.task_inference import TaskFeatures
 from nss_prune.adaptation.task_weights import zeroed
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
@@ -38,6 +38,8 @@ class Task:
         weights: Parameter -> True for the weights that it keeps, of the parameter's shape. It
             keeps all of the parameters that are not named.
         finetuned: It was trained alone under its mask, so that it always answers with it.
+        features: Where the activations of its neurons lie, by which a sample's task is inferred;
+            None where its data was not given.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Task:
     outputs: int
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     finetuned: bool = False
+    features: TaskFeatures | None = None
 
     def __repr__(self) -> str:
         classes = ", ".join(elided([*map(str, self.classes)], 10))
@@ -98,6 +101,9 @@ class Task:
             notes["weights"] = shapes(self.weights)
         if self.finetuned:
             notes["settled"] = True  # the name in files
+        if self.features is not None:
+            found, described = self.features.encoded()
+            tensors, notes = {**tensors, **found}, {**notes, **described}
         write_file(path, KIND, {**tensors, **weights}, notes)
 
     @staticmethod
@@ -119,6 +125,7 @@ class Task:
             notes["outputs"],
             weights,
             notes.get("settled", False),
+            TaskFeatures.decoded(tensors, notes),
         )
 
     def own_outputs(
@@ -138,19 +145,3 @@ class Task:
         classes = torch.tensor(self.classes, device=outputs.device)
         nothing = torch.full_like(outputs, float("-inf"))
         return nothing.index_copy(axis, classes, scores.index_select(axis, classes))
-
-
-def least_uncertain(scores: Sequence[Tensor]) -> Tensor:
-    """Which of several scores ``[samples, classes]`` has the least entropy, ``[samples]``.
-
-    Each entropy is relative to ln(classes), its largest value. Classes whose scores are −∞ do not
-    count, and scores of a single class come last.
-    """
-    entropies = []
-    for each in scores:
-        probabilities = each.double().softmax(1)
-        classes = int(each.isfinite().sum(1).max())
-        entropy = torch.special.entr(probabilities).sum(1)
-        relative = entropy / math.log(classes) if classes > 1 else entropy + 2
-        entropies.append(relative)
-    return torch.stack(entropies).argmin(0)

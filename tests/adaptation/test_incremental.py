@@ -776,8 +776,8 @@ def test_the_task_of_a_sample_is_the_one_that_is_least_uncertain() -> None:
     trainer = trainer_of(trained_mlp())
     trainer.fit(pictures((2, 3, 4)), epochs=10, learning_rate=0.01)
     inputs = torch.cat([pictures((0, 1))[0][0], pictures((2, 3, 4))[0][0]])
-    chosen = trainer.infer_task(inputs)
-    predicted = trainer.predict(inputs)
+    chosen = trainer.infer_task(inputs, by="entropy")
+    predicted = trainer.predict(inputs, by="entropy")
     for i, sample in enumerate(inputs):
         entropies, classes = [], []
         for position, task in enumerate(trainer.tasks):
