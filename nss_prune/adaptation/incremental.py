@@ -232,9 +232,7 @@ class IncrementalTrainer(LearnedTasks):
             epochs, optimizer, learning_rate, weight_decay, checkpoint, resume, self.progress
         )
         task = self.tasks[-1]
-        if data is None and len(self._data) < len(self.tasks):
-            raise ArgumentError(f"the data of {task.name!r} is not known here; give data=")
-        given = self._data[-1] if data is None else repeatable(data)
+        given = self._data_of_last() if data is None else repeatable(data)
         batches = on_device_of(self.model, given)
         of_task = loss or TaskLoss(task.classes)
         with restored_on_error(self.model, values=True):
@@ -242,8 +240,30 @@ class IncrementalTrainer(LearnedTasks):
             purpose = {"settled": len(self.tasks), "classes": list(task.classes)}
             with task.masked(self.model):
                 training.run(freezing, Objective(of_task, of_task), batches, purpose=purpose)
-        task = self._with_features(replace(task, finetuned=True), batches)
-        self.tasks = (*self.tasks[:-1], task)
+        self.tasks = (*self.tasks[:-1], replace(task, finetuned=True))
+        self.update_features(batches)
+
+    def update_features(self, data: Data | None = None) -> None:
+        """Find anew where the activations of the last task's neurons lie, by which it is inferred.
+
+        For a training loop of your own under its mask, see :meth:`masked_freezing`; :meth:`fit`
+        and :meth:`finetune_masked` do it by themselves.
+
+        Args:
+            data: Batches of (inputs, labels) of the task; by default what it was found with.
+
+        Raises:
+            ArgumentError: No data of the task is known.
+        """
+        given = self._data_of_last() if data is None else repeatable(data)
+        self.tasks = (*self.tasks[:-1], self._with_features(self.tasks[-1], given))
+
+    def _data_of_last(self) -> Data:
+        if len(self._data) < len(self.tasks):
+            raise ArgumentError(
+                f"the data of {self.tasks[-1].name!r} is not known here; give data="
+            )
+        return self._data[-1]
 
     def settle(self, data: Data | None = None, **arguments: Any) -> None:
         """Deprecated name of :meth:`finetune_masked`."""

@@ -180,7 +180,8 @@ class LearnedTasks:
                 with trainer.masked_freezing(inputs).attach(optimizer):
                     ...
 
-        The task answers rightly under its mask from then on: ``trainer.task(masked=True)``.
+        The task answers rightly under its mask from then on: ``trainer.task(masked=True)``. To
+        infer the task of a sample, call ``trainer.update_features()`` of an IncrementalTrainer.
 
         Args:
             inputs: Of one call of the model, on its device.
