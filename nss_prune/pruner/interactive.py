@@ -91,7 +91,7 @@ def count_heads(num_heads: dict[nn.Module, int], model: nn.Module, chosen: Slice
     """
     modules = dict(model.named_modules())
     for group in chosen.groups:
-        if group.has_channels:
+        if group.has_channels or group.is_inside_heads:
             continue
         kept = int(chosen.kept[group.name].sum())
         makers = [member.name for member in group.members if member.side == "out"]

@@ -107,14 +107,17 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             for ``fold=True``, need a list or a DataLoader, and one process.
         repairs: Further ones of your own, see :class:`nss_prune.pruner.repair.Repair`.
         profile: A profile of this model, instead of ``data``.
+        inside_heads: Whether "divergence" may also remove dimensions inside the heads of attention,
+            one number for all heads of a layer (see :mod:`nss_prune.allocation.head_bases`);
+            ``step(interactive=True)`` does not, nor data that can be read only once.
         timeout: Seconds that torch-pruning may take to follow the model, and its parts.
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
-            model's output are left alone without being named. Attention is pruned by whole heads
-            (``prune_num_heads`` with a ratio), never inside them.
+            model's output are left alone without being named. With a ratio, attention is pruned by
+            whole heads (``prune_num_heads``), never inside them.
 
     Attributes:
         report: What the last step did, or None.
@@ -162,6 +165,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         balance: bool = False,
         repairs: Sequence[Repair] = (),
         profile: Profile | None = None,
+        inside_heads: bool = True,
         timeout: float = TIMEOUT,
         adapters: Sequence[Adapter] = ADAPTERS,
         progress: bool | None = None,
@@ -183,7 +187,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._subject = self._first_subject(model, importance, tracer, settings)
         sizes = {group.name: group.size for group in self._subject.groups}
         self._strategy = strategy_for(
-            self.strategy, aim, importance, self._profiling, self, sizes, **common
+            self.strategy, aim, importance, self._profiling, self, sizes, inside_heads, **common
         )
         limits = (self.max_pruning_ratio, self.round_to)
         self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
@@ -286,7 +290,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.current_step += 1
             self._renew()
             if interactive:
-                return self._groups(self._verified())
+                return self._groups(self._verified(inside_heads=False))
             before = self._subject.cost()
             plan, repaired = self._pruned()
             self._finish(plan)
@@ -315,9 +319,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 raise
             return verified, carry_out(verified, self.repairs, self.wrapper)
 
-    def _verified(self) -> Plan:
+    def _verified(self, inside_heads: bool = True) -> Plan:
         """The plan without the groups whose removal fails on trial."""
-        return self._planned(self._subject.on(self.evidence.neurons).verified())
+        neurons = self.evidence.neurons
+        neurons = neurons if inside_heads else neurons.without_inside_heads()
+        return self._planned(self._subject.on(neurons).verified())
 
     def _finish(self, plan: Plan) -> None:
         """Keep what was done, and let what is around the model follow."""

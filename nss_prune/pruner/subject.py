@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model
+from nss_prune.discovery.head_dimensions import with_head_dimensions
 from nss_prune.discovery.samples import readable
 from nss_prune.graph.costs import Cost, measure
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
@@ -102,6 +103,12 @@ class Subject:
             NothingToPruneError: No group is left.
         """
         return self.on(readable(self.model, self.neurons, self.example_inputs, self.forward))
+
+    def with_head_dimensions(self) -> Subject:
+        """The same with the dimensions inside heads as neurons, where they may go."""
+        return self.on(
+            with_head_dimensions(self.model, self.neurons, self.example_inputs, self.forward)
+        )
 
     def verified(self) -> Subject:
         """The same without the groups whose removal fails on trial, which gives the reason.
