@@ -99,6 +99,7 @@ class Slice:
         A side may belong to several groups (a concat); their channels are united.
         """
         found: dict[tuple[str, str], tuple[Member, Tensor]] = {}
+        crossed = set()  # sides on which dimensions of heads go that go as well
         for group in self.groups:
             if group.name not in self.kept:
                 continue
@@ -108,11 +109,11 @@ class Slice:
                 key = (member.name, member.side)
                 if key in found:
                     channels = torch.cat([found[key][1], channels])
-                if group.is_inside_heads:  # dimensions of heads that go as well
-                    channels = channels.unique()
+                if group.is_inside_heads:
+                    crossed.add(key)
                 found[key] = (member, channels)
         return {
-            key: (member, channels.sort().values)
+            key: (member, channels.unique() if key in crossed else channels.sort().values)
             for key, (member, channels) in found.items()
             if len(channels)
         }
