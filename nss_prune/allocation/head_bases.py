@@ -174,7 +174,7 @@ def _roots(moments: Tensor, precision: float) -> tuple[Tensor, Tensor]:
     """S^½ and S^-½ of each head, with what is too small for the weights' precision raised."""
     sizes, directions = torch.linalg.eigh(moments)
     mean = sizes.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    sizes = (sizes.clamp(min=0) + precision ** (2 / 3) * mean).sqrt()[:, None]
+    sizes = (sizes.clamp(min=0) + precision**0.8 * mean).sqrt()[:, None]
     turned = directions.transpose(1, 2)
     return (directions * sizes) @ turned, (directions / sizes) @ turned
 
