@@ -267,8 +267,8 @@ def _output_hook(
 ) -> Any:
     """For the output of a layer: e is added in the backward pass.
 
-    Where dimension j of a query goes, the scores lose q_j k_j, and Σ G q_j k_j over all scores, with
-    G the gradient by them, is Σ g_j q_j over the queries.
+    Where dimension j of a query goes, the scores lose q_j k_j, and Σ G q_j k_j over all scores,
+    with G the gradient by them, is Σ g_j q_j over the queries.
     """
     samples = effects.shape[1]
 

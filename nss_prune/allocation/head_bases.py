@@ -1,15 +1,15 @@
 """Coordinates of heads in which the first dimensions matter most, from one pass over the data.
 
-Queries and keys of a head meet in the products qᵀk. With S_q = E[q qᵀ] and S_k the covariance of its
-keys (a shift of all keys alike does nothing behind a softmax), the SVD S_q^½ S_k^½ = U Σ Vᵀ gives the
-coordinates q' = Σ^½ Uᵀ S_q^-½ q and k' = Σ^½ Vᵀ S_k^-½ k. Their products are the same, and with the
-first r dimensions alone they are the best of rank r in the mean square: E(qᵀk)² of independent q and
-k loses Σ_{j>r} σ_j². Queries count by the square of the gradient of the log-likelihood by them, which
-is the Fisher information of their scores, and so do keys.
+Queries and keys of a head meet in the products qᵀk. With S_q = E[q qᵀ] and S_k the covariance of
+its keys (a shift of all keys alike does nothing behind a softmax), the SVD S_q^½ S_k^½ = U Σ Vᵀ
+gives the coordinates q' = Σ^½ Uᵀ S_q^-½ q and k' = Σ^½ Vᵀ S_k^-½ k. Their products are the same,
+and with the first r dimensions alone they are the best of rank r in the mean square: E(qᵀk)² of
+independent q and k loses Σ_{j>r} σ_j². Queries and keys count in S by the squared gradient of the
+log-likelihood by them, which stands for the Fisher information of their scores.
 
-Values v that a head gives as x = Σ a v, with covariance S_v and Fisher information Γ = E[g gᵀ] at the
-input of the layer that reads them, become x' = Vᵀ S_v^-½ x with the eigenvectors V of S_v^½ Γ S_v^½:
-½ Σ_{j>r} of the eigenvalues is what the log-likelihood loses in second order.
+Values that a head gives as x = Σ a v, with covariance S_v and Fisher information Γ = E[g gᵀ] at the
+input of the layer that reads them, become x' = Vᵀ S_v^-½ x with the eigenvectors V of the matrix
+S_v^½ Γ S_v^½: ½ Σ_{j>r} of its eigenvalues is what the log-likelihood loses in second order.
 
 S + ε tr(S)/d I stands for S, so that both hold for heads that do not use all of their dimensions.
 """
@@ -41,7 +41,7 @@ MOST_SAMPLES = 2000  # more of them cost time and change little
 
 @dataclass
 class Sums:
-    """Σ w, Σ w x and Σ w x xᵀ of each head, float64 ``[heads]``, ``[heads, d]``, ``[heads, d, d]``."""
+    """Of each head Σ w ``[heads]``, Σ w x ``[heads, d]`` and Σ w x xᵀ ``[heads, d, d]``, float64."""
 
     weight: Any = 0
     first: Any = 0
@@ -123,9 +123,7 @@ def last_first(group: NeuronGroup) -> Elimination:
 
 def _coordinates(model: nn.Module, name: str, sums: HeadSums) -> tuple[Tensor, Tensor]:
     """A and R of each head of a module."""
-    precision = max(
-        torch.finfo(value.dtype).eps for value in submodule(model, name).parameters()
-    )
+    precision = max(torch.finfo(value.dtype).eps for value in submodule(model, name).parameters())
     moments = (
         sums.queries.moments(centred=False),
         sums.keys.moments(centred=True),
@@ -154,7 +152,8 @@ def canonical(queries: Tensor, keys: Tensor, precision: float) -> Tensor:
     second, _ = _roots(keys, precision)
     left, sizes, _ = torch.linalg.svd(first @ second)
     scales = (sizes / sizes[:, :1]).clamp(min=precision).sqrt()
-    return scales[:, :, None] * (left.transpose(1, 2) @ first_inverse)
+    products: Tensor = scales[:, :, None] * (left.transpose(1, 2) @ first_inverse)
+    return products
 
 
 def principal(values: Tensor, information: Tensor, precision: float) -> Tensor:
@@ -167,7 +166,8 @@ def principal(values: Tensor, information: Tensor, precision: float) -> Tensor:
     """
     root, inverse = _roots(values, precision)
     _, directions = torch.linalg.eigh(root @ information @ root)
-    return directions.flip(2).transpose(1, 2) @ inverse
+    coordinates: Tensor = directions.flip(2).transpose(1, 2) @ inverse
+    return coordinates
 
 
 def _roots(moments: Tensor, precision: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Dimensions inside the heads that a model has, each attention module tried before it is trusted."""
+"""Dimensions inside the heads of a model, each attention module tried before it is trusted."""
 
 from __future__ import annotations
 

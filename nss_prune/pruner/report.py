@@ -27,8 +27,8 @@ class Row:
     """One layer: channels before and after, and why it was left alone ("" where it was not).
 
     Attributes:
-        unit: What is counted: "channels", "heads" of attention, "dimensions" of each of its heads, or
-            "units" of several channels.
+        unit: What is counted: "channels", "heads" of attention, "dimensions of a head", the same
+            in every head, or "units" of several channels.
     """
 
     layer: str

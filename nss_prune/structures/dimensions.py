@@ -1,11 +1,11 @@
 """Dimensions inside the heads: dimension j of every head of a layer is a neuron.
 
-A head uses its queries and keys only in the products qᵀk, and its values only through the layer that
-reads them, so its coordinates can be chosen freely: with q' = A q and k' = A⁻ᵀ k the scores are the
-same, and with v' = R v what reads the values takes R⁻¹. In coordinates in which the first dimensions
-matter most (:mod:`nss_prune.allocation.head_bases`) the last ones of all heads can go. The products
-are scaled as before: where attention finds its scale from the width of a head, √(r / d) goes into
-the queries.
+A head uses its queries and keys only in the products qᵀk, and its values only through the layer
+that reads them, so its coordinates can be chosen freely: with q' = A q and k' = A⁻ᵀ k the scores
+are the same, and with v' = R v what reads the values takes R⁻¹. In coordinates in which the first
+dimensions matter most (:mod:`nss_prune.allocation.head_bases`) the last ones of all heads can go.
+The products are scaled as before: where attention finds its scale from the width of a head, √(r/d)
+goes into the queries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nss_prune.graph.neurons import Member, NeuronGroup, covering
+from nss_prune.graph.neurons import Member, NeuronGroup, Side, covering
 from nss_prune.structures.attention import WIDTHS, Heads, Source, find_heads
 from nss_prune.structures.protocol import Change, Rescaling
 
@@ -68,20 +68,20 @@ class HeadDimensions:
         if isinstance(found, str):
             return ()
         prefix = f"{name}." if name else ""
-        makers: dict[str, list[Part]] = {}
+        widths: dict[str, int] = {}
         for part in (found.queries, found.keys, found.values):
-            makers.setdefault(part.name, []).append(part)
-        members = [
-            covering(prefix + path, "out", torch.arange(sum(p.channels.numel() for p in parts)))
-            for path, parts in makers.items()
-        ]
-        members.append(covering(prefix + found.consumer.name, "in", found.consumer.channels.flatten()))
-        by_dimension = tuple(_by_dimension(member, found.width) for member in members)
+            widths[part.name] = widths.get(part.name, 0) + part.channels.numel()
+        sides: list[tuple[str, Side, int]] = [(path, "out", n) for path, n in widths.items()]
+        sides.append((found.consumer.name, "in", found.consumer.channels.numel()))
+        members = tuple(
+            covering(prefix + path, side, torch.arange(channels) % found.width)
+            for path, side, channels in sides
+        )
         queries = _queries(prefix, found, members[0].width)
-        return (NeuronGroup(name, found.width, by_dimension, queries=queries),)
+        return (NeuronGroup(name, found.width, members, queries=queries),)
 
     def changes(self, module: nn.Module, group: NeuronGroup, kept: Tensor) -> Iterator[Change]:
-        """The width of a head and of all of them, the scale, and the queries' weights by √(r / d)."""
+        """The width of a head and of all of them, the scale, and √(r/d) in the queries' weights."""
         found = find_dimensions(module)
         heads = find_heads(module)
         assert heads is not None
@@ -113,10 +113,10 @@ def find_dimensions(module: nn.Module) -> Dimensions | str:
         return "it is not attention whose heads are known"
     if reason := _reason_to_leave(module, heads):
         return reason
-    parts = [part for source in heads.sources for part in _parts(source)]
+    queries, keys, values = (part for source in heads.sources for part in _parts(source))
     width = heads.key_width
     read = torch.arange(heads.consumer.width).view(heads.queries, width)
-    return Dimensions(*parts, Part(heads.consumer.name, read), width)
+    return Dimensions(queries, keys, values, Part(heads.consumer.name, read), width)
 
 
 def _reason_to_leave(module: nn.Module, heads: Heads) -> str | None:
@@ -160,11 +160,6 @@ def _parts(source: Source) -> Iterator[Part]:
         channels = torch.arange(start, stop).view(source.heads, width)
         yield Part(source.projection.name, channels)
         start = stop
-
-
-def _by_dimension(member: Member, width: int) -> Member:
-    """A member whose neurons are the dimensions of heads of ``width`` channels."""
-    return covering(member.name, member.side, torch.arange(member.width) % width)
 
 
 def _queries(prefix: str, found: Dimensions, channels: int) -> Member:

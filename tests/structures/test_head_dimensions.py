@@ -1,4 +1,4 @@
-"""Dimensions inside heads: turned heads compute the same, and removed dimensions equal projected."""
+"""Dimensions inside heads: other coordinates change nothing, and removed equals projected."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from networks import assert_unchanged, fingerprint
 from nss_prune import NSSPruner
-from nss_prune.core.outputs import outputs_of
 from nss_prune.allocation.head_bases import head_bases
+from nss_prune.core.outputs import outputs_of
 from nss_prune.discovery.calls import Call
 from nss_prune.discovery.head_dimensions import refusal, with_head_dimensions
 from nss_prune.discovery.whole import discover
@@ -165,9 +165,7 @@ def test_the_budget_can_leave_heads_whole() -> None:
 def test_a_second_step_goes_on() -> None:
     model, data = built("vit"), pictures()
     inputs = data[0][0][:4]
-    pruner = NSSPruner(
-        model, inputs, macs_budget=0.5, data=data, iterative_steps=2, progress=False
-    )
+    pruner = NSSPruner(model, inputs, macs_budget=0.5, data=data, iterative_steps=2, progress=False)
     pruner.step()
     between = model.blocks[0].attn.head_dim
     pruner.step()
