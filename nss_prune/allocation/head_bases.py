@@ -41,7 +41,7 @@ MOST_SAMPLES = 2000  # more of them cost time and change little
 
 @dataclass
 class Sums:
-    """Of each head Σ w ``[heads]``, Σ w x ``[heads, d]`` and Σ w x xᵀ ``[heads, d, d]``, float64."""
+    """Of each head Σ w ``[heads]``, Σ w x ``[heads, d]``, Σ w x xᵀ ``[heads, d, d]``, float64."""
 
     weight: Any = 0
     first: Any = 0

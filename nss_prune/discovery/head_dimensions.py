@@ -56,7 +56,13 @@ def with_head_dimensions(
             reasons[name] = reason
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     groups = sorted([*neurons.groups, *found], key=lambda group: order[group.name])
-    notes = [f"the heads of {name} keep their dimensions: {why}" for name, why in reasons.items()]
+    alike = {
+        why: [name for name, other in reasons.items() if other == why] for why in reasons.values()
+    }
+    notes = [
+        f"the heads of {', '.join(names)} keep their dimensions: {why}"
+        for why, names in alike.items()
+    ]
     return replace(neurons, groups=tuple(groups), notes=(*neurons.notes, *notes))
 
 

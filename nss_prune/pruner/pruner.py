@@ -107,17 +107,16 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             for ``fold=True``, need a list or a DataLoader, and one process.
         repairs: Further ones of your own, see :class:`nss_prune.pruner.repair.Repair`.
         profile: A profile of this model, instead of ``data``.
-        inside_heads: Whether "divergence" may also remove dimensions inside the heads of attention,
-            one number for all heads of a layer (see :mod:`nss_prune.allocation.head_bases`);
-            ``step(interactive=True)`` does not, nor data that can be read only once.
         timeout: Seconds that torch-pruning may take to follow the model, and its parts.
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
-            model's output are left alone without being named. With a ratio, attention is pruned by
-            whole heads (``prune_num_heads``), never inside them.
+            model's output are left alone without being named. "divergence" goes inside the heads
+            of attention as well, to the same dimensions of all heads of a layer (see
+            :mod:`nss_prune.allocation.head_bases`), unless ``prune_head_dims=False``; with
+            ``step(interactive=True)`` and all else heads go whole (``prune_num_heads``).
 
     Attributes:
         report: What the last step did, or None.
@@ -165,7 +164,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         balance: bool = False,
         repairs: Sequence[Repair] = (),
         profile: Profile | None = None,
-        inside_heads: bool = True,
         timeout: float = TIMEOUT,
         adapters: Sequence[Adapter] = ADAPTERS,
         progress: bool | None = None,
@@ -186,8 +184,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)
         sizes = {group.name: group.size for group in self._subject.groups}
+        inside = settings.get("prune_head_dims", True)
         self._strategy = strategy_for(
-            self.strategy, aim, importance, self._profiling, self, sizes, inside_heads, **common
+            self.strategy, aim, importance, self._profiling, self, sizes, inside, **common
         )
         limits = (self.max_pruning_ratio, self.round_to)
         self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))

@@ -1,4 +1,4 @@
-"""Coordinates of heads, and what the dimensions that go cost, against naive sums and derivatives."""
+"""Coordinates of heads, and what their dimensions cost, by naive sums and derivatives."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_pruner_goes_inside_heads(name: str, tmp_path: Path) -> None:
 def test_the_budget_can_leave_heads_whole() -> None:
     model, data = built("vit"), pictures()
     pruner = NSSPruner(
-        model, data[0][0][:4], macs_budget=0.6, data=data, inside_heads=False, progress=False
+        model, data[0][0][:4], macs_budget=0.6, data=data, prune_head_dims=False, progress=False
     )
     assert not any(group.is_inside_heads for group in pruner.slice.groups)
     assert not pruner.slice.bases
