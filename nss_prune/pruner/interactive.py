@@ -19,8 +19,8 @@ from nss_prune.surgery.metadata import apply_changes, planned_changes
 def history(chosen: Slice) -> Iterator[tuple[str, bool, list[int]]]:
     """What a slice removes, as torch-pruning's history has it.
 
-    Heads, and dimensions inside them, are named by the channels of the layer that consumes them, because torch-pruning does not
-    follow a fused projection of queries, keys and values to its end.
+    Heads, and dimensions inside them, are named by the channels of the layer that consumes them,
+    because torch-pruning does not follow a fused projection of queries, keys and values to its end.
 
     Yields:
         A layer, whether its output channels go or its input channels, and which.

@@ -131,7 +131,7 @@ def _reason_to_leave(module: nn.Module, heads: Heads) -> str | None:
         return "a gate goes with the values"
     norms = [*heads.norms, *heads.consumer.norms]
     norms += [name for source in heads.sources for name in source.projection.norms]
-    between = [*norms, *_with_parameters(heads)]
+    between = [*norms, *_norms_of_a_head(heads)]
     if between:
         return f"{', '.join(between)} works on single dimensions"
     paths = [source.projection.name for source in heads.sources] + [heads.consumer.name]
@@ -143,12 +143,15 @@ def _reason_to_leave(module: nn.Module, heads: Heads) -> str | None:
     return None
 
 
-def _with_parameters(heads: Heads) -> list[str]:
-    """Modules inside, other than the projections, that have parameters."""
+def _norms_of_a_head(heads: Heads) -> list[str]:
+    """Norms inside, with parameters, that are as wide as a head; what else is there is tried."""
     return [
         path
         for path, part in heads.others.items()
-        if path and any(value is not None for value in part._parameters.values())
+        if any(
+            value is not None and value.shape == (heads.key_width,)
+            for value in part._parameters.values()
+        )
     ]
 
 
