@@ -151,7 +151,7 @@ def canonical(queries: Tensor, keys: Tensor, precision: float) -> Tensor:
     first, first_inverse = _roots(queries, precision)
     second, _ = _roots(keys, precision)
     left, sizes, _ = torch.linalg.svd(first @ second)
-    scales = (sizes / sizes[:, :1]).clamp(min=precision).sqrt()
+    scales = sizes.maximum(precision * sizes[:, :1]).sqrt()
     products: Tensor = scales[:, :, None] * (left.transpose(1, 2) @ first_inverse)
     return products
 
@@ -171,9 +171,14 @@ def principal(values: Tensor, information: Tensor, precision: float) -> Tensor:
 
 
 def _roots(moments: Tensor, precision: float) -> tuple[Tensor, Tensor]:
-    """S^½ and S^-½ of each head, with what is too small for the weights' precision raised."""
-    sizes, directions = torch.linalg.eigh(moments)
-    mean = sizes.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    """S^½ and S^-½ of each head, with what is too small for the weights' precision raised.
+
+    A head of which nothing is seen keeps its coordinates.
+    """
+    unit = torch.eye(moments.shape[1]).to(moments)
+    seen = moments.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] > 0
+    sizes, directions = torch.linalg.eigh(moments.where(seen, unit))
+    mean = sizes.mean(1, keepdim=True)
     sizes = (sizes.clamp(min=0) + precision**0.8 * mean).sqrt()[:, None]
     turned = directions.transpose(1, 2)
     return (directions * sizes) @ turned, (directions / sizes) @ turned

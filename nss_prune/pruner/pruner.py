@@ -51,6 +51,7 @@ from nss_prune.pruner.types import (
     Slice,
     Strategy,
 )
+from nss_prune.structures.dimensions import head_widths
 
 
 class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
@@ -189,6 +190,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.strategy, aim, importance, self._profiling, self, sizes, inside, **common
         )
         limits = (self.max_pruning_ratio, self.round_to)
+        sizes |= head_widths(model)
         self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
         self._given = None if profile is None else evidence_of(profile, self._subject)
         check_steps(self.iterative_steps, importance, data, profile)

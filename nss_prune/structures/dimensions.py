@@ -119,6 +119,12 @@ def find_dimensions(module: nn.Module) -> Dimensions | str:
     return Dimensions(queries, keys, values, Part(heads.consumer.name, read), width)
 
 
+def head_widths(model: nn.Module) -> dict[str, int]:
+    """Attention module -> dimensions of each of its heads, where these can be found."""
+    found = ((name, find_dimensions(module)) for name, module in model.named_modules())
+    return {name: one.width for name, one in found if not isinstance(one, str)}
+
+
 def _reason_to_leave(module: nn.Module, heads: Heads) -> str | None:
     """Why the dimensions of heads must stay, or None."""
     if heads.queries != heads.keys:

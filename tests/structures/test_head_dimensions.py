@@ -162,6 +162,29 @@ def test_the_budget_can_leave_heads_whole() -> None:
     assert not pruner.slice.bases
 
 
+def test_limits_hold_inside_heads() -> None:
+    model, data = built("vit"), pictures()
+    pruner = NSSPruner(
+        model, data[0][0][:4], macs_budget=0.3, data=data, iterative_steps=2,
+        max_pruning_ratio=0.4, round_to=2, progress=False,
+    )  # fmt: skip
+    pruner.step()
+    pruner.step()
+    assert {block.attn.head_dim for block in model.blocks} <= {6, 8}  # at least 4.8 of 8
+
+
+def test_heads_that_do_nothing_lose_dimensions_first() -> None:
+    model, data = built("vit"), pictures()
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.zero_()
+        model.blocks[0].attn.qkv.bias.zero_()
+    wanted = model(data[0][0])
+    pruner = NSSPruner(model, data[0][0][:4], macs_budget=0.85, data=data, progress=False)
+    pruner.step()
+    assert model.blocks[0].attn.head_dim < 8
+    assert torch.allclose(model(data[0][0]), wanted, atol=1e-4)
+
+
 def test_a_second_step_goes_on() -> None:
     model, data = built("vit"), pictures()
     inputs = data[0][0][:4]
