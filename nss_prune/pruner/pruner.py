@@ -51,7 +51,6 @@ from nss_prune.pruner.types import (
     Slice,
     Strategy,
 )
-from nss_prune.structures.dimensions import head_widths
 
 
 class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
@@ -184,13 +183,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)
-        sizes = {group.name: group.size for group in self._subject.groups}
+        sizes = self._subject.sizes
         inside = settings.get("prune_head_dims", True)
         self._strategy = strategy_for(
             self.strategy, aim, importance, self._profiling, self, sizes, inside, **common
         )
         limits = (self.max_pruning_ratio, self.round_to)
-        sizes |= head_widths(model)
         self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
         self._given = None if profile is None else evidence_of(profile, self._subject)
         check_steps(self.iterative_steps, importance, data, profile)

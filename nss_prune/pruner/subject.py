@@ -14,6 +14,7 @@ from nss_prune.discovery.samples import readable
 from nss_prune.graph.costs import Cost, measure
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
+from nss_prune.structures.dimensions import head_widths
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 from nss_prune.surgery.execute import Pruners
@@ -76,6 +77,11 @@ class Subject:
     def groups(self) -> tuple[NeuronGroup, ...]:
         """The neurons that may be removed."""
         return self.neurons.groups
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Layer -> neurons, those inside the heads of each attention module included."""
+        return {group.name: group.size for group in self.groups} | head_widths(self.model)
 
     @property
     def calling(self) -> dict[str, Any]:
