@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,20 +120,33 @@ def mac_share(
         for name, macs in by_module.items()
         if f"{name}.weight".lstrip(".") in sizes
     }
-    products = {
-        group.name: (group.size, _own_macs(model, group.name.rpartition(".")[0], by_module))
-        for group in groups
-        if not group.has_channels
-    }
+    products = _products(groups, model, by_module)
 
     def share(critical: Slice) -> float:
         left = count.left(critical.kept)
         gone = sum(macs * (1 - left[name] / sizes[name]) for name, macs in counted.items())
-        for name, (size, macs) in products.items():
-            gone += macs * (1 - int(critical.kept[name].sum()) / size)
+        for macs, names in products.values():
+            gone += macs * (1 - math.prod(_share(critical.kept[name]) for name in names))
         return (by_module[""] - gone) / whole
 
     return share
+
+
+def _products(
+    groups: Sequence[NeuronGroup], model: nn.Module, by_module: Mapping[str, int]
+) -> dict[str, tuple[int, list[str]]]:
+    """Module -> multiply-accumulates of its products, and the groups they shrink with."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for group in groups:
+        if group.has_channels:
+            continue
+        name = group.name if group.is_inside_heads else group.name.rpartition(".")[0]
+        found.setdefault(name, (_own_macs(model, name, by_module), []))[1].append(group.name)
+    return found
+
+
+def _share(kept: Tensor) -> float:
+    return int(kept.sum()) / len(kept)
 
 
 def _own_macs(model: nn.Module, name: str, by_module: Mapping[str, int]) -> int:

@@ -9,6 +9,8 @@ more than predicted is interpolated. Where less is measured than predicted, D is
 cancels over the positions of a map, or in the samples at hand, need not cancel when other layers
 change too.
 
+Dimensions inside heads leave the products of queries and keys as well, which adds to their e.
+
 A norm over the neurons of a layer, as on the trunk of a transformer, normalises what stays by other
 statistics when some go. What this changes is measured in the same way, at the norm's output.
 """
@@ -80,7 +82,7 @@ def measured(
     counts = {group.name: _counts(group.size) for group in groups if group.name in found}
     counts = {name: levels for name, levels in counts.items() if len(levels)}
     known = dict(found)
-    if not counts or not _suffices(data):
+    if not counts or not suffices(data):
         return known
     outputs = outputs or outputs_of(model, data, forward=forward, progress=progress)
     changes = GroupChanges(model, groups, statistics, MOST_VALUES // 2)
@@ -132,7 +134,7 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination
     return replace(found, divergence=curve.to(found.divergence))
 
 
-def _suffices(data: Iterable[Any]) -> bool:
+def suffices(data: Iterable[Any]) -> bool:
     """Whether there are enough samples."""
     batches = (tensors_in(split_batch(batch)[0]) for batch in data)
     samples = itertools.accumulate(len(tensors[0]) if tensors else 0 for tensors in batches)
@@ -160,12 +162,14 @@ class _Part:
         self.consumers: dict[str, list[tuple[slice, ConsumerChange]]] = {}
         self.sample_axes: dict[str, int] = {}
         self.norms: dict[str, list[tuple[slice, NormChange]]] = {}
+        self.queries: dict[str, list[tuple[slice, ConsumerChange]]] = {}
 
     def add(
         self,
         group: NeuronGroup,
         consumers: Mapping[str, ConsumerChange],
         norms: Mapping[str, NormChange],
+        queries: Mapping[str, ConsumerChange],
     ) -> None:
         """Add the changes of a group, which all have the same levels."""
         self.sample_axes.update((member.name, member.sample_axis) for member in group.members)
@@ -176,6 +180,10 @@ class _Part:
             self.values += change.values
         for name, norm_change in norms.items():
             self.norms.setdefault(name, []).append((where, norm_change))
+        for name, change in queries.items():
+            self.queries.setdefault(name, []).append((where, change))
+        if group.queries is not None:
+            self.sample_axes[group.queries.name] = group.queries.sample_axis
         self.layers.append(group.name)
         self.levels = where.stop
 
@@ -214,6 +222,10 @@ class _Part:
                 module = submodule(self.model, name)
                 norm_hook = _norm_hook(norm_changes, self.sample_axes[name], effects)
                 stack.callback(module.register_forward_hook(norm_hook).remove)
+            for name, changes in self.queries.items():
+                module = submodule(self.model, name)
+                output_hook = _output_hook(name, changes, self.sample_axes[name], effects)
+                stack.callback(module.register_forward_hook(output_hook).remove)
             yield
 
 
@@ -245,6 +257,37 @@ def _input_hook(
         return tap
 
     return read
+
+
+def _output_hook(
+    name: str,
+    changes: Sequence[tuple[slice, ConsumerChange]],
+    sample_axis: int,
+    effects: Tensor,
+) -> Any:
+    """For the output of a layer: e is added in the backward pass.
+
+    Where dimension j of a query goes, the scores lose q_j k_j, and Σ G q_j k_j over all scores,
+    with G the gradient by them, is Σ g_j q_j over the queries.
+    """
+    samples = effects.shape[1]
+
+    def made(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        tap = output if output.requires_grad else output.detach().requires_grad_().clone()
+        outputs = output.detach().movedim(sample_axis, 0).clone()
+
+        def add(gradient: Tensor) -> None:
+            moved = gradient.movedim(sample_axis, 0)
+            values, slope = (
+                as_computed(by_sample(name, tensor, module, samples)) for tensor in (outputs, moved)
+            )
+            for levels, change in changes:
+                effects[levels] += change.effects(values, slope).double().cpu()
+
+        tap.register_hook(add)
+        return tap
+
+    return made
 
 
 def _norm_hook(

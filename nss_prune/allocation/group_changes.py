@@ -15,8 +15,8 @@ from nss_prune.graph.axes import map_positions, sides_by_consumer
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.statistics.moments import ConsumerStatistics
 
-Changes = tuple[dict[str, ConsumerChange], dict[str, NormChange]]
-"""Consumers and norms by name, and how they change."""
+Changes = tuple[dict[str, ConsumerChange], dict[str, NormChange], dict[str, ConsumerChange]]
+"""Consumers, norms and makers of queries by name, and how they change."""
 
 
 class GroupChanges:
@@ -62,7 +62,17 @@ class GroupChanges:
             elif isinstance(module, NORMS):
                 kept = torch.stack([(when < 0) | (when >= count) for count in counts])
                 norms[member.name] = NormChange(module, kept)
-        return consumers, norms
+        return consumers, norms, self._queries(group, ranks, counts)
+
+    def _queries(
+        self, group: NeuronGroup, ranks: Tensor, counts: Sequence[int]
+    ) -> dict[str, ConsumerChange]:
+        """Queries lose dimensions, and nothing makes up for them."""
+        if (queries := group.queries) is None:
+            return {}
+        when = torch.full((queries.width,), -1)
+        when[queries.channels] = ranks[queries.neurons]
+        return {queries.name: ConsumerChange(*ordered(when, counts))}
 
     def _consumer(
         self, member: Member, module: nn.Module, ranks: Tensor, counts: Sequence[int]

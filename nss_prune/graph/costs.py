@@ -99,6 +99,7 @@ class ParameterCount:
         self.shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
         self._shrinking: dict[str, set[int]] = {}
         self._members: dict[tuple[str, int], list[tuple[str, Member, int | None]]] = {}
+        self._inside = {group.name for group in groups if group.is_inside_heads}
         first_names = _first_names(model)
         for group in groups:
             for member in group.members:
@@ -124,14 +125,19 @@ class ParameterCount:
         for parameter, axes in self._shrinking.items():
             shape = list(self.shapes[parameter])
             for axis in axes:
-                share = 0.0
+                share = inside = 0.0
                 for name, member, repeats in self._members[parameter, axis]:
                     if not counts.get(name):
                         continue
                     if repeats is None:
-                        share += int(gone[name][member.neurons].sum()) / member.width
+                        lost = int(gone[name][member.neurons].sum()) / member.width
                     else:
-                        share += counts[name] * repeats / member.width
+                        lost = counts[name] * repeats / member.width
+                    if name in self._inside:
+                        inside = lost
+                    else:
+                        share += lost
+                share = 1 - (1 - share) * (1 - inside)  # dimensions of the heads that stay
                 if shape[axis] > 1:
                     shape[axis] -= round(shape[axis] * share)
             left[parameter] = math.prod(shape)

@@ -20,7 +20,11 @@ def encode_groups(groups: Sequence[NeuronGroup]) -> tuple[dict[str, Tensor], lis
             _encode_member(member, group.size, f"group/{group.name}/{number}", tensors)
             for number, member in enumerate(group.members)
         ]
-        notes.append([group.name, group.size, members, group.ties])
+        note = [group.name, group.size, members, group.ties]
+        if group.queries is not None:
+            key = f"group/{group.name}/queries"
+            note.append(_encode_member(group.queries, group.size, key, tensors))
+        notes.append(note)
     return tensors, notes
 
 
@@ -28,9 +32,13 @@ def decode_groups(tensors: Mapping[str, Tensor], notes: Sequence[Any]) -> tuple[
     """What :func:`encode_groups` encoded."""
     return tuple(
         NeuronGroup(
-            name, size, tuple(_decode_member(note, size, tensors) for note in members), ties
+            name,
+            size,
+            tuple(_decode_member(note, size, tensors) for note in members),
+            ties,
+            _decode_member(queries[0], size, tensors) if queries else None,
         )
-        for name, size, members, ties in notes
+        for name, size, members, ties, *queries in notes
     )
 
 

@@ -30,6 +30,15 @@ def zero_inputs(consumer: nn.Module, channels: Tensor) -> RemovableHandle:
     return on_input(consumer, zeroed)
 
 
+def zero_outputs(layer: nn.Module, channels: Tensor) -> RemovableHandle:
+    """Let a layer that makes its channels last give zeros in some of them."""
+
+    def zeroed(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.index_fill(-1, channels.to(output.device), 0)
+
+    return layer.register_forward_hook(zeroed)
+
+
 def normalize_without(norm: nn.Module, width: int, channels: Tensor) -> RemovableHandle:
     """Let a norm over ``width`` channels see all but some of them, and give zeros for those."""
     kept = torch.ones(width, dtype=torch.bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -55,12 +55,16 @@ class NeuronGroup:
         members: All that must shrink when neurons go.
         ties: Channels of the root layer in each neuron: neuron n is its channels n, n + size,
             n + 2 size ...
+        queries: Where neurons that are dimensions of every head have their queries; zero there, a
+            dimension leaves the scores of the attention. Such a group is named after the module,
+            and its channels are those of the heads as well.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     ties: int = 1
+    queries: Member | None = None
 
     def __repr__(self) -> str:
         channels = f" of {self.ties} channels" if self.ties > 1 else ""
@@ -72,8 +76,15 @@ class NeuronGroup:
     @property
     def has_channels(self) -> bool:
         """Whether a neuron is ``ties`` channels of the root layer; more make up a head."""
+        if self.is_inside_heads:
+            return False
         root = next((member for member in self.members if member.name == self.name), None)
         return root is None or len(root.channels) == self.size * self.ties
+
+    @property
+    def is_inside_heads(self) -> bool:
+        """Whether a neuron is a dimension of every head."""
+        return self.queries is not None
 
     @property
     def consumers(self) -> tuple[Member, ...]:
@@ -110,6 +121,10 @@ class NeuronMap:
             *listing(reasons, 6, "more left alone"),
         ]
         return "\n".join(lines)
+
+    def without_inside_heads(self) -> NeuronMap:
+        """The map with heads that go whole or not at all."""
+        return replace(self, groups=tuple(g for g in self.groups if not g.is_inside_heads))
 
     def without(self, reasons: Mapping[str, str]) -> NeuronMap:
         """The map with some groups left alone, for ``reasons`` by their names."""

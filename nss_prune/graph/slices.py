@@ -18,9 +18,10 @@ from nss_prune.core.models import submodule
 from nss_prune.core.text import listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
+from nss_prune.graph.bases import BasisChange, decode_bases, encode_bases, in_basis
 from nss_prune.graph.costs import parameters_left
 from nss_prune.graph.encoding import decode_groups, encode_groups
-from nss_prune.graph.masking import normalize_without, zero_inputs
+from nss_prune.graph.masking import normalize_without, zero_inputs, zero_outputs
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.norms import norm_of
 
@@ -36,11 +37,14 @@ class Slice:
         kept: Layer -> True where a neuron is critical, bool ``[neurons]``.
         groups: The neuron groups that the layers' names stand for.
         rule: How the neurons were chosen, such as "theta 0.95", or "" where it is not known.
+        bases: The coordinates in which dimensions inside heads are neurons; the model has others
+            until they are removed.
     """
 
     kept: dict[str, Tensor]
     groups: tuple[NeuronGroup, ...]
     rule: str = ""
+    bases: tuple[BasisChange, ...] = ()
 
     def __repr__(self) -> str:
         layers = [
@@ -95,6 +99,7 @@ class Slice:
         A side may belong to several groups (a concat); their channels are united.
         """
         found: dict[tuple[str, str], tuple[Member, Tensor]] = {}
+        crossed = set()  # sides on which dimensions of heads go that go as well
         for group in self.groups:
             if group.name not in self.kept:
                 continue
@@ -104,25 +109,39 @@ class Slice:
                 key = (member.name, member.side)
                 if key in found:
                     channels = torch.cat([found[key][1], channels])
+                if group.is_inside_heads:
+                    crossed.add(key)
                 found[key] = (member, channels)
         return {
-            key: (member, channels.sort().values)
+            key: (member, channels.unique() if key in crossed else channels.sort().values)
             for key, (member, channels) in found.items()
             if len(channels)
         }
+
+    def removed_queries(self) -> Iterator[tuple[Member, Tensor]]:
+        """Where queries are made that lose dimensions, and the channels of these."""
+        for group in self.groups:
+            kept = self.kept.get(group.name)
+            if group.queries is not None and kept is not None and not kept.all():
+                yield group.queries, group.queries.channels[~kept[group.queries.neurons]]
 
     @contextlib.contextmanager
     def masked(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within the context, the critical neurons are all that ``model`` has.
 
         What reads a neuron that is not critical reads zero, and a norm over the neurons sees the
-        critical ones only, so outputs equal those of the physically smaller model.
+        critical ones only, so outputs equal those of the physically smaller model. Dimensions
+        inside heads are masked in their own coordinates: the model has other weights meanwhile.
 
         Raises:
             ModelMismatchError: ``model`` has other layers or widths than the profiled one.
         """
         check_fits(self.groups, model)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(in_basis(model, self.bases))
+            for queries, channels in self.removed_queries():
+                layer = submodule(model, queries.name)
+                stack.callback(zero_outputs(layer, channels).remove)
             for (name, side), (member, channels) in self.removed_channels().items():
                 norm = norm_of(member, model)
                 if norm is not None:
@@ -165,6 +184,9 @@ def encode_slice(critical: Slice) -> tuple[dict[str, Tensor], dict[str, Any]]:
     kept = {f"kept/{name}": mask for name, mask in critical.kept.items()}
     tensors |= pack(kept, order="big")
     notes = {"groups": groups, "kept": list(critical.kept)}
+    if critical.bases:
+        bases, notes["bases"] = encode_bases(critical.bases)
+        tensors |= bases
     return tensors, {**notes, "rule": critical.rule} if critical.rule else notes
 
 
@@ -174,4 +196,5 @@ def decode_slice(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Sli
     sizes = {group.name: [group.size] for group in groups}
     packed = {name: tensors[f"kept/{name}"] for name in notes["kept"]}
     kept = unpack(packed, {name: sizes[name] for name in packed}, order="big")
-    return Slice(kept, groups, notes.get("rule", ""))
+    bases = decode_bases(tensors, notes.get("bases", ()))
+    return Slice(kept, groups, notes.get("rule", ""), bases)

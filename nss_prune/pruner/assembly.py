@@ -61,6 +61,7 @@ def strategy_for(
     profiling: Profiling,
     pruner: Any,
     sizes: Mapping[str, int],
+    inside_heads: bool = True,
     **settings: Any,
 ) -> Strategy[Any]:
     """The object behind a name, or the object itself.
@@ -68,6 +69,7 @@ def strategy_for(
     Args:
         pruner: torch-pruning's, whose own ranking decides where there is a ratio.
         sizes: Layer -> neurons before the first step.
+        inside_heads: Whether dimensions inside heads may go.
         settings: As of :class:`nss_prune.pruner.eliminating.Eliminating`; None is left out.
     """
     if not isinstance(strategy, str):
@@ -75,7 +77,9 @@ def strategy_for(
     if strategy == "divergence":
         assert profiling.data is not None
         return DivergenceStrategy(
-            Eliminating(profiling.data, profiling.keeps_statistics, **settings)
+            Eliminating(
+                profiling.data, profiling.keeps_statistics, inside_heads=inside_heads, **settings
+            )
         )
     if strategy in ("category", "global"):
         return ShareStrategy(profiling, strategy)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nss_prune.allocation.effects import measured
+from nss_prune.allocation.effects import measured, suffices
 from nss_prune.allocation.elimination import Elimination, eliminations
-from nss_prune.core.outputs import OutputsSpec
+from nss_prune.allocation.head_bases import head_bases, last_first
+from nss_prune.core.outputs import Outputs, OutputsSpec
 from nss_prune.core.views import views_of
+from nss_prune.graph.bases import BasisChange, in_basis
 from nss_prune.pruner.meaning import outputs_for
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
@@ -34,12 +36,14 @@ class Eliminating:
         folds: Whether the removed neurons will be folded.
         outputs: What the outputs mean, see :data:`nss_prune.core.outputs.OutputsSpec`.
         progress: Show a progress bar; None for only on a terminal.
+        inside_heads: Whether dimensions inside heads may go, where their effects are measured.
     """
 
     data: Iterable[Any]
     folds: bool
     outputs: OutputsSpec = None
     progress: bool | None = None
+    inside_heads: bool = True
 
     def observe(self, subject: Subject) -> EliminationEvidence:
         """The evidence; the model is left as found.
@@ -49,12 +53,32 @@ class Eliminating:
             NothingToPruneError: No consumer sees samples.
         """
         subject = subject.readable()
-        model, groups = subject.model, subject.groups
+        model = subject.model
         outputs, data = outputs_for(subject, self.data, self.outputs)
         settings: dict[str, Any] = {"outputs": outputs, "progress": self.progress}
         settings.update(subject.calling)
+        bases: dict[str, tuple[BasisChange, ...]] = {}
+        if self.inside_heads and not isinstance(data, Iterator) and suffices(data):
+            subject = subject.with_head_dimensions()
+            inside = [group.name for group in subject.groups if group.is_inside_heads]
+            bases = head_bases(model, data, inside, **settings) if inside else {}
+        with in_basis(model, [change for changes in bases.values() for change in changes]):
+            return self._observed(subject, outputs, data, bases, settings)
+
+    def _observed(
+        self,
+        subject: Subject,
+        outputs: Outputs,
+        data: Iterable[Any],
+        bases: Mapping[str, tuple[BasisChange, ...]],
+        settings: Mapping[str, Any],
+    ) -> EliminationEvidence:
+        """The evidence on a model whose heads have their new coordinates."""
+        model, groups = subject.model, subject.groups
         sums = ConsumerSums(model, groups, views_of(self.data)) if self.folds else None
-        found = eliminations(model, data, groups, reads=sums, **settings)
+        single = [group for group in groups if not group.is_inside_heads]
+        found = eliminations(model, data, single, reads=sums, **settings)
+        found |= {group.name: last_first(group) for group in groups if group.is_inside_heads}
         statistics = (
             None if sums is None else sums.surveyed(subject.example_inputs, **subject.calling)
         )
@@ -65,4 +89,5 @@ class Eliminating:
             statistics=statistics,
             notes=(outputs.describe(), *outputs.notes),
             eliminations=found,
+            bases=bases,
         )

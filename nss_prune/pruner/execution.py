@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nss_prune.core.undo import undone_on_error
+from nss_prune.graph.bases import change_basis
 from nss_prune.pruner.planning import Plan
 from nss_prune.pruner.repair import Repair, Repaired
 from nss_prune.pruner.wrapper import wrap_again
@@ -23,9 +25,10 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
         RemovalError: The smaller model would not work.
         DataError, NumericalError: From the repairs. In every case the model is as before.
     """
-    subject, chosen = plan.subject, plan.slice
+    subject, chosen = plan.subject, replace(plan.slice, bases=())
     seen = [repair.observe(subject, plan.evidence) for repair in repairs]
     with undone_on_error(subject.model):
+        change_basis(subject.model, plan.slice.bases)
         done = [
             repair.before(subject, chosen, known)
             for repair, known in zip(repairs, seen, strict=True)

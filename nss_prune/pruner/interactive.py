@@ -19,16 +19,24 @@ from nss_prune.surgery.metadata import apply_changes, planned_changes
 def history(chosen: Slice) -> Iterator[tuple[str, bool, list[int]]]:
     """What a slice removes, as torch-pruning's history has it.
 
-    Heads are named by the channels of the layer that consumes them, because torch-pruning does not
-    follow a fused projection of queries, keys and values to its end.
+    Heads, and dimensions inside them, are named by the channels of the layer that consumes them,
+    because torch-pruning does not follow a fused projection of queries, keys and values to its end.
 
     Yields:
         A layer, whether its output channels go or its input channels, and which.
     """
     groups = {group.name: group for group in chosen.groups}
+    inside = [groups[name].consumers[0] for name in chosen.removed if groups[name].is_inside_heads]
+    known = {consumer.name for consumer in inside}
+    channels = chosen.removed_channels() if inside else {}
     for name, neurons in chosen.removed.items():
         group = groups[name]
-        if group.has_channels or not group.consumers:
+        if group.is_inside_heads:  # with the heads that go, in one entry
+            consumer = group.consumers[0]
+            yield consumer.name, False, channels[consumer.name, "in"][1].tolist()
+        elif not group.has_channels and group.consumers[0].name in known:
+            continue
+        elif group.has_channels or not group.consumers:
             tied = [neurons + group.size * tie for tie in range(group.ties)]
             yield name, True, torch.cat(tied).tolist()
         else:
@@ -91,7 +99,7 @@ def count_heads(num_heads: dict[nn.Module, int], model: nn.Module, chosen: Slice
     """
     modules = dict(model.named_modules())
     for group in chosen.groups:
-        if group.has_channels:
+        if group.has_channels or group.is_inside_heads:
             continue
         kept = int(chosen.kept[group.name].sum())
         makers = [member.name for member in group.members if member.side == "out"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
+from nss_prune.graph.bases import BasisChange
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.norms import least_neurons
@@ -79,6 +80,7 @@ class Planner:
             share = shares(amount, whole)
         target = self._target(step, steps, share)
         chosen = self.strategy.select(subject, evidence, target, self._limits(subject))
+        chosen = replace(chosen, bases=bases_of(chosen, evidence.bases))
         notes: tuple[str, ...] = ()
         if target.budget is not None and target.share is not None:
             assert self.aim.cost is not None
@@ -107,9 +109,26 @@ class Planner:
         for group in subject.groups:
             few = least_neurons(group, subject.model)
             least[group.name] = max(few, least.get(group.name, 1))
-        heads = (group.name for group in subject.groups if not group.has_channels)
+        heads = (
+            group.name
+            for group in subject.groups
+            if not group.has_channels and not group.is_inside_heads
+        )
         floor = {name: math.ceil(size * FLOOR) for name, size in sizes.items()}
         return Limits(least, self.round_to or 1, frozenset(heads), floor)
+
+
+def bases_of(
+    chosen: Slice, bases: Mapping[str, tuple[BasisChange, ...]]
+) -> tuple[BasisChange, ...]:
+    """The coordinates that count: those of heads of which something goes."""
+    losing = chosen.removed_channels() if bases else {}
+    return tuple(
+        change
+        for consumer, changes in bases.items()
+        if (consumer, "in") in losing
+        for change in changes
+    )
 
 
 def budget_shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:

@@ -113,8 +113,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         progress: Show a progress bar; by default when stderr is a terminal.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
-            model's output are left alone without being named. Attention is pruned by whole heads
-            (``prune_num_heads`` with a ratio), never inside them.
+            model's output are left alone without being named. "divergence" goes inside the heads
+            of attention as well, to the same dimensions of all heads of a layer (see
+            :mod:`nss_prune.allocation.head_bases`), unless ``prune_head_dims=False``; with
+            ``step(interactive=True)`` and all else heads go whole (``prune_num_heads``).
 
     Attributes:
         report: What the last step did, or None.
@@ -181,9 +183,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)
-        sizes = {group.name: group.size for group in self._subject.groups}
+        sizes = self._subject.sizes
+        inside = settings.get("prune_head_dims", True)
         self._strategy = strategy_for(
-            self.strategy, aim, importance, self._profiling, self, sizes, **common
+            self.strategy, aim, importance, self._profiling, self, sizes, inside, **common
         )
         limits = (self.max_pruning_ratio, self.round_to)
         self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
@@ -286,7 +289,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.current_step += 1
             self._renew()
             if interactive:
-                return self._groups(self._verified())
+                return self._groups(self._verified(inside_heads=False))
             before = self._subject.cost()
             plan, repaired = self._pruned()
             self._finish(plan)
@@ -315,9 +318,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 raise
             return verified, carry_out(verified, self.repairs, self.wrapper)
 
-    def _verified(self) -> Plan:
+    def _verified(self, inside_heads: bool = True) -> Plan:
         """The plan without the groups whose removal fails on trial."""
-        return self._planned(self._subject.on(self.evidence.neurons).verified())
+        neurons = self.evidence.neurons
+        neurons = neurons if inside_heads else neurons.without_inside_heads()
+        return self._planned(self._subject.on(neurons).verified())
 
     def _finish(self, plan: Plan) -> None:
         """Keep what was done, and let what is around the model follow."""

@@ -27,7 +27,8 @@ class Row:
     """One layer: channels before and after, and why it was left alone ("" where it was not).
 
     Attributes:
-        unit: What is counted: "channels", "heads" of attention, or "units" of several channels.
+        unit: What is counted: "channels", "heads" of attention, "dimensions of a head", the same
+            in every head, or "units" of several channels.
     """
 
     layer: str
@@ -125,6 +126,8 @@ def _unit(model: nn.Module, group: NeuronGroup) -> str:
     """What the neurons of a group are called."""
     if group.has_channels:
         return "channels"
+    if group.is_inside_heads:
+        return "dimensions of a head"
     around = submodule(model, group.name.rpartition(".")[0])
     return "heads" if any(hasattr(around, name) for name in HEADS) else "units"
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from nss_prune.allocation.budget import Limits, ShareOf
+from nss_prune.graph.bases import BasisChange
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.subject import Subject
@@ -25,11 +26,14 @@ class Evidence:
         statistics: Means and covariances of the consumers' inputs, where they were observed as
             well: folding then needs no pass of its own.
         notes: For the report.
+        bases: Layer that reads heads -> the coordinates of these in which all this was observed;
+            the model gets them before any of its channels are removed.
     """
 
     neurons: NeuronMap
     statistics: Mapping[str, ConsumerStatistics] | None = None
     notes: tuple[str, ...] = ()
+    bases: Mapping[str, tuple[BasisChange, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

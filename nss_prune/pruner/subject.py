@@ -9,10 +9,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model
+from nss_prune.discovery.head_dimensions import with_head_dimensions
 from nss_prune.discovery.samples import readable
 from nss_prune.graph.costs import Cost, measure
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
+from nss_prune.structures.dimensions import head_widths
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 from nss_prune.surgery.execute import Pruners
@@ -77,6 +79,11 @@ class Subject:
         return self.neurons.groups
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Layer -> neurons, those inside the heads of each attention module included."""
+        return {group.name: group.size for group in self.groups} | head_widths(self.model)
+
+    @property
     def calling(self) -> dict[str, Any]:
         """``forward=`` for what runs the model, where it is not called as usual."""
         return {} if self.forward is call_model else {"forward": self.forward}
@@ -102,6 +109,12 @@ class Subject:
             NothingToPruneError: No group is left.
         """
         return self.on(readable(self.model, self.neurons, self.example_inputs, self.forward))
+
+    def with_head_dimensions(self) -> Subject:
+        """The same with the dimensions inside heads as neurons, where they may go."""
+        return self.on(
+            with_head_dimensions(self.model, self.neurons, self.example_inputs, self.forward)
+        )
 
     def verified(self) -> Subject:
         """The same without the groups whose removal fails on trial, which gives the reason.

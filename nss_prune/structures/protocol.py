@@ -19,6 +19,32 @@ class Change:
     name: str
     value: Any
 
+    def apply(self) -> None:
+        """Set the attribute."""
+        setattr(self.module, self.name, self.value)
+
+
+@dataclass(frozen=True)
+class Rescaling(Change):
+    """A number, or the first rows of a parameter, that must be multiplied by ``value``.
+
+    Attributes:
+        parts: The rows are the first of so many equal parts.
+    """
+
+    parts: int = 1
+
+    def apply(self) -> None:
+        """Multiply what the attribute is by now; an integer stays one."""
+        old = getattr(self.module, self.name)
+        if not isinstance(old, Tensor):
+            scaled = old * self.value
+            setattr(self.module, self.name, round(scaled) if isinstance(old, int) else scaled)
+            return
+        new = old.detach().clone()
+        new[: len(new) // self.parts] *= self.value
+        setattr(self.module, self.name, nn.Parameter(new, old.requires_grad))
+
 
 class Adapter(Protocol):
     """Knows one structure, which it recognises by what a module has and not by its class."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
+from nss_prune.structures.dimensions import HEAD_DIMENSIONS
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter, Change
 from nss_prune.surgery.buffers import Producers, buffer_changes
@@ -37,7 +38,7 @@ def planned_changes(
     of_adapters = [
         change
         for name, module in model.named_modules()
-        for adapter in adapters
+        for adapter in (*adapters, HEAD_DIMENSIONS)
         for group in adapter.groups(name, module)
         if group.name in going and _same(group, going[group.name])
         for change in adapter.changes(module, group, critical.kept[group.name])
@@ -53,7 +54,7 @@ def planned_changes(
 def apply_changes(changes: Iterable[Change]) -> None:
     """Set the attributes."""
     for change in changes:
-        setattr(change.module, change.name, change.value)
+        change.apply()
 
 
 def _same(group: NeuronGroup, other: NeuronGroup) -> bool:

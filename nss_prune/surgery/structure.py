@@ -75,10 +75,11 @@ class StructureCheck:
             ModelMismatchError: The slice is of another model.
         """
         plan_removal(critical, self._model)  # refuses a slice before anything is tried
+        rescaled = {queries.name for queries, _ in critical.removed_queries()}
         names = [
             name
             for (name, side), (member, _) in critical.removed_channels().items()
-            if side == "in" and member.axis is None
+            if side == "in" and member.axis is None and name not in rescaled
         ]
         if not names:
             return True
