@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
@@ -14,6 +14,8 @@ from nss_prune.graph.norms import least_neurons
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.cost import everything, shares
+from nss_prune.pruner.figures import Figures
+from nss_prune.pruner.plan_figures import figures_of
 from nss_prune.pruner.strategy import Evidence, Strategy, Target
 from nss_prune.pruner.subject import Subject
 
@@ -28,6 +30,7 @@ class Plan:
         slice: What is to stay.
         whole: The first model's cost, where there is a budget.
         notes: What the slice falls short of.
+        figures: What the evidence says of the slice.
     """
 
     subject: Subject
@@ -35,6 +38,7 @@ class Plan:
     slice: Slice
     whole: float | None
     notes: tuple[str, ...]
+    figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class Planner:
             whole = amount(everything(subject)) if whole is None else whole
             share = shares(amount, whole)
         target = self._target(step, steps, share)
-        chosen = self.strategy.select(subject, evidence, target, self._limits(subject))
+        limits = self._limits(subject)
+        chosen = self.strategy.select(subject, evidence, target, limits)
         notes: tuple[str, ...] = ()
         if target.budget is not None and target.share is not None:
             assert self.aim.cost is not None
@@ -87,7 +92,9 @@ class Planner:
             notes = ratio_shortfall(
                 subject, chosen, self.aim.ratio * step / steps, self.first_sizes
             )
-        return Plan(subject, evidence, chosen, whole, notes)
+        cost = "" if self.aim.cost is None else self.aim.cost.name
+        figures = figures_of(subject, evidence, chosen, target, limits, cost)
+        return Plan(subject, evidence, chosen, whole, notes, figures)
 
     def _target(self, step: int, steps: int, share: Any) -> Target:
         aim, done = self.aim, step / steps
