@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Protocol
 
@@ -14,6 +14,11 @@ from nss_prune.pruner.page.heat import category_map, sensitivity_map
 from nss_prune.pruner.page.style import STYLE
 from nss_prune.pruner.page.text import latency_sentence, milliseconds, short, slower
 from nss_prune.pruner.rows import Row
+
+SENSITIVITY = (
+    "Predicted divergence, in nats a sample, with this share of the layer's neurons gone and "
+    "nothing else."
+)
 
 
 class Step(Protocol):
@@ -56,12 +61,21 @@ class Reported(Step, Protocol):
 
 def page(report: Reported, title: str) -> str:
     """The whole document."""
-    body = "".join(_sections(report))
+    return _document(title, f"{_cards(report)}{''.join(_sections(report))}")
+
+
+def sensitivity_page(table: Mapping[str, Mapping[float, float]], title: str) -> str:
+    """A document with nothing but the heat map: layer -> share of its neurons gone -> nats."""
+    return _document(title, _section("Nats a sample", SENSITIVITY, sensitivity_map(table)))
+
+
+def _document(title: str, body: str) -> str:
+    """Args: body: HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body><main><h1>{escape(title)}</h1>{_cards(report)}{body}</main></body></html>\n"
+        f"<body><main><h1>{escape(title)}</h1>{body}</main></body></html>\n"
     )
 
 
@@ -86,11 +100,8 @@ def _sections(report: Reported) -> Iterator[str]:
         about = "How far the outputs are predicted to move, folding included, for any budget."
         yield _section("Predicted divergence over size", about, drawn)
     if figures.sensitivity:
-        about = (
-            "Predicted divergence, in nats a sample, with this share of the layer's neurons gone "
-            "and nothing else."
-        )
-        yield _section("Sensitivity of each layer", about, sensitivity_map(figures.sensitivity))
+        drawn = sensitivity_map(figures.sensitivity)
+        yield _section("Sensitivity of each layer", SENSITIVITY, drawn)
     if figures.categories:
         about = "Share of each category's contribution that the neurons kept carry."
         yield _section("Categories by layer", about, category_map(figures.categories))
