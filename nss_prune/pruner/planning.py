@@ -16,6 +16,7 @@ from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.cost import everything, shares
 from nss_prune.pruner.figures import Figures
 from nss_prune.pruner.plan_figures import figures_of
+from nss_prune.pruner.rounding import RoundTo, roundings
 from nss_prune.pruner.strategy import Evidence, Strategy, Target
 from nss_prune.pruner.subject import Subject
 
@@ -50,7 +51,8 @@ class Planner:
         aim: How much is to go over all steps.
         first_sizes: Layer -> neurons before the first step.
         max_pruning_ratio: Share of the neurons that a layer may lose over all steps.
-        round_to: Neurons are kept in multiples of this.
+        round_to: Neurons are kept in multiples of this; "auto" for as coarse as the budget allows,
+            see :mod:`nss_prune.pruner.rounding`.
         uniform: Whether the ratio is that of every layer and of every step in equal parts.
     """
 
@@ -58,7 +60,7 @@ class Planner:
     aim: Aim
     first_sizes: Mapping[str, int]
     max_pruning_ratio: float
-    round_to: int | None
+    round_to: RoundTo
     uniform: bool = True
 
     def plan(
@@ -82,8 +84,7 @@ class Planner:
             whole = amount(everything(subject)) if whole is None else whole
             share = shares(amount, whole)
         target = self._target(step, steps, share)
-        limits = self._limits(subject)
-        chosen = self.strategy.select(subject, evidence, target, limits)
+        chosen, limits = self._selected(subject, evidence, target)
         notes: tuple[str, ...] = ()
         if target.budget is not None and target.share is not None:
             assert self.aim.cost is not None
@@ -95,6 +96,26 @@ class Planner:
         cost = "" if self.aim.cost is None else self.aim.cost.name
         figures = figures_of(subject, evidence, chosen, target, limits, cost)
         return Plan(subject, evidence, chosen, whole, notes, figures)
+
+    def _selected(
+        self, subject: Subject, evidence: Evidence, target: Target
+    ) -> tuple[Slice, Limits]:
+        """What stays, with the coarsest rounding that meets the budget, and within which limits."""
+        found: list[tuple[Slice, Limits]] = []
+        plain = self._limits(subject)
+        for limits in roundings(
+            plain, self.round_to, subject.groups, self.first_sizes, subject.model
+        ):
+            found.append((self.strategy.select(subject, evidence, target, limits), limits))
+            if target.budget is None or target.share is None:
+                break
+            if abs(target.share(found[-1][0]) - target.budget) <= TOLERANCE:
+                return found[-1]
+        # Where none meets the budget, rounding is not why: the coarsest that is within it.
+        within = [
+            one for one in found if target.share is None or target.share(one[0]) <= _most(target)
+        ]
+        return within[0] if within else found[-1]
 
     def _target(self, step: int, steps: int, share: Any) -> Target:
         aim, done = self.aim, step / steps
@@ -116,7 +137,11 @@ class Planner:
             least[group.name] = max(few, least.get(group.name, 1))
         heads = (group.name for group in subject.groups if not group.has_channels)
         floor = {name: math.ceil(size * FLOOR) for name, size in sizes.items()}
-        return Limits(least, self.round_to or 1, frozenset(heads), floor)
+        return Limits(least, 1, frozenset(heads), floor)
+
+
+def _most(target: Target) -> float:
+    return 1.0 if target.budget is None else target.budget + TOLERANCE
 
 
 def budget_shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:

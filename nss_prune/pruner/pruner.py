@@ -114,7 +114,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
             model's output are left alone without being named. Attention is pruned by whole heads
-            (``prune_num_heads`` with a ratio), never inside them.
+            (``prune_num_heads`` with a ratio), never inside them. ``round_to="auto"``, the default
+            for budgets, keeps multiples of 8 (16 in half precision) of layers of 64 channels and
+            more, or of less where the budget would be missed; 1 is exact.
 
     Attributes:
         report: What the last step did, or None; of an interactive step once all groups were taken.

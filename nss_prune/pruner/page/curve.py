@@ -9,7 +9,7 @@ from html import escape
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 38
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 22, 38
 
 
 def curve(points: Sequence[Point], chosen: Point | None, cost: str) -> str:
@@ -70,7 +70,8 @@ def _shares() -> list[str]:
 
 def _mark(x: float, y: float, point: Point) -> str:
     share, nats = point
-    anchor = "start" if x < WIDTH / 2 else "end"
+    # The curve falls: above it, to the right, there is room.
+    anchor = "start" if x < WIDTH * 0.7 else "end"
     shift = 8 if anchor == "start" else -8
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" style="fill:var(--mark)"/>'

@@ -88,9 +88,9 @@ def _sections(report: Reported) -> Iterator[str]:
         yield _section("Notes", "", _list(report.notes))
     yield _section(
         "Neurons of each layer",
-        'Kept <span class="key" style="background:var(--kept)"></span> of those before '
-        '<span class="key" style="background:var(--gone)"></span>. '
-        "Lengths grow with the square root of the width.",
+        '<span class="key" style="background:var(--kept)"></span>kept, '
+        '<span class="key" style="background:var(--gone)"></span>removed. '
+        "Lengths are square roots of widths.",
         bars(report.rows),
     )
     chosen = None

@@ -61,7 +61,7 @@ def _cell(cell: tuple[str, float] | None) -> str:
     if cell is None:
         return "<td></td>"
     text, strength = cell
-    return f'<td style="background:rgba(var(--heat),{0.05 + 0.5 * strength:.2f})">{text}</td>'
+    return f'<td style="background:rgba(var(--heat),{0.05 + 0.6 * strength:.2f})">{text}</td>'
 
 
 def _nats(value: float) -> str:

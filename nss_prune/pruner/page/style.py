@@ -36,7 +36,7 @@ section {
 .card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .card .good { color: var(--good); } .card .bad { color: var(--mark); }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
-  margin: 0 .2em 0 .6em; }
+  margin: 0 .25em; }
 code, .layer { font-family: ui-monospace, Consolas, monospace; font-size: .85rem;
   overflow-wrap: anywhere; }
 .bars { display: grid; grid-template-columns: minmax(8rem, 18rem) 8.5rem 1fr; gap: .15rem .8rem;
@@ -51,10 +51,11 @@ th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; }
 table.heat td, table.heat th { border: 1px solid var(--panel); white-space: nowrap; }
 table.heat th:first-child { position: sticky; left: 0; background: var(--panel);
-  max-width: 15rem; overflow-wrap: anywhere; white-space: normal; font-weight: normal; }
+  min-width: 8.5rem; max-width: 15rem; overflow-wrap: anywhere; white-space: normal;
+  font-weight: normal; }
 ul { margin: .3rem 0; padding-left: 1.2rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
-.plot { width: 100%; max-width: 620px; height: auto; display: block; }
+.plot { width: 100%; max-width: 460px; height: auto; display: block; }
 .plot text { fill: var(--quiet); font-size: 11px; }
 .plot .chosen { fill: var(--mark); font-weight: 600; }
 @media (max-width: 640px) {
@@ -64,7 +65,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
   .bars svg { grid-column: 1 / -1; margin-bottom: .45rem; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .card b { font-size: 1.1rem; }
-  table.heat th:first-child { max-width: 8.5rem; }
+  table.heat th:first-child { min-width: 7rem; max-width: 7rem; }
 }
 @media print { section, .card { break-inside: avoid; } }
 """
