@@ -183,7 +183,7 @@ def pictures(folder: Path, transform: Callable[[Any], Tensor], classes: int | No
 def _labels(names: Sequence[str], classes: int | None) -> dict[str, int]:
     """Folder -> label, -1 where it is not known."""
     if classes == 1000 and len(names) != 1000:
-        from timm.data import ImageNetInfo
+        from timm.data.imagenet_info import ImageNetInfo
 
         known = {synset: index for index, synset in enumerate(ImageNetInfo().label_names())}
         if all(name in known for name in names):
@@ -211,7 +211,7 @@ def settings_of(model: nn.Module, input_size: Sequence[int] | None = None) -> di
 
     Models of torchvision and others have those of ImageNet.
     """
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     found: dict[str, Any] = resolve_model_data_config(model)
     return {**found, "input_size": tuple(input_size)} if input_size else found
@@ -219,7 +219,7 @@ def settings_of(model: nn.Module, input_size: Sequence[int] | None = None) -> di
 
 def transform_for(model: nn.Module, input_size: Sequence[int] | None) -> Callable[[Any], Tensor]:
     """What turns a picture into the model's input, as timm does when it evaluates."""
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
 
     made: Callable[[Any], Tensor] = create_transform(**settings_of(model, input_size))
     return made

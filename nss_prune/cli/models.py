@@ -70,7 +70,7 @@ def build(name: str, num_classes: int | None = None, pretrained: bool = False) -
     Raises:
         ArgumentError: There is no such model.
     """
-    own = {} if num_classes is None else {"num_classes": num_classes}
+    own: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if is_object(name):
         model = imported(name)(**own)
         if not isinstance(model, nn.Module):

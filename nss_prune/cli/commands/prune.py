@@ -26,6 +26,7 @@ from nss_prune.cli.versions import versions
 from nss_prune.core.aside import write_text
 from nss_prune.errors import ArgumentError
 from nss_prune.pruner.checkpoint import save_pruned
+from nss_prune.pruner.hub import save_pretrained
 from nss_prune.pruner.pruner import NSSPruner
 from nss_prune.pruner.report import Report
 
@@ -40,6 +41,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", metavar="FILE.safetensors", help="where the smaller model is written")
     add("--report", metavar="FILE.html", help="where the report is written")
+    add("--folder", metavar="DIR",
+        help="write the model as the Hugging Face hub has them too, with a model card")  # fmt: skip
 
 
 def run(options: argparse.Namespace, console: Console) -> Outcome:
@@ -67,6 +70,8 @@ def run(options: argparse.Namespace, console: Console) -> Outcome:
     save_pruned(model, output)
     write_config(output.with_suffix(".yaml"), options, options.parser)
     write_text(output.with_suffix(".json"), json.dumps(report.to_dict(), indent=1))
+    if options.folder:
+        save_pretrained(model, options.folder, report)
     if options.report:
         report.to_html(options.report, f"{options.model}, pruned")
     values = {"output": str(output), "report": report.to_dict()}
@@ -102,7 +107,8 @@ def _output(path: str | None, report: str | None) -> Path:
 
 def _todo(options: argparse.Namespace, output: Path, report: Report) -> str:
     if report.slower:
-        return "not faster: prune again with --round-to 8, or by seconds with --latency-budget 0.6"
+        other = f"nss-prune evaluate {output} --runtime onnxruntime"
+        return f"not faster in torch here: {other}, or prune by seconds, --latency-budget 0.6"
     if options.report:
         return f"open {options.report}; nss-prune export {output} -o {output.with_suffix('.onnx')}"
     return f"nss-prune export {output} -o {output.with_suffix('.onnx')}"

@@ -58,7 +58,9 @@ def run(options: argparse.Namespace, console: Console) -> Outcome:
     example = example_for(model, options.input_size, batches)
     console.stage("measuring")
     given = pruner_arguments(options, model)
-    aim = {} if any(name.endswith("budget") for name in given) else {"macs_budget": 0.5}
+    aim: dict[str, Any] = (
+        {} if any(name.endswith("budget") for name in given) else {"macs_budget": 0.5}
+    )
     pruner = NSSPruner(
         model, example, data=batches, strategy="divergence", progress=console.progress,
         **aim, **{name: value for name, value in given.items() if name != "strategy"},

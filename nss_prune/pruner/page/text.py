@@ -15,8 +15,8 @@ def slower(latency: tuple[float, float] | None) -> bool:
 
 
 NOT_FASTER = (
-    "not faster on this machine: with round_to=8 widths suit the hardware, and latency_budget= "
-    "prunes by seconds; other runtimes may differ"
+    "not faster with these inputs on this machine: latency_budget= prunes by seconds; widths that "
+    "are multiples of 8, larger batches and other runtimes may be faster"
 )
 
 
