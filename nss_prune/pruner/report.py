@@ -50,9 +50,14 @@ class Report:
         steps = tuple(reports)
         if len(steps) == 1:
             return steps[0]
-        notes = tuple(
-            f"step {number}: {note}" for number, one in enumerate(steps, 1) for note in one.notes
-        )
+        everywhere = [note for note in steps[0].notes if all(note in one.notes for one in steps)]
+        own = [
+            f"step {number}: {note}"
+            for number, one in enumerate(steps, 1)
+            for note in one.notes
+            if note not in everywhere
+        ]
+        notes = (*everywhere, *own)
         return Report(
             combined_rows(tuple(one.rows for one in steps)),
             steps[0].before,
