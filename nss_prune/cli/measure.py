@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from nss_prune.cli.exporting import export_onnx, needed
 from nss_prune.core.batches import split_batch
 from nss_prune.core.models import call_model, device_of, evaluation
-from nss_prune.core.timing import call_seconds, median_seconds
+from nss_prune.core.timing import call_seconds, least_seconds
 from nss_prune.errors import DataError
 from nss_prune.graph.costs import measure
 
@@ -31,7 +31,7 @@ class Measured:
         parameters: Their number.
         macs: Multiply-accumulates of a call with the example inputs.
         bytes: Of the parameters, or of an ONNX file.
-        seconds: Of such a call, median.
+        seconds: Of such a call, the least of some.
         accuracy: Share of the samples that are right.
     """
 
@@ -105,7 +105,7 @@ def measured_onnx(
     entry = session.get_inputs()[0]
     shape = [size if isinstance(size, int) else 1 for size in entry.shape]
     example = torch.randn(shape).numpy()
-    seconds = median_seconds(lambda: session.run(None, {entry.name: example}))
+    seconds = least_seconds(lambda: session.run(None, {entry.name: example}))
 
     def run(inputs: Tensor) -> Tensor:
         parts = inputs.cpu().split(shape[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +13,8 @@ from torch import nn
 
 from nss_prune.core.models import Forward, call_model, device_of, evaluation
 
-CALLS = 9
-"""Calls that are timed at most, of which the median counts."""
+CALLS = 15
+"""Calls that are timed at most; the fastest counts, which other processes disturb least."""
 
 PATIENCE = 1.0
 """Seconds after which no further call is timed."""
@@ -35,18 +34,18 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def call_seconds(model: nn.Module, example_inputs: Any, forward: Forward = call_model) -> float:
-    """Median seconds of a call in evaluation mode, after one that warms up.
+    """Least seconds of a call in evaluation mode, after one that warms up.
 
     The call is repeated up to :data:`CALLS` times, for at most about :data:`PATIENCE` seconds; one
     that takes longer is timed once.
     """
     device = device_of(model)
     with evaluation(model), torch.no_grad(), torch.random.fork_rng():
-        return median_seconds(lambda: forward(model, example_inputs), lambda: _wait(device))
+        return least_seconds(lambda: forward(model, example_inputs), lambda: _wait(device))
 
 
-def median_seconds(call: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> float:
-    """Median seconds of a call, as :func:`call_seconds` takes it.
+def least_seconds(call: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> float:
+    """Least seconds of a call, as :func:`call_seconds` takes it.
 
     Args:
         wait: Returns when the device has done what it was given.
@@ -54,7 +53,7 @@ def median_seconds(call: Callable[[], Any], wait: Callable[[], None] = lambda: N
     first, *taken = _timed(call, wait, 1)
     if first < PATIENCE:
         taken = _timed(call, wait, CALLS)
-    return statistics.median(taken or [first])
+    return min(taken or [first])
 
 
 def _timed(call: Callable[[], Any], wait: Callable[[], None], most: int) -> list[float]:

@@ -33,7 +33,7 @@ class Figures:
         sensitivity: Of each layer alone.
         categories: Layer -> category -> share of its contribution that the kept neurons carry.
         seconds: Stage -> seconds that it took.
-        latency: Median seconds of a call with the example inputs, before and after.
+        latency: Least seconds of a call with the example inputs, before and after.
         accuracy: Share of the samples that are right, before and after.
         command: What made the model.
         versions: Package -> version.
