@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 STEPS: tuple[dict[str, Any], ...] = (
-    {"params_budget": 0.6},
-    {"macs_budget": 0.6},
+    {"params_budget": 0.6, "round_to": 1},
+    {"macs_budget": 0.6, "round_to": 1},
     {"theta": 0.9},
-    {"macs_budget": 0.7, "fold": "refit"},
-    {"macs_budget": 0.7, "balance": True},
+    {"macs_budget": 0.7, "round_to": 1, "fold": "refit"},
+    {"macs_budget": 0.7, "round_to": 1, "balance": True},
 )
 
 

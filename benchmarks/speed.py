@@ -228,7 +228,7 @@ def allocation(names: Iterable[str], repeats: int, batches: int = 16) -> Rows:
 
 
 def allocated(model: nn.Module, example: Tensor, data: list[tuple[Tensor, Tensor]]) -> Slice:
-    return NSSPruner(model, example, macs_budget=0.5, data=data, progress=False).slice
+    return NSSPruner(model, example, macs_budget=0.5, round_to=1, data=data, progress=False).slice
 
 
 def deeplift(names: Iterable[str], repeats: int) -> Rows:

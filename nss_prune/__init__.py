@@ -10,6 +10,7 @@ from nss_prune.graph.slices import Slice
 from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.run import PAPER, profile
 from nss_prune.pruner.checkpoint import load_pruned, save_pruned
+from nss_prune.pruner.hub import from_pretrained, push_to_hub, save_pretrained
 from nss_prune.pruner.optimizers import rebind_optimizer
 from nss_prune.pruner.pruner import NSSPruner
 from nss_prune.pruner.report import Report
@@ -33,11 +34,14 @@ __all__ = [
     "Slice",
     "Task",
     "Views",
+    "from_pretrained",
     "load_pruned",
     "profile",
+    "push_to_hub",
     "rebind_optimizer",
     "remove",
     "restructure",
+    "save_pretrained",
     "save_pruned",
     "sparsify",
 ]

@@ -104,7 +104,7 @@ def amount(trial: Trial) -> dict[str, Any]:
     """How much is to go; a third of the time is for torch-pruning's tracing."""
     if trial.theta is not None:
         return {"theta": trial.theta}
-    return {"params_budget": BUDGET, "timeout": trial.left / 3}
+    return {"params_budget": BUDGET, "round_to": 1, "timeout": trial.left / 3}
 
 
 def bits(network: nn.Module) -> dict[str, Any]:

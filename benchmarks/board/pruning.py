@@ -167,12 +167,15 @@ class Calibration:
 
     def _budget(self, level: Level) -> dict[str, Any]:
         """NSSPruner's arguments that say how much is kept."""
+        exact = {"round_to": 1}
         if not self.board.hidden:
-            return {BUDGETS[level.of]: level.kept}
+            return {BUDGETS[level.of]: level.kept, **exact}
         ignored = [group.name for group in self._whole.groups if not is_hidden(group)]
         if level.of == "MACs":
-            return {"budget": level.kept, "cost": HiddenMACs(), "ignored_layers": ignored}
-        return {BUDGETS[level.of]: level.kept, "ignored_layers": ignored}
+            own = {"budget": level.kept, "cost": HiddenMACs()}
+        else:
+            own = {BUDGETS[level.of]: level.kept}
+        return {**own, "ignored_layers": ignored, **exact}
 
     def _observed_once(self, variant: Variant, folds: bool) -> ObservedOnce:
         """NSSPruner's default for a budget with data, or the strategy of a rival.

@@ -55,7 +55,7 @@ def on_copy(model: nn.Module, function: Callable[[nn.Module], None]) -> float:
 
 
 def prune_ours(model: nn.Module, inputs: Tensor, known: Profile) -> None:
-    NSSPruner(model, inputs, params_budget=1 - RATIO, profile=known).step()
+    NSSPruner(model, inputs, params_budget=1 - RATIO, round_to=1, profile=known).step()
 
 
 def prune_theirs(model: nn.Module, inputs: Tensor) -> None:

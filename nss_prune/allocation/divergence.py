@@ -45,6 +45,7 @@ def allocate(
     budget: float,
     share: ShareOf,
     limits: Limits,
+    rounds: int = ALLOCATIONS,
 ) -> tuple[Slice, float]:
     """The slice of least divergence within a budget, layers added up.
 
@@ -57,6 +58,7 @@ def allocate(
         found: Layer -> its elimination; layers without one are left alone.
         budget: Share of the cost to keep, in (0, 1].
         share: The share that a slice keeps.
+        rounds: After the first, neurons cost what they do at the last solution.
 
     Returns:
         As :func:`nss_prune.allocation.budget.solve`.
@@ -64,7 +66,7 @@ def allocate(
     current = Slice({group.name: torch.ones(group.size).bool() for group in groups}, groups)
     found = {group.name: found[group.name] for group in groups if group.name in found}
     solutions = []
-    for _ in range(ALLOCATIONS):
+    for _ in range(rounds):
         values = scores(groups, found, _costs(current, found, share))
         current, reached = solve(groups, values.__getitem__, budget, share, limits)
         solutions.append((reached > budget, predicted(current, found), current, reached))

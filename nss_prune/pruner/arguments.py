@@ -16,6 +16,7 @@ from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
 from nss_prune.profiling.selection import STRATEGIES, check_theta
 from nss_prune.pruner.cost import CallLatency, Cost, MACs, Parameters
+from nss_prune.pruner.rounding import AUTO, check_round_to
 
 THETA = 0.95
 """The similarity threshold unless something else is asked for (paper, section 4.2)."""
@@ -130,6 +131,7 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
     own["unwrapped_parameters"] = [tuple(pair) for pair in pairs]
     if aim.ratio is not None:
         own["pruning_ratio"] = aim.ratio
+    own["round_to"] = check_round_to(own.get("round_to", AUTO if aim.budget is not None else None))
     return own
 
 

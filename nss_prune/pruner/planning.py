@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
@@ -15,6 +15,9 @@ from nss_prune.graph.norms import least_neurons
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.cost import everything, shares
+from nss_prune.pruner.figures import Figures
+from nss_prune.pruner.plan_figures import figures_of
+from nss_prune.pruner.rounding import RoundTo, roundings
 from nss_prune.pruner.strategy import Evidence, Strategy, Target
 from nss_prune.pruner.subject import Subject
 
@@ -29,6 +32,7 @@ class Plan:
         slice: What is to stay.
         whole: The first model's cost, where there is a budget.
         notes: What the slice falls short of.
+        figures: What the evidence says of the slice.
     """
 
     subject: Subject
@@ -36,6 +40,7 @@ class Plan:
     slice: Slice
     whole: float | None
     notes: tuple[str, ...]
+    figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Planner:
         aim: How much is to go over all steps.
         first_sizes: Layer -> neurons before the first step.
         max_pruning_ratio: Share of the neurons that a layer may lose over all steps.
-        round_to: Neurons are kept in multiples of this.
+        round_to: Neurons are kept in multiples of this; "auto" for as coarse as the budget allows,
+            see :mod:`nss_prune.pruner.rounding`.
         uniform: Whether the ratio is that of every layer and of every step in equal parts.
     """
 
@@ -55,7 +61,7 @@ class Planner:
     aim: Aim
     first_sizes: Mapping[str, int]
     max_pruning_ratio: float
-    round_to: int | None
+    round_to: RoundTo
     uniform: bool = True
 
     def plan(
@@ -79,7 +85,7 @@ class Planner:
             whole = amount(everything(subject)) if whole is None else whole
             share = shares(amount, whole)
         target = self._target(step, steps, share)
-        chosen = self.strategy.select(subject, evidence, target, self._limits(subject))
+        chosen, limits = self._selected(subject, evidence, target)
         chosen = replace(chosen, bases=bases_of(chosen, evidence.bases))
         notes: tuple[str, ...] = ()
         if target.budget is not None and target.share is not None:
@@ -89,7 +95,29 @@ class Planner:
             notes = ratio_shortfall(
                 subject, chosen, self.aim.ratio * step / steps, self.first_sizes
             )
-        return Plan(subject, evidence, chosen, whole, notes)
+        cost = "" if self.aim.cost is None else self.aim.cost.name
+        figures = figures_of(subject, evidence, chosen, target, limits, cost)
+        return Plan(subject, evidence, chosen, whole, notes, figures)
+
+    def _selected(
+        self, subject: Subject, evidence: Evidence, target: Target
+    ) -> tuple[Slice, Limits]:
+        """What stays, with the coarsest rounding that meets the budget, and within which limits."""
+        found: list[tuple[Slice, Limits]] = []
+        plain = self._limits(subject)
+        for limits in roundings(
+            plain, self.round_to, subject.groups, self.first_sizes, subject.model
+        ):
+            found.append((self.strategy.select(subject, evidence, target, limits), limits))
+            if target.budget is None or target.share is None:
+                break
+            if abs(target.share(found[-1][0]) - target.budget) <= TOLERANCE:
+                return found[-1]
+        # Where none meets the budget, rounding is not why: the coarsest that is within it.
+        within = [
+            one for one in found if target.share is None or target.share(one[0]) <= _most(target)
+        ]
+        return within[0] if within else found[-1]
 
     def _target(self, step: int, steps: int, share: Any) -> Target:
         aim, done = self.aim, step / steps
@@ -115,7 +143,11 @@ class Planner:
             if not group.has_channels and not group.is_inside_heads
         )
         floor = {name: math.ceil(size * FLOOR) for name, size in sizes.items()}
-        return Limits(least, self.round_to or 1, frozenset(heads), floor)
+        return Limits(least, 1, frozenset(heads), floor)
+
+
+def _most(target: Target) -> float:
+    return 1.0 if target.budget is None else target.budget + TOLERANCE
 
 
 def bases_of(

@@ -28,9 +28,9 @@ from nss_prune.pruner.assembly import (
 )
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
+from nss_prune.pruner.journal import Journal, Report
 from nss_prune.pruner.observation import evidence_of, profiling_for
 from nss_prune.pruner.planning import Plan, Planner
-from nss_prune.pruner.report import Report, report_of
 from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.tracer import TIMEOUT, Tracer
@@ -117,9 +117,12 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             of attention as well, to the same dimensions of all heads of a layer (see
             :mod:`nss_prune.allocation.head_bases`), unless ``prune_head_dims=False``; with
             ``step(interactive=True)`` and all else heads go whole (``prune_num_heads``).
+            ``round_to="auto"``, the default for budgets, keeps multiples of 8 (16 in half precision)
+            of layers of 64 channels and more, or of less where the budget would be missed; 1 is
+            exact.
 
     Attributes:
-        report: What the last step did, or None.
+        report: What the last step did, or None; of an interactive step once all groups were taken.
         folded: Consumers whose weights the last step changed beyond the removal.
 
     Raises:
@@ -195,6 +198,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._profiled: Any = self._given
         self._evidence: Any = None
         self._history: list[Any] = []
+        self._journal = Journal()
         share_history(self)
 
     def _first_subject(
@@ -245,7 +249,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def evidence(self) -> Any:
         """What the strategy observed, made on first use, and anew for every further step."""
         if self._evidence is None:
-            self._evidence = observed(self._strategy, self._subject, self._given)
+            with self._journal.stage("measuring"):
+                self._evidence = observed(self._strategy, self._subject, self._given)
         return self._evidence
 
     @property
@@ -256,8 +261,14 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return self._plan.slice
 
     def _planned(self, subject: Subject) -> Plan:
-        step = max(self.current_step, 1)
-        return self._planner.plan(subject, self.evidence, step, self.iterative_steps, self._whole)
+        step, steps, evidence = max(self.current_step, 1), self.iterative_steps, self.evidence
+        with self._journal.stage("selecting"):
+            return self._planner.plan(subject, evidence, step, steps, self._whole)
+
+    @property
+    def cumulative_report(self) -> Report | None:
+        """What all steps did together, or None before the first."""
+        return self._journal.total
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Remove the neurons of this step.
@@ -288,13 +299,15 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         with restored_on_error(self):
             self.current_step += 1
             self._renew()
+            self._journal.begin(self._subject)
             if interactive:
                 return self._groups(self._verified(inside_heads=False))
-            before = self._subject.cost()
-            plan, repaired = self._pruned()
+            plan = self._plan or self._planned(self._subject.on(self.evidence.neurons))
+            with self._journal.stage("removing"):
+                plan, repaired = self._pruned(plan)
             self._finish(plan)
         self.folded = repaired.changed
-        self.report = report_of(plan, before, repaired.notes)
+        self.report = self._journal.end(plan, repaired.notes)
         return None
 
     def _renew(self) -> None:
@@ -307,9 +320,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._given = self._profiled = self._evidence = self._plan = None
         self._stale = False
 
-    def _pruned(self) -> tuple[Plan, Any]:
+    def _pruned(self, plan: Plan) -> tuple[Plan, Any]:
         """Carry the plan out; where that fails, the groups to blame are left alone."""
-        plan = self._plan or self._planned(self._subject.on(self.evidence.neurons))
         try:
             return plan, carry_out(plan, self.repairs, self.wrapper)
         except RemovalError:
@@ -337,7 +349,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         def groups() -> Iterator[Any]:
             self._stale = True
-            yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
+            with self._journal.stage("removing"):
+                yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
+            self.report = self._journal.end(plan, planned=False)
 
         return groups()
 

@@ -3,75 +3,112 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
-
-from nss_prune.core.models import submodule
+from nss_prune.core.aside import write_text
+from nss_prune.errors import ArgumentError, FileFormatError
 from nss_prune.graph.costs import Cost
-from nss_prune.graph.neurons import NeuronGroup
-from nss_prune.graph.slices import Slice
-from nss_prune.pruner.planning import Plan
-from nss_prune.pruner.subject import Subject
-from nss_prune.structures.attention import HEADS
+from nss_prune.pruner.figures import Figures, combined
+from nss_prune.pruner.page.document import page
+from nss_prune.pruner.page.text import change, latency_sentence, slower
+from nss_prune.pruner.rows import HEADER, Row, combined_rows
 
-NOT_FOLLOWED = "not followed: it runs without gradients, in another part, or not in this call"
-
-HEADER = ("layer", "before", "after", "left alone because")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer: channels before and after, and why it was left alone ("" where it was not).
-
-    Attributes:
-        unit: What is counted: "channels", "heads" of attention, "dimensions of a head", the same
-            in every head, or "units" of several channels.
-    """
-
-    layer: str
-    before: int
-    after: int
-    reason: str = ""
-    unit: str = "channels"
-
-    @property
-    def title(self) -> str:
-        """The layer, with the unit where it is not channels."""
-        return self.layer if self.unit == "channels" else f"{self.layer} ({self.unit})"
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """What a table shows, under :data:`HEADER`."""
-        return self.title, str(self.before), str(self.after), self.reason
+__all__ = ["Report", "Row"]
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The result of a pruning step; print it."""
+    """The result of a pruning step; print it.
+
+    Attributes:
+        rows: Of each layer.
+        before, after: Parameters, and multiply-accumulates of a call with the example inputs.
+        notes: What a user should know.
+        figures: What else is known of the step; reports are equal whatever it took.
+        steps: The reports that this one adds up; empty for one step.
+    """
 
     rows: tuple[Row, ...]
     before: Cost
     after: Cost
     notes: tuple[str, ...] = ()
+    figures: Figures = field(default_factory=Figures, compare=False)
+    steps: tuple[Report, ...] = field(default=(), compare=False)
+
+    @staticmethod
+    def total(reports: Sequence[Report]) -> Report:
+        """One report of several steps, in their order.
+
+        Raises:
+            ArgumentError: There are none.
+        """
+        if not reports:
+            raise ArgumentError("no report was given; take a step first")
+        steps = tuple(reports)
+        if len(steps) == 1:
+            return steps[0]
+        everywhere = [note for note in steps[0].notes if all(note in one.notes for one in steps)]
+        own = [
+            f"step {number}: {note}"
+            for number, one in enumerate(steps, 1)
+            for note in one.notes
+            if note not in everywhere
+        ]
+        notes = (*everywhere, *own)
+        return Report(
+            combined_rows(tuple(one.rows for one in steps)),
+            steps[0].before,
+            steps[-1].after,
+            notes,
+            combined(tuple(one.figures for one in steps)),
+            steps,
+        )
+
+    def with_figures(self, **figures: Any) -> Report:
+        """The same report with more figures, such as ``accuracy=(0.8, 0.78)``.
+
+        Args:
+            figures: As of :class:`nss_prune.pruner.figures.Figures`.
+        """
+        return replace(self, figures=replace(self.figures, **figures))
+
+    @property
+    def slower(self) -> bool:
+        """Whether a call was timed, and takes no less time than before."""
+        return slower(self.figures.latency)
 
     def __str__(self) -> str:
         lines = _table(HEADER, [row.cells for row in self.rows])
-        lines.append("")
-        lines.append(_change("parameters", self.before.parameters, self.after.parameters))
-        lines.append(_change("MACs", self.before.macs, self.after.macs))
-        lines.extend(f"note: {note}" for note in self.notes)
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *self._summary()])
+
+    def _summary(self) -> list[str]:
+        figures = self.figures
+        lines = [
+            change("parameters", self.before.parameters, self.after.parameters),
+            change("MACs", self.before.macs, self.after.macs),
+        ]
+        if figures.divergence is not None:
+            lines.append(f"predicted divergence: {figures.divergence:.4g} nats a sample")
+        if figures.latency is not None:
+            lines.append(latency_sentence(figures.latency))
+        if figures.accuracy is not None:
+            whole, smaller = figures.accuracy
+            lines.append(f"accuracy: {whole:.2%} -> {smaller:.2%}")
+        if figures.seconds:
+            stages = ", ".join(f"{name} {spent:.1f}" for name, spent in figures.seconds.items())
+            lines.append(f"seconds: {stages}")
+        return [*lines, *(f"note: {note}" for note in self.notes)]
 
     def __repr__(self) -> str:
         pruned = sum(row.after < row.before for row in self.rows)
         left = sum(bool(row.reason) for row in self.rows)
         return (
             f"Report({pruned} of {len(self.rows)} layers pruned, {left} left alone; "
-            f"{_change('parameters', self.before.parameters, self.after.parameters)}; "
-            f"{_change('MACs', self.before.macs, self.after.macs)}; {len(self.notes)} notes)"
+            f"{change('parameters', self.before.parameters, self.after.parameters)}; "
+            f"{change('MACs', self.before.macs, self.after.macs)}; {len(self.notes)} notes)"
         )
 
     def _repr_html_(self) -> str:
@@ -81,71 +118,73 @@ class Report:
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells) + "</tr>"
             for row in self.rows
         )
-        lines = [
-            _change("parameters", self.before.parameters, self.after.parameters),
-            _change("MACs", self.before.macs, self.after.macs),
-            *(f"note: {note}" for note in self.notes),
-        ]
-        text = "<br>".join(html.escape(line) for line in lines)
+        text = "<br>".join(html.escape(line) for line in self._summary())
         return f"<table><tr>{header}</tr>{rows}</table><p>{text}</p>"
 
+    def to_html(self, path: str | os.PathLike[str], title: str = "Pruning report") -> None:
+        """Write the report as one HTML file that needs no network, whole or not at all.
 
-def report_of(plan: Plan, before: Cost, notes: Sequence[str] = ()) -> Report:
-    """The report of a step that was taken.
+        Raises:
+            OSError: The file cannot be written.
+        """
+        write_text(path, page(self, title))
 
-    Args:
-        before: The model's cost before it.
-        notes: Of the repairs.
-    """
-    subject, evidence = plan.subject, plan.evidence
-    rows = report_rows(subject, plan.slice)
-    found = (*subject.neurons.notes, *plan.notes, *evidence.notes, *notes)
-    return Report(rows, before, subject.cost(), found)
+    def to_dataframe(self) -> Any:
+        """The rows as a pandas frame: layer, unit, before, after, reason.
 
+        Raises:
+            ArgumentError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ArgumentError(
+                "to_dataframe needs pandas; run: pip install 'nss_prune[pandas]'"
+            ) from error
+        columns = ["layer", "unit", "before", "after", "reason"]
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
 
-def report_rows(subject: Subject, chosen: Slice) -> tuple[Row, ...]:
-    """A row for each layer that has neurons, in the order of the model's modules."""
-    rows = {
-        group.name: Row(
-            group.name,
-            group.size * group.ties,
-            int(chosen.kept[group.name].sum()) * group.ties,
-            unit=_unit(subject.model, group),
-        )
-        for group in subject.groups
-    }
-    for name, reason in subject.neurons.left_alone.items():
-        size = subject.neurons.left_alone_sizes[name]
-        rows[name] = Row(name, size, size, reason)
-    for name, size in _unknown(subject).items():
-        rows.setdefault(name, Row(name, size, size, NOT_FOLLOWED))
-    return tuple(rows[name] for name, _ in subject.model.named_modules() if name in rows)
+    def plot(self) -> Any:
+        """A matplotlib figure: neurons of each layer, and the divergence over size where known.
 
+        Raises:
+            ArgumentError: matplotlib is not installed.
+        """
+        from nss_prune.pruner.plots import plot_report
 
-def _unit(model: nn.Module, group: NeuronGroup) -> str:
-    """What the neurons of a group are called."""
-    if group.has_channels:
-        return "channels"
-    if group.is_inside_heads:
-        return "dimensions of a head"
-    around = submodule(model, group.name.rpartition(".")[0])
-    return "heads" if any(hasattr(around, name) for name in HEADS) else "units"
+        return plot_report(self.rows, self.figures)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "notes": list(self.notes),
+            "figures": self.figures.to_dict(),
+            "steps": [step.to_dict() for step in self.steps],
+        }
 
-def _unknown(subject: Subject) -> dict[str, int]:
-    """Layers that tracing did not come to, and their channels."""
-    known = {member.name for group in subject.groups for member in group.members}
-    traced = set() if subject.graph is None else set(subject.graph.module2node)
-    return {
-        name: layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        for name, layer in subject.model.named_modules()
-        if isinstance(layer, (nn.Linear, _ConvNd)) and name not in known and layer not in traced
-    }
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Report:
+        """From what :meth:`to_dict` gave, after JSON too.
 
-
-def _change(what: str, before: int, after: int) -> str:
-    share = f" ({1 - after / before:.1%} gone)" if before else ""
-    return f"{what}: {before:,} -> {after:,}{share}"
+        Raises:
+            FileFormatError: It is something else.
+        """
+        try:
+            return Report(
+                tuple(Row(**row) for row in values["rows"]),
+                Cost(**values["before"]),
+                Cost(**values["after"]),
+                tuple(values["notes"]),
+                Figures.from_dict(values["figures"]),
+                tuple(Report.from_dict(step) for step in values["steps"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FileFormatError(
+                f"this is no report ({error!r}); give what Report.to_dict or nss-prune wrote"
+            ) from error
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
