@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from nss_prune.allocation.effects import measured
 from nss_prune.allocation.elimination import Elimination, eliminations
+from nss_prune.allocation.interactions import Interactions, Predictor
 from nss_prune.core.outputs import OutputsSpec
 from nss_prune.core.views import views_of
 from nss_prune.pruner.meaning import outputs_for
@@ -18,9 +20,20 @@ from nss_prune.statistics.consumers import ConsumerSums
 
 @dataclass(frozen=True, kw_only=True)
 class EliminationEvidence(Evidence):
-    """Layer -> its neurons in the order of backward elimination, and what that causes."""
+    """Layer -> its neurons in the order of backward elimination, and what that causes.
+
+    Attributes:
+        interactions: What the layers do to the outputs together; without parts where nothing was
+            measured.
+    """
 
     eliminations: dict[str, Elimination]
+    interactions: Interactions = field(default_factory=Interactions)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The predicted divergence of any slice."""
+        return Predictor(self.eliminations, self.interactions)
 
 
 @dataclass(frozen=True)
@@ -58,11 +71,14 @@ class Eliminating:
         statistics = (
             None if sums is None else sums.surveyed(subject.example_inputs, **subject.calling)
         )
+        together = Interactions()
         if not isinstance(data, Iterator):
+            settings["interactions"] = together
             found = measured(model, data, groups, found, statistics, **settings)
         return EliminationEvidence(
             neurons=subject.neurons,
             statistics=statistics,
             notes=(outputs.describe(), *outputs.notes),
             eliminations=found,
+            interactions=together,
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -13,6 +13,7 @@ from nss_prune.core.models import submodule
 from nss_prune.graph.costs import Cost
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.classes import KEPT_CLASSES
 from nss_prune.pruner.planning import Plan
 from nss_prune.pruner.subject import Subject
 from nss_prune.structures.attention import HEADS
@@ -49,12 +50,17 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The result of a pruning step; print it."""
+    """The result of a pruning step; print it.
+
+    Attributes:
+        classes: Class -> output that has its score, where the model was pruned for some classes.
+    """
 
     rows: tuple[Row, ...]
     before: Cost
     after: Cost
     notes: tuple[str, ...] = ()
+    classes: Mapping[int, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = _table(HEADER, [row.cells for row in self.rows])
@@ -99,7 +105,7 @@ def report_of(plan: Plan, before: Cost, notes: Sequence[str] = ()) -> Report:
     subject, evidence = plan.subject, plan.evidence
     rows = report_rows(subject, plan.slice)
     found = (*subject.neurons.notes, *plan.notes, *evidence.notes, *notes)
-    return Report(rows, before, subject.cost(), found)
+    return Report(rows, before, subject.cost(), found, plan.classes)
 
 
 def report_rows(subject: Subject, chosen: Slice) -> tuple[Row, ...]:
@@ -115,10 +121,16 @@ def report_rows(subject: Subject, chosen: Slice) -> tuple[Row, ...]:
     }
     for name, reason in subject.neurons.left_alone.items():
         size = subject.neurons.left_alone_sizes[name]
-        rows[name] = Row(name, size, size, reason)
+        rows[name] = Row(name, size, _width(subject.model, name, size), reason)
     for name, size in _unknown(subject).items():
         rows.setdefault(name, Row(name, size, size, NOT_FOLLOWED))
     return tuple(rows[name] for name, _ in subject.model.named_modules() if name in rows)
+
+
+def _width(model: nn.Module, name: str, before: int) -> int:
+    """The channels of a layer that was left alone; a head may have lost some of its classes."""
+    layer = submodule(model, name)
+    return len(getattr(layer, KEPT_CLASSES, ())) or before
 
 
 def _unit(model: nn.Module, group: NeuronGroup) -> str:
