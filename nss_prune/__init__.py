@@ -9,6 +9,7 @@ from nss_prune.deeparc.arc import DeepArc
 from nss_prune.graph.slices import Slice
 from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.run import PAPER, profile
+from nss_prune.pruner.accuracy import accuracy_on
 from nss_prune.pruner.checkpoint import load_pruned, save_pruned
 from nss_prune.pruner.optimizers import rebind_optimizer
 from nss_prune.pruner.pruner import NSSPruner
@@ -33,6 +34,7 @@ __all__ = [
     "Slice",
     "Task",
     "Views",
+    "accuracy_on",
     "load_pruned",
     "profile",
     "rebind_optimizer",

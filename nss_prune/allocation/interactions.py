@@ -3,9 +3,9 @@
 When neurons of several layers go, the loss of a sample moves by Σ_l e_l, and the divergence of the
 outputs is ½ E[(Σ_l e_l)²] = Σ_l D_l + Σ_{l<m} E[e_l e_m]. The pass that measures D_l
 (:mod:`nss_prune.allocation.effects`) has e of all layers at hand for the same samples; their
-products are averaged there. Between the measured numbers of neurons e is interpolated linearly, and
-then enlarged to the D_l of its layer, which also holds what is predicted beyond the measurement: the
-correlations are those measured, and the prediction is never below 0.
+products are averaged there. Between the measured numbers of neurons e is interpolated linearly,
+and then enlarged to the D_l of its layer, which also holds what is predicted beyond the
+measurement: the correlations are those measured, and the prediction is never below 0.
 """
 
 from __future__ import annotations
