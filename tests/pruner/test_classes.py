@@ -141,7 +141,8 @@ def test_a_file_keeps_which_class_each_output_is(tmp_path) -> None:
 
 def test_labels_are_positions_among_the_classes() -> None:
     inputs = torch.arange(12).double()[:, None]
-    data = [(inputs[:6], torch.arange(6)), (inputs[6:], torch.arange(6)), (inputs[:1], torch.zeros(1).long())]  # fmt: skip
+    labels = torch.arange(6)
+    data = [(inputs[:6], labels), (inputs[6:], labels), (inputs[:1], labels[:1])]
     found = list(of_classes(data, [4, 1]))
     assert [x.flatten().tolist() for x, _ in found] == [[1, 4], [7, 10]]
     assert [y.tolist() for _, y in found] == [[1, 0], [1, 0]]

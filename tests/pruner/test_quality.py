@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_the_divergence_is_met_and_no_smaller_slice_of_the_path_meets_it(limit: 
     meeting = [count for count in range(path.last + 1) if predictor.of(path.slice(count)) <= limit]
     assert share(chosen) <= path.share(max(meeting))
     nested = [path.slice(count) for count in range(path.last + 1)]
-    for larger, smaller in zip(nested, nested[1:], strict=False):
+    for larger, smaller in itertools.pairwise(nested):
         assert all((larger.kept[name] | ~smaller.kept[name]).all() for name in SIZES)
     expected = [predictor.of(one) for one in nested]
     torch.testing.assert_close(path.divergence(predictor).tolist(), expected)
