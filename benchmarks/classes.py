@@ -84,7 +84,8 @@ def measure(board: Board, model: nn.Module, seen: Pictures, kept: float) -> Valu
     batches = list(seen.calibrating.batches(board.batch))
     found = {"whole": accuracy(model, seen)}
     sizes = {}
-    for how, arguments in (("classes", {"classes": seen.classes}), ("all", {})):
+    ways: dict[str, dict[str, Any]] = {"classes": {"classes": seen.classes}, "all": {}}
+    for how, arguments in ways.items():
         smaller: nn.Module = copy.deepcopy(model)
         own: dict[str, Any] = {"macs_budget": kept, "data": batches, "progress": False}
         pruner = NSSPruner(smaller, batches[0][0][:2], **own, **arguments)
@@ -136,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in named(asked.settings, BOARDS, "setting"):
         board = BOARDS[name]
         setting = board.setting.with_epochs(asked.epochs)
-        levels = LEVELS.get(name, DEFAULT_LEVELS)
+        levels: tuple[float, ...] = LEVELS.get(name, DEFAULT_LEVELS)
         if asked.levels:
             levels = tuple(float(share) for share in asked.levels.split(","))
         if not all(0 < share <= 1 for share in levels):

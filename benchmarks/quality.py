@@ -9,7 +9,10 @@ beside what NSSPruner predicted, with what layers do together and added up. Pict
 was trained with say little of others, so that half of the check pictures calibrate; the rows
 "training" show what those of the training set predict.
 
-Then `max_drop` finds the smallest model that loses a point on the other half, and the best of five
+Then `max_divergence` chooses the size by itself: what it predicts is checked on the pictures that
+calibrate, and the real divergence is beside its limit.
+
+And `max_drop` finds the smallest model that loses a point on the other half, and the best of five
 budgets that does is looked for by pruning to each of them. What is lost on the test pictures has
 its standard error with it.
 """
@@ -56,6 +59,12 @@ DROPPED = (
     Column("fresh", "lost, test"), Column("error", "standard error"),
     Column("seconds", "seconds", 1), Column("models", "models measured", 0),
 )  # fmt: skip
+LIMITED = (
+    Column("limit", "max_divergence"), Column("macs", "MACs kept %", 1),
+    Column("predicted", "predicted, nats", 4), Column("real", "real", 4),
+    Column("ratio", "real / limit"),
+)  # fmt: skip
+LIMITS = (0.01, 0.03, 0.1)
 Values = dict[str, float]
 Found = list[dict[tuple[str, ...], Values]]  # for each seed: row -> column -> value
 
@@ -104,6 +113,28 @@ def measure_predictions(
     return found
 
 
+def measure_limits(
+    board: Board, model: nn.Module, parts: Mapping[str, Split], test: Split
+) -> dict[tuple[str, ...], Values]:
+    """(limit,) -> the size that `max_divergence` chose, and the divergence."""
+    found: dict[tuple[str, ...], Values] = {}
+    batches = list(parts["new"].batches(board.batch))
+    whole = log_probabilities(model, test.batches(board.batch))
+    for limit in LIMITS:
+        smaller = copy.deepcopy(model)
+        pruner = pruned(smaller, batches, max_divergence=limit)
+        total = pruner.evidence.predictor.of(pruner.slice)
+        pruner.step()
+        left = log_probabilities(by_channel(smaller), test.batches(board.batch))
+        real = float((whole.exp() * (whole - left)).sum(1).mean())
+        found[(f"{limit:g}",)] = {
+            "macs": 100 * macs_kept(pruner), "predicted": total, "real": real,
+            "ratio": real / limit,
+        }  # fmt: skip
+        print(f"max_divergence {limit:g}: real {real:.4f}, {pruner.slice.rule}", flush=True)
+    return found
+
+
 def pruned(model: nn.Module, batches: Any, **arguments: Any) -> NSSPruner:
     return NSSPruner(model, batches[0][0][:2], data=batches, progress=False, **arguments)
 
@@ -136,7 +167,7 @@ def measure_drops(
             best, kept = other, macs_kept(pruner)
     found[("sweep",)] = (best, kept, time.perf_counter() - begin, 6)
     right = correct(model, test)
-    lost = {}
+    lost: dict[tuple[str, ...], Values] = {}
     for row, (smaller, share, seconds, count) in found.items():
         difference = right - correct(smaller, test)
         lost[row] = {
@@ -161,6 +192,9 @@ def correct(model: nn.Module, split: Split) -> Tensor:
     return (named == split.labels).double()
 
 
+MEASURES = (measure_predictions, measure_limits, measure_drops)
+
+
 def rows_of(found: Found, keys: Sequence[str]) -> list[dict[str, Cell]]:
     """A row for each of the first seed's, with the spread over the seeds."""
     rows = []
@@ -171,16 +205,21 @@ def rows_of(found: Found, keys: Sequence[str]) -> list[dict[str, Cell]]:
     return rows
 
 
-def report(board: Board, found: Found, drops: Found, device: str, data: Data, path: Path) -> None:
-    """Print both tables and write them to one result file."""
-    predictions, lost = rows_of(found, ("kept", "by")), rows_of(drops, ("how",))
+def report(board: Board, runs: Sequence[Found], device: str, data: Data, path: Path) -> None:
+    """Print the tables and write them to one result file."""
+    keys = (("kept", "by"), ("limit",), ("how",))
+    predictions, limited, lost = (rows_of(*pair) for pair in zip(runs, keys, strict=True))
     results.write(
         path, f"By quality, {board.name}: predicted divergence", PREDICTED, predictions,
-        seeds=range(len(found)), device=device,
+        seeds=range(len(runs[0])), device=device,
         options={"calibrated": board.calibrated, "data": data.origin, "drop": DROP},
-        tables={"drop": {"columns": [asdict(column) for column in DROPPED], "rows": lost}},
+        tables={
+            "limits": {"columns": [asdict(column) for column in LIMITED], "rows": limited},
+            "drop": {"columns": [asdict(column) for column in DROPPED], "rows": lost},
+        },
     )  # fmt: skip
-    print(f"\n{tables.text_table(PREDICTED, predictions)}\n\n{tables.text_table(DROPPED, lost)}")
+    print(f"\n{tables.text_table(PREDICTED, predictions)}\n\n{tables.text_table(LIMITED, limited)}")
+    print(f"\n{tables.text_table(DROPPED, lost)}")
     print(f"\n{path} written\n")
 
 
@@ -203,8 +242,7 @@ def main(words: Sequence[str] | None = None) -> None:
         board = Board(name, setting, board.calibrated, levels, board.batch)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
-        found: Found = []
-        drops: Found = []
+        runs: list[Found] = [[], [], []]
         for seed in seeds:
             known = trained(
                 setting.name, setting.build, data, setting.recipe, seed, asked.cache, device
@@ -212,10 +250,10 @@ def main(words: Sequence[str] | None = None) -> None:
             model = by_channel(known.model).eval()
             parts = parts_of(board, data, seed)
             with suitable_threads(model):
-                found.append(measure_predictions(board, model, parts, data.test))
-                drops.append(measure_drops(board, model, parts, data.test))
+                for kind, measure in zip(runs, MEASURES, strict=True):
+                    kind.append(measure(board, model, parts, data.test))
         path = asked.output / f"quality-{name}.json"
-        report(board, found, drops, device, data, path)
+        report(board, runs, device, data, path)
 
 
 if __name__ == "__main__":

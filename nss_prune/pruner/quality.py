@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,13 @@ from nss_prune.core.undo import Snapshot
 from nss_prune.errors import ArgumentError, NumericalError
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.eliminating import Eliminating, EliminationEvidence
+from nss_prune.pruner.measuring import Measuring
 from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategy import Score, Strategy, Target
 from nss_prune.pruner.subject import Subject
+
+ROUNDS = 6  # of measuring a slice, and predicting for less where it exceeds its limit
+NEAR = 0.8  # share of the limit from which no better slice is looked for
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Quality:
     def strategy(self, eliminating: Eliminating, repairs: Sequence[Repair]) -> Strategy[Any]:
         """What finds the smallest model."""
         if self.max_divergence is not None:
-            return WithinDivergence(eliminating, self.max_divergence)
+            return WithinDivergence(eliminating, self.max_divergence, tuple(repairs))
         return WithinScore(eliminating, self, tuple(repairs))
 
     def least(self, before: float) -> float:
@@ -104,13 +108,19 @@ def find_quality(
 class WithinDivergence:
     """The smallest model whose predicted divergence stays within a limit.
 
+    The prediction is of second order, and too small where the outputs are very sure. So it is
+    checked by measuring the slice found, and a smaller divergence is predicted for where more is
+    measured than the limit.
+
     Attributes:
         eliminating: Observes.
         most: In nats a sample.
+        repairs: Around the removal.
     """
 
     eliminating: Eliminating
     most: float
+    repairs: tuple[Repair, ...] = ()
 
     def observe(self, subject: Subject) -> EliminationEvidence:
         """The eliminations, from one or two passes over the data."""
@@ -121,11 +131,41 @@ class WithinDivergence:
     ) -> Slice:
         """The smallest of nested slices."""
         predictor, share = evidence.predictor, _share(target)
-        chosen = within_divergence(
-            subject.groups, evidence.eliminations, predictor, self.most, share, limits
-        )
-        rule = f"max_divergence {self.most:g} (predicted {predictor.of(chosen):.4g} nats)"
+
+        def predicted_within(most: float) -> Slice:
+            return within_divergence(
+                subject.groups, evidence.eliminations, predictor, most, share, limits
+            )
+
+        measuring = Measuring(subject, evidence, self.eliminating, self.repairs)
+        if measuring.possible:
+            chosen, found = self._checked(predicted_within, measuring)
+            measured = f", measured {found:.4g}"
+        else:
+            chosen, measured = predicted_within(self.most), ""
+        rule = f"max_divergence {self.most:g} (predicted {predictor.of(chosen):.4g} nats{measured})"
         return replace(chosen, rule=rule)
+
+    def _checked(
+        self, predicted_within: Callable[[float], Slice], measuring: Measuring
+    ) -> tuple[Slice, float]:
+        """The smallest slice found that is measured within the limit, and what is measured.
+
+        Where none is, the largest that was tried.
+        """
+        most, failing, passing = self.most, 0.0, 0.0
+        best: tuple[Slice, float] | None = None
+        for _ in range(ROUNDS):
+            last = predicted_within(most)
+            found = measuring.divergence(last)
+            if found > self.most:
+                failing = most
+            else:
+                passing, best = most, (last, found)
+            if best is not None and (not failing or found > NEAR * self.most >= NEAR * found):
+                break
+            most = math.sqrt(passing * failing) if passing else most * self.most / found
+        return best or (last, found)
 
 
 @dataclass(frozen=True)

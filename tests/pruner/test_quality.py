@@ -106,15 +106,41 @@ def test_max_divergence(trained, cost) -> None:
     predictor, chosen = pruner.evidence.predictor, pruner.slice
     assert_unchanged(model, before)
     assert predictor.has_cross_terms
-    assert 0.02 < predictor.of(chosen) <= 0.03
+    assert 0.015 < predictor.of(chosen) <= 0.03
     pruner.step()
     (note,) = (n for n in pruner.report.notes if "max_divergence" in n)
     assert "0.03" in note
     assert f"{predictor.of(chosen):.4g} nats" in note
-    with torch.no_grad():
-        wanted, got = (net(inputs[1000:]).log_softmax(1) for net in (base, model))
-    real = float((wanted.exp() * (wanted - got)).sum(1).mean())
-    assert 0.03 / 1.5 < real < 0.03 * 1.5
+    calibrating, fresh = kl(base, model, inputs[:1000]), kl(base, model, inputs[1000:])
+    assert float(note.rpartition("measured ")[2].rstrip(")")) == pytest.approx(
+        calibrating, rel=1e-3
+    )
+    assert calibrating <= 0.03
+    assert 0.03 / 1.5 < fresh < 0.03 * 1.5
+
+
+@torch.no_grad()
+def kl(whole: nn.Module, smaller: nn.Module, inputs: Tensor) -> float:
+    wanted, got = (net(inputs).log_softmax(1) for net in (whole, smaller))
+    return float((wanted.exp() * (wanted - got)).sum(1).mean())
+
+
+@torch.no_grad()
+def test_where_outputs_are_sure_what_is_measured_limits_the_size(trained) -> None:
+    """Scores eight times as large: the second order sees little, the measurement all of it."""
+    base, inputs, labels = trained
+    model = copy.deepcopy(base)
+    model[-1].weight.mul_(8)
+    model[-1].bias.mul_(8)
+    whole, data = copy.deepcopy(model), batches(inputs[:1000], labels[:1000])
+    pruner = NSSPruner(model, inputs[:2], data=data, max_divergence=0.05)
+    before = fingerprint(model)
+    predicted = pruner.evidence.predictor.of(pruner.slice)
+    assert_unchanged(model, before)
+    pruner.step()
+    found = kl(whole, model, inputs[:1000])
+    assert 0.5 * 0.05 < found <= 0.05
+    assert predicted < found / 1.3
 
 
 def test_costs_are_made_least_each_its_own(trained) -> None:
