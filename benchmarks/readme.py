@@ -6,7 +6,8 @@ A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a re
 `NAME thetas`: what the thetas of that RQ1 file cost, by Taylor, `NAME summary`: what that file of
 RQ2, RQ3 or RQ4 says in all, `NAME leads`: the best of every criterion on that accuracy board,
 `NAME agreement`: the same by agreement with the whole model, or `NAME classes`: what the class that
-loses most loses on it, with and without balance, or `coverage costs`: what the allocation of every
+loses most loses on it, with and without balance, `NAME limits` and `NAME drop`: what
+`max_divergence` and `max_drop` found, or `coverage costs`: what the allocation of every
 architecture cost. `headlines` is one table of all accuracy boards.
 """
 
@@ -77,6 +78,9 @@ def table(name: str) -> str:
         return leads(AGREEMENT_COLUMNS, agreements(cells(content)))
     if part == ["classes"]:
         return tables.markdown_table(CLASS_COLUMNS, class_drops(cells(content)))
+    if part in (["drop"], ["limits"]):
+        shown = content["tables"][part[0]]
+        return tables.markdown_table([Column(**one) for one in shown["columns"]], shown["rows"])
     if part == ["costs"]:
         return tables.markdown_table(COSTS, content["costs"])
     if part == ["summary"]:

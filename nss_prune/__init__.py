@@ -9,6 +9,7 @@ from nss_prune.deeparc.arc import DeepArc
 from nss_prune.graph.slices import Slice
 from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.run import PAPER, profile
+from nss_prune.pruner.accuracy import accuracy_on
 from nss_prune.pruner.checkpoint import load_pruned, save_pruned
 from nss_prune.pruner.hub import from_pretrained, push_to_hub, save_pretrained
 from nss_prune.pruner.optimizers import rebind_optimizer
@@ -34,6 +35,7 @@ __all__ = [
     "Slice",
     "Task",
     "Views",
+    "accuracy_on",
     "from_pretrained",
     "load_pruned",
     "profile",

@@ -10,9 +10,22 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import accuracy, coverage, pilot, readme, rq1, rq2, rq3, rq4, speed
+from benchmarks import (
+    accuracy,
+    classes,
+    coverage,
+    pilot,
+    quality,
+    readme,
+    rq1,
+    rq2,
+    rq3,
+    rq4,
+    speed,
+)
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = (accuracy, classes, coverage, pilot, quality, rq1, rq2, rq3, rq4, speed)
 TEXT = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -39,7 +52,9 @@ def test_the_default_benchmark_has_a_table() -> None:
     assert "<!-- results: rq2-mlp-digits -->" in readme.PAGES[1].read_text("utf-8")
 
 
-@pytest.mark.parametrize("script", [accuracy, coverage, pilot, rq1, rq2, rq3, rq4, speed])
+@pytest.mark.parametrize(
+    "script", [accuracy, classes, coverage, pilot, quality, rq1, rq2, rq3, rq4, speed]
+)
 def test_a_run_leaves_the_committed_results_alone(script: ModuleType) -> None:
     assert script.parser().parse_args([]).output.resolve() != readme.results.FOLDER
 

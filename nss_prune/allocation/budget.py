@@ -181,11 +181,8 @@ def solve(
         The slice, and the share that it keeps: the largest within the budget. Where not even the
         least that the limits allow is within it, the floors hold as well.
     """
-    ranked = _Ranked(groups, scores, limits)
-
-    def without(count: int) -> Slice:
-        return ranked.slice(torch.bincount(ranked.owners[:count], minlength=len(groups)))
-
+    ranked = Ranked(groups, scores, limits)
+    without = ranked.without
     fewest, most = 0, len(ranked.owners)
     if share(without(most)) > budget:
         ranked.limits = limits.out_of_reach()
@@ -204,7 +201,7 @@ def solve(
     return critical, share(critical)
 
 
-class _Ranked:
+class Ranked:
     """All neurons in one order, the worst first, and the slices that follow it in each layer."""
 
     def __init__(self, groups: tuple[NeuronGroup, ...], scores: Scores, limits: Limits) -> None:
@@ -228,6 +225,20 @@ class _Ranked:
             kept[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, best, True)
         return _readable(Slice(kept, self.groups), self.by_layer.__getitem__, self._partial)
 
+    def without(self, count: int) -> Slice:
+        """The slice without the worst ``count`` neurons, but within the limits."""
+        return self.slice(torch.bincount(self.owners[:count], minlength=len(self.groups)))
+
+    def gone_after(self, counts: Tensor) -> dict[str, Tensor]:
+        """Layer -> its neurons among the worst ones, within the limits, ``[counts]``."""
+        found = {}
+        for index, group in enumerate(self.groups):
+            mine = (self.owners == index).long().cumsum(0)
+            among = nn.functional.pad(mine, (1, 0))[counts]
+            stay = (self.limits.kept(group.name, group.size, n) for n in range(group.size, -1, -1))
+            found[group.name] = group.size - torch.tensor(list(stay))[among]
+        return found
+
     def best_gone(self, gone: Tensor) -> list[int]:
         """Groups that lose neurons, those whose best lost neuron scores most first."""
         losing = gone.nonzero().flatten().tolist()
@@ -240,7 +251,7 @@ class _Ranked:
         return sorted(losing, key=score, reverse=True)
 
 
-def _filled(ranked: _Ranked, gone: Tensor, budget: float, share: ShareOf) -> Slice:
+def _filled(ranked: Ranked, gone: Tensor, budget: float, share: ShareOf) -> Slice:
     """A slice with the neurons put back that a budget has room for besides.
 
     Where the last neuron that went is a large share of the cost, smaller ones went before it.

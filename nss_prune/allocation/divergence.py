@@ -67,7 +67,7 @@ def allocate(
     found = {group.name: found[group.name] for group in groups if group.name in found}
     solutions = []
     for _ in range(rounds):
-        values = scores(groups, found, _costs(current, found, share))
+        values = scores(groups, found, costs_at(current, found, share))
         current, reached = solve(groups, values.__getitem__, budget, share, limits)
         solutions.append((reached > budget, predicted(current, found), current, reached))
     _, _, best, reached = min(solutions, key=lambda solution: solution[:2])
@@ -80,7 +80,7 @@ def predicted(critical: Slice, found: Mapping[str, Elimination]) -> float:
     return sum(float(found[name].divergence[n - 1]) for name, n in removed.items())
 
 
-def _costs(current: Slice, found: Mapping[str, Elimination], share: ShareOf) -> dict[str, float]:
+def costs_at(current: Slice, found: Mapping[str, Elimination], share: ShareOf) -> dict[str, float]:
     """Layer -> what one of its neurons costs, by sparing the next tenth of those left."""
     whole = share(current)
     costs = {}

@@ -18,7 +18,6 @@ statistics when some go. What this changes is measured in the same way, at the n
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,11 +29,11 @@ from torch import Tensor, nn
 from nss_prune.allocation.changes import ConsumerChange, NormChange
 from nss_prune.allocation.elimination import Elimination
 from nss_prune.allocation.group_changes import GroupChanges
+from nss_prune.allocation.interactions import Interactions
 from nss_prune.core.arguments import on_input
-from nss_prune.core.batches import as_computed, counted_batches, split_batch
+from nss_prune.core.batches import as_computed, counted_batches, has_samples
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
-from nss_prune.core.nested import tensors_in
 from nss_prune.core.outputs import Outputs, outputs_of
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.statistics.capture import by_sample
@@ -57,6 +56,7 @@ def measured(
     outputs: Outputs | None = None,
     forward: Forward = call_model,
     progress: bool | None = None,
+    interactions: Interactions | None = None,
 ) -> dict[str, Elimination]:
     """Eliminations with at least the divergence measured, on at most :data:`MOST_SAMPLES` samples.
 
@@ -71,6 +71,7 @@ def measured(
         outputs: What the outputs mean; found from the first batch by default.
         forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
+        interactions: To add what the layers do together to, in the same pass.
 
     Returns:
         What was found where there are fewer than :data:`LEAST_SAMPLES` samples.
@@ -82,10 +83,11 @@ def measured(
     counts = {group.name: _counts(group.size) for group in groups if group.name in found}
     counts = {name: levels for name, levels in counts.items() if len(levels)}
     known = dict(found)
-    if not counts or not suffices(data):
+    if not counts or not has_samples(data, LEAST_SAMPLES):
         return known
     outputs = outputs or outputs_of(model, data, forward=forward, progress=progress)
     changes = GroupChanges(model, groups, statistics, MOST_VALUES // 2)
+    watched = Interactions() if interactions is None else interactions
     part = _Part(model)
     for group in groups:
         if group.name not in counts:
@@ -93,10 +95,12 @@ def measured(
         order, levels = found[group.name].order.cpu(), counts[group.name].tolist()
         part.add(group, *changes.of(group, order, levels))
         if part.values >= MOST_VALUES:
-            known.update(_measured(part, found, counts, data, seed, outputs, forward, progress))
+            products = part.products_of_effects(data, seed, outputs, forward, progress)
+            known.update(_measured(part, found, counts, products, watched))
             part = _Part(model)
     if part.layers:
-        known.update(_measured(part, found, counts, data, seed, outputs, forward, progress))
+        products = part.products_of_effects(data, seed, outputs, forward, progress)
+        known.update(_measured(part, found, counts, products, watched))
     return known
 
 
@@ -104,15 +108,12 @@ def _measured(
     part: _Part,
     found: Mapping[str, Elimination],
     counts: Mapping[str, Tensor],
-    data: Iterable[Any],
-    seed: int,
-    outputs: Outputs,
-    forward: Forward,
-    progress: bool | None,
+    products: Tensor,
+    interactions: Interactions,
 ) -> dict[str, Elimination]:
-    """Layer -> its elimination, of all layers of a part."""
-    squares = part.squared_effects(data, seed, outputs, forward, progress) / 2
-    by_layer = squares.split([len(counts[name]) for name in part.layers])
+    """Layer -> its elimination, of all layers of a part; their products join the interactions."""
+    interactions.add({name: counts[name] for name in part.layers}, products)
+    by_layer = (products.diagonal() / 2).split([len(counts[name]) for name in part.layers])
     return {
         name: _scaled(found[name], counts[name], divergence)
         for name, divergence in zip(part.layers, by_layer, strict=True)
@@ -132,13 +133,6 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination
     more = np.interp(np.arange(1, len(predicted) + 1), [0, *counts.tolist()], [0, *excess.tolist()])
     curve = (predicted + torch.from_numpy(more)).cummax(0).values
     return replace(found, divergence=curve.to(found.divergence))
-
-
-def suffices(data: Iterable[Any]) -> bool:
-    """Whether there are enough samples."""
-    batches = (tensors_in(split_batch(batch)[0]) for batch in data)
-    samples = itertools.accumulate(len(tensors[0]) if tensors else 0 for tensors in batches)
-    return any(seen >= LEAST_SAMPLES for seen in samples)
 
 
 def _counts(size: int) -> Tensor:
@@ -187,7 +181,7 @@ class _Part:
         self.layers.append(group.name)
         self.levels = where.stop
 
-    def squared_effects(
+    def products_of_effects(
         self,
         data: Iterable[Any],
         seed: int,
@@ -195,8 +189,8 @@ class _Part:
         forward: Forward,
         progress: bool | None,
     ) -> Tensor:
-        """Mean of e² over the samples, float64 ``[levels]``."""
-        total = torch.zeros(self.levels, dtype=torch.float64)
+        """Mean of e eᵀ over the samples, float64 ``[levels, levels]``."""
+        total = torch.zeros(self.levels, self.levels, dtype=torch.float64)
         seen = 0
         with evaluation(self.model), torch.enable_grad():
             for number, inputs, samples in counted_batches(self.model, data, progress, "effects"):
@@ -204,7 +198,7 @@ class _Part:
                 with self._watched(effects):
                     given = run(self.model, inputs, number, forward)
                     outputs.drawn_loss(given, Draws(inputs, seed)).backward()
-                total += effects.square().sum(1)
+                total += effects @ effects.T
                 seen += samples
                 if seen >= MOST_SAMPLES:
                     break

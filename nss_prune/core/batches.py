@@ -104,6 +104,13 @@ def samples_in(inputs: Any, number: int) -> int:
     return int(tensors[0].shape[0])
 
 
+def has_samples(data: Iterable[Any], least: int) -> bool:
+    """Whether there are at least so many samples."""
+    batches = (tensors_in(split_batch(batch)[0]) for batch in data)
+    samples = itertools.accumulate(len(tensors[0]) if tensors else 0 for tensors in batches)
+    return any(seen >= least for seen in samples)
+
+
 def first_batch(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch, and data that still has it.
 

@@ -15,8 +15,10 @@ from nss_prune.core.processes import processes
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
 from nss_prune.profiling.selection import STRATEGIES, check_theta
-from nss_prune.pruner.cost import CallLatency, Cost, MACs, Parameters
+from nss_prune.pruner.cost import CallLatency, Cost, CostSpec, MACs, Parameters, cost_named
+from nss_prune.pruner.quality import Quality, find_quality
 from nss_prune.pruner.rounding import AUTO, check_round_to
+from nss_prune.pruner.strategy import Score
 
 THETA = 0.95
 """The similarity threshold unless something else is asked for (paper, section 4.2)."""
@@ -43,19 +45,21 @@ DEPRECATED = {"ch_sparsity": "pruning_ratio", "ch_sparsity_dict": "pruning_ratio
 
 @dataclass(frozen=True)
 class Aim:
-    """How much is to go over all steps; of theta, ratio and budget one is not None.
+    """How much is to go over all steps; one of theta, ratio, budgets and quality is given.
 
     Attributes:
         theta: The similarity threshold.
         ratio: Share of the neurons to remove, in [0, 1).
-        budget: Share of the cost to keep, in (0, 1].
-        cost: What the budget is a share of.
+        budgets: Shares of the costs to keep, in (0, 1]; all of them hold.
+        quality: How good the smaller model must be.
+        costs: What each budget is a share of, or the one that ``quality`` makes least.
     """
 
     theta: float | None = None
     ratio: float | None = None
-    budget: float | None = None
-    cost: Cost | None = None
+    budgets: tuple[float, ...] = ()
+    quality: Quality | None = None
+    costs: tuple[Cost, ...] = ()
 
 
 def find_aim(
@@ -63,48 +67,82 @@ def find_aim(
     ratio: float | None,
     kept: Sequence[float | None],
     budget: float | None,
-    cost: Cost | None,
+    cost: CostSpec | None,
     importance: Any,
+    wanted: tuple[float | None, Score | None, float | None, float | None] = (None,) * 4,
 ) -> Aim:
     """What the arguments ask for.
 
     Args:
         kept: The shares of :data:`BUDGETS`, in their order.
+        wanted: As :func:`nss_prune.pruner.quality.find_quality` takes them.
 
     Raises:
         ArgumentError: They ask for several things, or for one that is outside what it may be.
     """
+    quality = find_quality(*wanted)
     if ratio is not None and not 0 <= ratio < 1:
         raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
+    budgets = _budgets(kept, budget, cost, quality)
+    asked = _asked(ratio, budgets, quality)
+    if ratio is not None and len(asked) > 1:
+        raise ArgumentError(f"{', '.join(asked)}; give one of them, or none and theta")
+    if quality is not None and len(asked) > 1:
+        raise ArgumentError(
+            f"{', '.join(asked)}: the first says how much goes, and so do the others; leave one "
+            "out, and say by cost= what is to be least"
+        )
+    if theta is not None and (asked or importance is not None):
+        named = ", ".join(asked) or "importance="
+        raise ArgumentError(f"theta={theta!r} has no effect with {named}; leave one of them out")
+    if quality is not None:
+        return Aim(quality=quality, costs=(cost_named("macs" if cost is None else cost),))
+    if budgets:
+        shares, costs = zip(*budgets.values(), strict=True)
+        return Aim(budgets=shares, costs=costs)
+    if ratio is None and importance is None:
+        return Aim(theta=check_theta(THETA if theta is None else theta))
+    return Aim(ratio=DEFAULT_RATIO if ratio is None else ratio)
+
+
+def _budgets(
+    kept: Sequence[float | None],
+    budget: float | None,
+    cost: CostSpec | None,
+    quality: Quality | None,
+) -> dict[str, tuple[float, Cost]]:
+    """Argument -> share to keep, and of what."""
     given = {n: share for n, share in zip(BUDGETS, kept, strict=True) if share is not None}
-    if (budget is None) != (cost is None):
+    found = {name: (share, BUDGETS[name]()) for name, share in given.items()}
+    if quality is None and (budget is None) != (cost is None):
         raise ArgumentError(
             f"budget={budget!r} with cost={cost!r}; give both, the share to keep and an object "
             "that says of what, or params_budget=, macs_budget= or latency_budget="
         )
-    costs = {name: BUDGETS[name]() for name in given}
-    if budget is not None and cost is not None:
-        given, costs = {**given, "budget": budget}, {**costs, "budget": cost}
-    for name, share in given.items():
+    if budget is not None:
+        found["budget"] = (budget, cost_named("macs" if cost is None else cost))
+    for name, (share, _) in found.items():
         if not 0 < share <= 1:
             raise ArgumentError(f"{name} is {share!r}; it is the share to keep, in (0, 1]")
-    asked = {"pruning_ratio": ratio, **given} if ratio is not None else given
-    if len(asked) > 1:
-        named = ", ".join(f"{name}={share}" for name, share in asked.items())
-        raise ArgumentError(f"{named}; give one of them, or none and theta")
-    if theta is not None and (asked or importance is not None):
-        named = ", ".join(f"{name}={share}" for name, share in asked.items()) or "importance="
-        raise ArgumentError(f"theta={theta!r} has no effect with {named}; leave one of them out")
-    if "latency_budget" in given and processes() > 1:
+    timed = "latency_budget" in given or cost == "latency"
+    if timed and processes() > 1:
         raise ArgumentError(
             "every process would time the model otherwise and keep other neurons; prune with "
             "latency_budget in one process, or give macs_budget or params_budget"
         )
-    for name, share in given.items():
-        return Aim(budget=share, cost=costs[name])
-    if ratio is None and importance is None:
-        return Aim(theta=check_theta(THETA if theta is None else theta))
-    return Aim(ratio=DEFAULT_RATIO if ratio is None else ratio)
+    return found
+
+
+def _asked(
+    ratio: float | None, budgets: Mapping[str, tuple[float, Cost]], quality: Quality | None
+) -> list[str]:
+    """The arguments that say how much goes, as they were given."""
+    asked = [] if ratio is None else [f"pruning_ratio={ratio}"]
+    if quality is not None:
+        limits = ("max_divergence", "min_score", "max_drop")
+        values = {name: getattr(quality, name) for name in limits}
+        asked += [f"{name}={value}" for name, value in values.items() if value is not None]
+    return asked + [f"{name}={share}" for name, (share, _) in budgets.items()]
 
 
 def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> dict[str, Any]:
@@ -131,7 +169,7 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
     own["unwrapped_parameters"] = [tuple(pair) for pair in pairs]
     if aim.ratio is not None:
         own["pruning_ratio"] = aim.ratio
-    own["round_to"] = check_round_to(own.get("round_to", AUTO if aim.budget is not None else None))
+    own["round_to"] = check_round_to(own.get("round_to", AUTO if aim.budgets else None))
     return own
 
 
@@ -161,8 +199,10 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
     """Raise where a strategy is none of those that there are, or does not suit what is asked for.
 
     Args:
-        predicts: Whether there are a budget and data, in one process.
+        predicts: Whether there are a budget or a quality, and data, in one process.
     """
+    if aim.quality is not None:
+        _check_quality(strategy, importance, predicts)
     if not isinstance(strategy, str):
         missing = [name for name in ("observe", "select") if not hasattr(strategy, name)]
         if missing:
@@ -183,6 +223,19 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
         raise ArgumentError(
             f"strategy={strategy!r} takes a share of the ranking: give pruning_ratio=, and no "
             "importance="
+        )
+
+
+def _check_quality(strategy: Any, importance: Any, predicts: bool) -> None:
+    if importance is not None or not predicts:
+        raise ArgumentError(
+            "max_divergence= and score= choose the size from what data predicts: give data=, in "
+            "one process, and no importance="
+        )
+    if strategy != "divergence":
+        raise ArgumentError(
+            f"strategy={strategy!r} does not predict how the outputs change, which "
+            "max_divergence= and score= need: leave strategy=, loss= and profile= out"
         )
 
 
@@ -225,8 +278,16 @@ def check_repairs(repairs: Iterable[Any]) -> tuple[Any, ...]:
     return found
 
 
-def check_steps(steps: int, importance: Any, data: Any, profile: Any) -> None:
-    """Raise where only the first of several steps has a profile, and the others need one."""
+def check_steps(steps: int, importance: Any, data: Any, profile: Any, aim: Aim) -> None:
+    """Raise where only the first of several steps has a profile, and the others need one.
+
+    Likewise where each of several steps would be as large as quality allows.
+    """
+    if steps > 1 and aim.quality is not None:
+        raise ArgumentError(
+            f"iterative_steps is {steps} with max_divergence= or score=, which are about the one "
+            "step from the whole model; leave iterative_steps out"
+        )
     if importance is None and data is None and profile is not None and steps > 1:
         raise ArgumentError(
             f"iterative_steps is {steps} with a profile of the first step only; give data= as "

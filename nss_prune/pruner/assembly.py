@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nss_prune.core.processes import processes
@@ -15,6 +15,7 @@ from nss_prune.pruner.arguments import (
     check_strategy,
 )
 from nss_prune.pruner.balancing import Balance
+from nss_prune.pruner.classes import Classes, ClassHead, ClassScores, find_classes, of_classes
 from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.observation import ProfileEvidence, Profiling
 from nss_prune.pruner.ranking import Ranking
@@ -46,12 +47,52 @@ def chosen_strategy(
     Raises:
         ArgumentError: It does not suit what is asked for.
     """
-    predicts = aim.budget is not None and data is not None and processes() == 1
+    allocates = bool(aim.budgets) or aim.quality is not None
+    predicts = allocates and data is not None and processes() == 1
     if strategy is None:
         best = predicts and not plain and importance is None
         strategy = "divergence" if best else "semantic"
     check_strategy(strategy, aim, importance, predicts)
     return strategy
+
+
+@dataclass(frozen=True)
+class Given:
+    """The data of a pruner, and what the model's outputs mean: of all classes or of some.
+
+    Attributes:
+        data: Batches of (inputs, labels); None for the example inputs.
+        outputs: See :data:`nss_prune.core.outputs.OutputsSpec`.
+        classes: None for all of them.
+    """
+
+    data: Iterable[Any] | None
+    outputs: Any
+    classes: Classes | None = None
+
+    @staticmethod
+    def of(
+        classes: Sequence[int] | None,
+        keep_head: bool,
+        data: Iterable[Any] | None,
+        outputs: Any,
+        categories: Any,
+        **others: Any,
+    ) -> Given:
+        """By NSSPruner's arguments.
+
+        Raises:
+            ArgumentError: They contradict each other.
+        """
+        own = None if categories == "labels" else categories
+        found = find_classes(classes, keep_head, data, outputs=outputs, categories=own, **others)
+        if found is None or data is None:
+            return Given(data, outputs)
+        return Given(of_classes(data, found.kept), ClassScores(found.kept), found)
+
+    def head(self, subject: Subject) -> ClassHead | None:
+        """Where the scores of some classes are made; None for all of them."""
+        return None if self.classes is None else self.classes.head(subject)
 
 
 def strategy_for(
@@ -62,6 +103,7 @@ def strategy_for(
     pruner: Any,
     sizes: Mapping[str, int],
     inside_heads: bool = True,
+    repairs: Sequence[Repair] = (),
     **settings: Any,
 ) -> Strategy[Any]:
     """The object behind a name, or the object itself.
@@ -70,20 +112,24 @@ def strategy_for(
         pruner: torch-pruning's, whose own ranking decides where there is a ratio.
         sizes: Layer -> neurons before the first step.
         inside_heads: Whether dimensions inside heads may go.
+        repairs: Around a removal, for a score that is measured with them.
         settings: As of :class:`nss_prune.pruner.eliminating.Eliminating`; None is left out.
     """
     if not isinstance(strategy, str):
         return strategy  # type: ignore[no-any-return]
     if strategy == "divergence":
         assert profiling.data is not None
-        return DivergenceStrategy(
-            Eliminating(
-                profiling.data, profiling.keeps_statistics, inside_heads=inside_heads, **settings
-            )
+        # The slices that a quality tries are masked in the model's own coordinates.
+        inside_heads = inside_heads and aim.quality is None
+        eliminating = Eliminating(
+            profiling.data, profiling.keeps_statistics, inside_heads=inside_heads, **settings
         )
+        if aim.quality is not None:
+            return aim.quality.strategy(eliminating, repairs)
+        return DivergenceStrategy(eliminating)
     if strategy in ("category", "global"):
         return ShareStrategy(profiling, strategy)
-    if aim.budget is not None:
+    if aim.budgets:
         if importance is not None:
             return BudgetByCriterion(importance, pruner.global_pruning)
         return BudgetByRanking(profiling)

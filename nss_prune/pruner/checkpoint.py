@@ -14,6 +14,7 @@ from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.tracing import refuse_reparametrised
+from nss_prune.pruner.classes import KEPT_CLASSES
 
 KIND = "nss_prune model"
 _REMEDY = "pass model=, a fresh, unpruned model, made by the same code as the one that was saved"
@@ -190,7 +191,7 @@ def _set_numbers(module: nn.Module, saved: Mapping[str, Any]) -> None:
     present = _numbers(module)
     for key, value in saved.items():
         value = tuple(value) if isinstance(value, list) else value
-        if key in present and type(present[key]) is type(value):
+        if key == KEPT_CLASSES or (key in present and type(present[key]) is type(value)):
             vars(module)[key] = value
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from nss_prune.allocation.budget import ShareOf, mac_share, parameter_share
 from nss_prune.allocation.latency import Latency
+from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.subject import Subject
 
@@ -72,6 +73,49 @@ class CallLatency:
             subject.remove,
             subject.forward,
         ).seconds
+
+
+CostSpec = str | Cost | Callable[[Slice], float]
+"""What ``cost=`` may be: "macs", "parameters" or "latency", an object, or a function of a slice."""
+
+
+class _OfSlice:
+    """A function of a slice as a cost."""
+
+    def __init__(self, function: Callable[[Slice], float]) -> None:
+        self._function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def of(self, subject: Subject) -> Callable[[Slice], float]:
+        """The function itself."""
+        return self._function
+
+
+COSTS: dict[str, type[Cost]] = {"macs": MACs, "parameters": Parameters, "latency": CallLatency}
+
+
+def cost_named(cost: CostSpec) -> Cost:
+    """A cost by its name, of an object, or of a function of the slice that is kept.
+
+    Raises:
+        ArgumentError: It is none of these.
+    """
+    if isinstance(cost, str) and cost in COSTS:
+        return COSTS[cost]()
+    if hasattr(cost, "of") and hasattr(cost, "name"):
+        return cost
+    if callable(cost):
+        return _OfSlice(cost)
+    raise ArgumentError(
+        f"cost is {cost!r}; use one of {tuple(COSTS)}, a function of the slice that is kept, or an "
+        "object as nss_prune.pruner.cost.Cost says"
+    )
+
+
+def largest(shares: Sequence[ShareOf], budgets: Sequence[float]) -> ShareOf:
+    """Of several costs, the share that exceeds its budget most, in units of the budget."""
+    pairs = list(zip(shares, budgets, strict=True))
+    return lambda critical: max(share(critical) / budget for share, budget in pairs)
 
 
 def everything(subject: Subject) -> Slice:

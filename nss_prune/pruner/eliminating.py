@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from nss_prune.allocation.effects import measured, suffices
+from nss_prune.allocation.effects import LEAST_SAMPLES, measured
 from nss_prune.allocation.elimination import Elimination, eliminations
 from nss_prune.allocation.head_bases import head_bases, last_first
+from nss_prune.allocation.interactions import Interactions, Predictor
+from nss_prune.core.batches import has_samples
 from nss_prune.core.outputs import Outputs, OutputsSpec
 from nss_prune.core.views import views_of
 from nss_prune.graph.bases import BasisChange, in_basis
@@ -20,9 +23,20 @@ from nss_prune.statistics.consumers import ConsumerSums
 
 @dataclass(frozen=True, kw_only=True)
 class EliminationEvidence(Evidence):
-    """Layer -> its neurons in the order of backward elimination, and what that causes."""
+    """Layer -> its neurons in the order of backward elimination, and what that causes.
+
+    Attributes:
+        interactions: What the layers do to the outputs together; without parts where nothing was
+            measured.
+    """
 
     eliminations: dict[str, Elimination]
+    interactions: Interactions = field(default_factory=Interactions)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The predicted divergence of any slice."""
+        return Predictor(self.eliminations, self.interactions)
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,11 @@ class Eliminating:
         settings: dict[str, Any] = {"outputs": outputs, "progress": self.progress}
         settings.update(subject.calling)
         bases: dict[str, tuple[BasisChange, ...]] = {}
-        if self.inside_heads and not isinstance(data, Iterator) and suffices(data):
+        if (
+            self.inside_heads
+            and not isinstance(data, Iterator)
+            and has_samples(data, LEAST_SAMPLES)
+        ):
             subject = subject.with_head_dimensions()
             inside = [group.name for group in subject.groups if group.is_inside_heads]
             bases = head_bases(model, data, inside, **settings) if inside else {}
@@ -82,12 +100,16 @@ class Eliminating:
         statistics = (
             None if sums is None else sums.surveyed(subject.example_inputs, **subject.calling)
         )
+        together = Interactions()
         if not isinstance(data, Iterator):
-            found = measured(model, data, groups, found, statistics, **settings)
+            found = measured(
+                model, data, groups, found, statistics, interactions=together, **settings
+            )
         return EliminationEvidence(
             neurons=subject.neurons,
             statistics=statistics,
             notes=(outputs.describe(), *outputs.notes),
             eliminations=found,
             bases=bases,
+            interactions=together,
         )

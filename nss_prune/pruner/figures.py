@@ -8,17 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nss_prune.allocation.budget import Limits, ShareOf
-from nss_prune.allocation.divergence import allocate, predicted
-from nss_prune.allocation.elimination import Elimination
-from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 
 Sensitivity = Mapping[str, Mapping[float, float]]
 """Layer -> share of its neurons that goes -> divergence that this alone causes, in nats."""
-
-SHARES = tuple(step / 10 for step in range(1, 10))
-"""Shares of a layer's neurons that a table of sensitivities has, and budgets that a curve has."""
 
 
 @dataclass(frozen=True)
@@ -94,37 +87,6 @@ def _first_and_last(
     first: tuple[float, float] | None, last: tuple[float, float] | None
 ) -> tuple[float, float] | None:
     return None if first is None or last is None else (first[0], last[1])
-
-
-def sensitivity_table(found: Mapping[str, Elimination]) -> dict[str, dict[float, float]]:
-    """Layer -> share of its neurons that goes -> predicted divergence, in nats a sample.
-
-    A share of a layer is rounded to neurons; shares of none, or of all, are left out.
-    """
-    table = {}
-    for layer, elimination in found.items():
-        size = len(elimination.divergence)
-        counts = {share: round(share * size) for share in SHARES}
-        table[layer] = {
-            share: float(elimination.divergence[count - 1])
-            for share, count in counts.items()
-            if 0 < count < size
-        }
-    return table
-
-
-def divergence_curve(
-    groups: tuple[NeuronGroup, ...],
-    found: Mapping[str, Elimination],
-    share: ShareOf,
-    limits: Limits,
-) -> tuple[tuple[float, float], ...]:
-    """(share of the cost kept, predicted divergence) of a range of budgets, ascending."""
-    points = {1.0: 0.0}
-    for budget in SHARES:
-        critical, reached = allocate(groups, found, budget, share, limits, rounds=1)
-        points[round(reached, 4)] = predicted(critical, found)
-    return tuple(sorted(points.items()))
 
 
 def category_shares(

@@ -64,6 +64,7 @@ class Journal:
             subject.cost(),
             found,
             figures,
+            classes=plan.classes,
         )
         self.seconds.clear()
         self.reports.append(report)

@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
+from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits, ShareOf
 from nss_prune.graph.bases import BasisChange
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.norms import least_neurons
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
-from nss_prune.pruner.cost import everything, shares
+from nss_prune.pruner.classes import ClassHead
+from nss_prune.pruner.cost import everything, largest, shares
+from nss_prune.pruner.eliminating import EliminationEvidence
 from nss_prune.pruner.figures import Figures
 from nss_prune.pruner.plan_figures import figures_of
 from nss_prune.pruner.rounding import RoundTo, roundings
+from nss_prune.pruner.sensitivity import SensitivityTable, sensitivity_of
 from nss_prune.pruner.strategy import Evidence, Strategy, Target
 from nss_prune.pruner.subject import Subject
 
@@ -30,17 +33,21 @@ class Plan:
         subject: With the neurons that are known to be removable.
         evidence: What the strategy observed of it.
         slice: What is to stay.
-        whole: The first model's cost, where there is a budget.
+        whole: The first model's costs, where there are budgets or a quality.
         notes: What the slice falls short of.
         figures: What the evidence says of the slice.
+        classes: Class -> output, where the smaller model is for some of them.
+        sensitivity: Of the layers, where it was predicted.
     """
 
     subject: Subject
     evidence: Evidence
     slice: Slice
-    whole: float | None
+    whole: tuple[float, ...]
     notes: tuple[str, ...]
     figures: Figures = field(default_factory=Figures)
+    classes: Mapping[int, int] = field(default_factory=dict)
+    sensitivity: SensitivityTable | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Planner:
         round_to: Neurons are kept in multiples of this; "auto" for as coarse as the budget allows,
             see :mod:`nss_prune.pruner.rounding`.
         uniform: Whether the ratio is that of every layer and of every step in equal parts.
+        head: Where the class scores are made, where the smaller model is for some classes.
     """
 
     strategy: Strategy[Any]
@@ -63,6 +71,7 @@ class Planner:
     max_pruning_ratio: float
     round_to: RoundTo
     uniform: bool = True
+    head: ClassHead | None = None
 
     def plan(
         self,
@@ -70,34 +79,30 @@ class Planner:
         evidence: Evidence,
         step: int,
         steps: int,
-        whole: float | None = None,
+        whole: tuple[float, ...] = (),
     ) -> Plan:
         """The plan of a step.
 
         Args:
             subject: With the neurons of the evidence, or fewer.
             step: From 1 to ``steps``.
-            whole: The first model's cost; counted here where it is None.
+            whole: The first model's costs; counted here where there are none.
         """
-        share = None
-        if self.aim.cost is not None:
-            amount = self.aim.cost.of(subject)
-            whole = amount(everything(subject)) if whole is None else whole
-            share = shares(amount, whole)
-        target = self._target(step, steps, share)
+        whole, kept = self._shares(subject, whole)
+        target = self._target(step, steps, kept)
         chosen, limits = self._selected(subject, evidence, target)
         chosen = replace(chosen, bases=bases_of(chosen, evidence.bases))
-        notes: tuple[str, ...] = ()
-        if target.budget is not None and target.share is not None:
-            assert self.aim.cost is not None
-            notes = budget_shortfall(self.aim.cost.name, target.budget, target.share(chosen))
-        elif self.aim.ratio is not None and self.uniform:
-            notes = ratio_shortfall(
-                subject, chosen, self.aim.ratio * step / steps, self.first_sizes
-            )
-        cost = "" if self.aim.cost is None else self.aim.cost.name
-        figures = figures_of(subject, evidence, chosen, target, limits, cost)
-        return Plan(subject, evidence, chosen, whole, notes, figures)
+        notes = self._shortfall(subject, chosen, kept, step, steps)
+        sensitivity, reached, name = None, None, ""
+        if kept:
+            reached, name = kept[0](chosen), self.aim.costs[0].name
+            if isinstance(evidence, EliminationEvidence):
+                sensitivity = sensitivity_of(evidence, chosen, kept[0], name, limits)
+        figures = figures_of(evidence, chosen, sensitivity, name, reached)
+        classes: Mapping[int, int] = {}
+        if self.head is not None:
+            notes, classes = (*notes, self.head.note), self.head.outputs
+        return Plan(subject, evidence, chosen, whole, notes, figures, classes, sensitivity)
 
     def _selected(
         self, subject: Subject, evidence: Evidence, target: Target
@@ -119,12 +124,46 @@ class Planner:
         ]
         return within[0] if within else found[-1]
 
-    def _target(self, step: int, steps: int, share: Any) -> Target:
+    def _shares(
+        self, subject: Subject, whole: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], list[ShareOf]]:
+        """The first model's costs, and what a slice keeps of each."""
+        amounts = [cost.of(subject) for cost in self.aim.costs]
+        whole = whole or tuple(amount(everything(subject)) for amount in amounts)
+        if self.head is not None:
+            with self.head.dropped(subject.model):
+                amounts = [cost.of(subject) for cost in self.aim.costs]
+        return whole, [shares(amount, first) for amount, first in zip(amounts, whole, strict=True)]
+
+    def _shortfall(
+        self, subject: Subject, chosen: Slice, kept: Sequence[ShareOf], step: int, steps: int
+    ) -> tuple[str, ...]:
+        """What the report says about the size."""
+        pairs = zip(self.aim.costs, kept, strict=True)
+        reached = [(cost.name, share(chosen)) for cost, share in pairs]
+        if self.aim.quality is not None:
+            of = ", ".join(f"{share:.1%} of the {name}" for name, share in reached)
+            return (f"{of} are kept, by {chosen.rule}",)
+        if self.aim.budgets:
+            return budgets_shortfall(reached, self._budgets(step, steps))
+        if self.aim.ratio is None or not self.uniform:
+            return ()
+        return ratio_shortfall(subject, chosen, self.aim.ratio * step / steps, self.first_sizes)
+
+    def _budgets(self, step: int, steps: int) -> list[float]:
+        """The shares of the first model to keep after a step."""
+        return [1 - (1 - budget) * step / steps for budget in self.aim.budgets]
+
+    def _target(self, step: int, steps: int, kept: Sequence[ShareOf]) -> Target:
         aim, done = self.aim, step / steps
         if aim.theta is not None:
             return Target(theta=1 - (1 - aim.theta) * done)
-        if aim.budget is not None:
-            return Target(budget=1 - (1 - aim.budget) * done, share=share)
+        if aim.quality is not None:
+            return Target(share=kept[0])
+        if len(kept) > 1:
+            return Target(budget=1.0, share=largest(kept, self._budgets(step, steps)))
+        if kept:
+            return Target(budget=self._budgets(step, steps)[0], share=kept[0])
         assert aim.ratio is not None
         # A layer has lost its share of the earlier steps; the ratio is of its first size.
         left = 1 - aim.ratio * (done - 1 / steps)
@@ -160,6 +199,24 @@ def bases_of(
         for consumer, changes in bases.items()
         if (consumer, "in") in losing
         for change in changes
+    )
+
+
+def budgets_shortfall(
+    reached: Sequence[tuple[str, float]], budgets: Sequence[float]
+) -> tuple[str, ...]:
+    """What the report says about budgets of which one is not met, or all could be smaller.
+
+    Args:
+        reached: Kind of cost, and the share of it that is kept.
+    """
+    pairs = list(zip(reached, budgets, strict=True))
+    binding = max(share - wanted for (_, share), wanted in pairs)
+    return tuple(
+        note
+        for (kind, share), wanted in pairs
+        if share > wanted or share - wanted == binding
+        for note in budget_shortfall(kind, wanted, share)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch_pruning as tp
 from torch import nn
 
-from nss_prune.errors import GraphError, RemovalError
+from nss_prune.errors import GraphError
 from nss_prune.pruner.arguments import (
     check_steps,
     check_timeout,
@@ -20,17 +20,16 @@ from nss_prune.pruner.arguments import (
     unwrapped,
 )
 from nss_prune.pruner.assembly import (
+    Given,
     chosen_strategy,
-    is_by_profile,
-    observed,
     repairs_for,
     strategy_for,
 )
-from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.journal import Journal, Report
 from nss_prune.pruner.observation import evidence_of, profiling_for
 from nss_prune.pruner.planning import Plan, Planner
+from nss_prune.pruner.stages import Stages
 from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.tracer import TIMEOUT, Tracer
@@ -39,21 +38,20 @@ from nss_prune.pruner.types import (
     Adapter,
     Categories,
     Contribution,
-    Cost,
+    CostSpec,
     Features,
     Importance,
     Loss,
     NamedStrategy,
-    NeuronMap,
     Profile,
     Ranked,
     Repair,
-    Slice,
+    Score,
     Strategy,
 )
 
 
-class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
     """Semantic slicing with the interface of torch-pruning's pruners.
 
     With nothing but ``theta``, a step removes every neuron outside the semantic slice at θ. With
@@ -81,12 +79,21 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         pruning_ratio: Share of the neurons to remove, in [0, 1).
         macs_budget: Share of the multiply-accumulates of one call to keep, in (0, 1].
         params_budget: Share of the parameters to keep, in (0, 1]. The report says so where a
-            budget cannot be met within 1 %.
+            budget cannot be met within 1 %. Of several budgets all hold.
         latency_budget: Share of the seconds of one call to keep, in (0, 1], as predicted from
             timing the model at four widths (see :mod:`nss_prune.allocation.latency`): best on an
             idle machine, with ``round_to`` and the batch size that count, in one process.
         budget: Share of ``cost`` to keep, in (0, 1].
-        cost: A cost of your own, see :class:`nss_prune.pruner.cost.Cost`.
+        cost: "macs", "parameters", "latency", a function of the slice that is kept, or an object,
+            see :class:`nss_prune.pruner.cost.Cost`.
+        max_divergence: In place of a budget: the smallest model by ``cost`` ("macs" by default)
+            whose outputs are predicted to diverge by at most this, in nats a sample.
+        score: Function of a model, larger for better, measured on held-out batches of yours; see
+            :func:`nss_prune.accuracy_on`. The smallest model with ``min_score``, or whose score is
+            at most ``max_drop`` less than the whole model's: about seven models are measured.
+        classes: Prune for these classes alone, two at least: by the samples with their labels,
+            and for their outputs, in this order. The head loses its other rows, unless
+            ``keep_head``; with ``interactive`` steps it never does.
         metric: Contribution metric, by name or as an object.
         strategy: "semantic", the paper's rule: one θ for all layers. With ``pruning_ratio`` also
             "category" or "global": the best of each category and their union, or the best over all
@@ -117,9 +124,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             of attention as well, to the same dimensions of all heads of a layer (see
             :mod:`nss_prune.allocation.head_bases`), unless ``prune_head_dims=False``; with
             ``step(interactive=True)`` and all else heads go whole (``prune_num_heads``).
-            ``round_to="auto"``, the default for budgets, keeps multiples of 8 (16 in half precision)
-            of layers of 64 channels and more, or of less where the budget would be missed; 1 is
-            exact.
+            ``round_to="auto"``, the default for budgets, keeps multiples of 8 (16 in half
+            precision) of layers of 64 channels and more, or of less where the budget would be
+            missed; 1 is exact.
 
     Attributes:
         report: What the last step did, or None; of an interactive step once all groups were taken.
@@ -137,8 +144,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     num_heads: dict[nn.Module, int]
     report: Report | None = None
     folded: tuple[str, ...] = ()
-    _plan: Plan | None = None
-    _whole: float | None = None
     _stale = False
 
     def __init__(
@@ -154,7 +159,13 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         params_budget: float | None = None,
         latency_budget: float | None = None,
         budget: float | None = None,
-        cost: Cost | None = None,
+        cost: CostSpec | None = None,
+        max_divergence: float | None = None,
+        score: Score | None = None,
+        min_score: float | None = None,
+        max_drop: float | None = None,
+        classes: Sequence[int] | None = None,
+        keep_head: bool = False,
         metric: str | Contribution = "taylor",
         strategy: NamedStrategy | Strategy[Any] | None = None,
         categories: Categories = "labels",
@@ -173,33 +184,55 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         **torch_pruning_arguments: Any,
     ) -> None:
         kept = (params_budget, macs_budget, latency_budget)
-        aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance)
+        wanted = (max_divergence, score, min_score, max_drop)
+        aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance, wanted)
         plain = profile is not None or loss is not None
         self.theta = aim.theta
         self.strategy = chosen_strategy(strategy, aim, importance, data, plain)
-        self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, progress)
+        given = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
+        data, outputs = given.data, given.outputs
         common = {"outputs": outputs, "progress": progress}
         own = {"loss": loss, **common}
         self._profiling = profiling_for(data, fold, metric, categories, features, ranking, own)
+        self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, progress)
         model, self.wrapper = unwrapped(model)
         settings = own_arguments(model, torch_pruning_arguments, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)
-        sizes = self._subject.sizes
-        inside = settings.get("prune_head_dims", True)
-        self._strategy = strategy_for(
-            self.strategy, aim, importance, self._profiling, self, sizes, inside, **common
-        )
-        limits = (self.max_pruning_ratio, self.round_to)
-        self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
+        self._arrange(aim, importance, given, settings, common)
         self._given = None if profile is None else evidence_of(profile, self._subject)
-        check_steps(self.iterative_steps, importance, data, profile)
-        self._profiled: Any = self._given
-        self._evidence: Any = None
+        check_steps(self.iterative_steps, importance, data, profile, aim)
+        self._profiled = self._given
         self._history: list[Any] = []
         self._journal = Journal()
         share_history(self)
+
+    def _arrange(
+        self,
+        aim: Any,
+        importance: Importance | None,
+        given: Given,
+        settings: dict[str, Any],
+        common: dict[str, Any],
+    ) -> None:
+        """Set the strategy, the repairs and the planner, once the neurons are known."""
+        sizes = self._subject.sizes
+        head = given.head(self._subject)
+        self.repairs = (*self.repairs, *([head] if head else []))
+        self._strategy = strategy_for(
+            self.strategy,
+            aim,
+            importance,
+            self._profiling,
+            self,
+            sizes,
+            settings.get("prune_head_dims", True),
+            self.repairs,
+            **common,
+        )
+        limits = (self.max_pruning_ratio, self.round_to)
+        self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings), head)
 
     def _first_subject(
         self,
@@ -230,45 +263,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         trace_graph(self)
-
-    @property
-    def neurons(self) -> NeuronMap:
-        """The neurons of the next step, or of the last one once it is taken."""
-        return self._subject.neurons
-
-    @property
-    def profile(self) -> Profile:
-        """The profile of the model, made on first use, and anew for every further step."""
-        if self._profiled is None:
-            by_profile = is_by_profile(self._strategy)
-            self._profiled = self.evidence if by_profile else self._profiling.observe(self._subject)
-        profile: Profile = self._profiled.profile
-        return profile
-
-    @property
-    def evidence(self) -> Any:
-        """What the strategy observed, made on first use, and anew for every further step."""
-        if self._evidence is None:
-            with self._journal.stage("measuring"):
-                self._evidence = observed(self._strategy, self._subject, self._given)
-        return self._evidence
-
-    @property
-    def slice(self) -> Slice:
-        """The critical neurons: what the next step keeps, or what the last one kept."""
-        if self._plan is None:
-            self._plan = self._planned(self._subject.on(self.evidence.neurons))
-        return self._plan.slice
-
-    def _planned(self, subject: Subject) -> Plan:
-        step, steps, evidence = max(self.current_step, 1), self.iterative_steps, self.evidence
-        with self._journal.stage("selecting"):
-            return self._planner.plan(subject, evidence, step, steps, self._whole)
-
-    @property
-    def cumulative_report(self) -> Report | None:
-        """What all steps did together, or None before the first."""
-        return self._journal.total
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Remove the neurons of this step.
@@ -302,7 +296,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._journal.begin(self._subject)
             if interactive:
                 return self._groups(self._verified(inside_heads=False))
-            plan = self._plan or self._planned(self._subject.on(self.evidence.neurons))
+            plan = self._next()
             with self._journal.stage("removing"):
                 plan, repaired = self._pruned(plan)
             self._finish(plan)
@@ -319,22 +313,6 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         share_history(self)
         self._given = self._profiled = self._evidence = self._plan = None
         self._stale = False
-
-    def _pruned(self, plan: Plan) -> tuple[Plan, Any]:
-        """Carry the plan out; where that fails, the groups to blame are left alone."""
-        try:
-            return plan, carry_out(plan, self.repairs, self.wrapper)
-        except RemovalError:
-            verified = self._verified()
-            if len(verified.subject.groups) == len(plan.subject.groups):
-                raise
-            return verified, carry_out(verified, self.repairs, self.wrapper)
-
-    def _verified(self, inside_heads: bool = True) -> Plan:
-        """The plan without the groups whose removal fails on trial."""
-        neurons = self.evidence.neurons
-        neurons = neurons if inside_heads else neurons.without_inside_heads()
-        return self._planned(self._subject.on(neurons).verified())
 
     def _finish(self, plan: Plan) -> None:
         """Keep what was done, and let what is around the model follow."""

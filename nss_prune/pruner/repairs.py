@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from nss_prune.compensation.folding import Folded, fold
 from nss_prune.compensation.recalibration import (
@@ -29,10 +29,12 @@ class Fold:
     """Folds the neurons that go into their consumers, see :mod:`nss_prune.compensation.folding`.
 
     Attributes:
+        before_removal: Nothing is left to do after the removal.
         data: Batches; None where there are none.
         progress: Show a progress bar; None for only on a terminal.
     """
 
+    before_removal: ClassVar = True
     data: Iterable[Any] | None
     progress: bool | None = None
 
@@ -68,6 +70,7 @@ class Refit:
         progress: Show a progress bar; None for only on a terminal.
     """
 
+    before_removal: ClassVar = True
     data: Iterable[Any]
     progress: bool | None = None
 

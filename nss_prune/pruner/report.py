@@ -29,6 +29,7 @@ class Report:
         notes: What a user should know.
         figures: What else is known of the step; reports are equal whatever it took.
         steps: The reports that this one adds up; empty for one step.
+        classes: Class -> output that has its score, where the model was pruned for some classes.
     """
 
     rows: tuple[Row, ...]
@@ -37,6 +38,7 @@ class Report:
     notes: tuple[str, ...] = ()
     figures: Figures = field(default_factory=Figures, compare=False)
     steps: tuple[Report, ...] = field(default=(), compare=False)
+    classes: Mapping[int, int] = field(default_factory=dict)
 
     @staticmethod
     def total(reports: Sequence[Report]) -> Report:
@@ -65,6 +67,7 @@ class Report:
             notes,
             combined(tuple(one.figures for one in steps)),
             steps,
+            steps[-1].classes,
         )
 
     def with_figures(self, **figures: Any) -> Report:
@@ -163,6 +166,7 @@ class Report:
             "notes": list(self.notes),
             "figures": self.figures.to_dict(),
             "steps": [step.to_dict() for step in self.steps],
+            "classes": [list(pair) for pair in self.classes.items()],
         }
 
     @staticmethod
@@ -180,6 +184,7 @@ class Report:
                 tuple(values["notes"]),
                 Figures.from_dict(values["figures"]),
                 tuple(Report.from_dict(step) for step in values["steps"]),
+                dict(values.get("classes", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FileFormatError(

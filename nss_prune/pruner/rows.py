@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from nss_prune.core.models import submodule
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.classes import KEPT_CLASSES
 from nss_prune.pruner.subject import Subject
 from nss_prune.structures.attention import HEADS
 
@@ -57,7 +58,7 @@ def report_rows(subject: Subject, chosen: Slice) -> tuple[Row, ...]:
     }
     for name, reason in subject.neurons.left_alone.items():
         size = subject.neurons.left_alone_sizes[name]
-        rows[name] = Row(name, size, size, reason)
+        rows[name] = Row(name, size, _width(subject.model, name, size), reason)
     for name, size in _unknown(subject).items():
         rows.setdefault(name, Row(name, size, size, NOT_FOLLOWED))
     return tuple(rows[name] for name, _ in subject.model.named_modules() if name in rows)
@@ -83,6 +84,12 @@ def combined_rows(steps: tuple[tuple[Row, ...], ...]) -> tuple[Row, ...]:
             first = found.get(row.layer, row)
             found[row.layer] = replace(row, before=first.before)
     return tuple(found.values())
+
+
+def _width(model: nn.Module, name: str, before: int) -> int:
+    """The channels of a layer that was left alone; a head may have lost some of its classes."""
+    layer = submodule(model, name)
+    return len(getattr(layer, KEPT_CLASSES, ())) or before
 
 
 def _unit(model: nn.Module, group: NeuronGroup) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from torch import nn
+
 from nss_prune.allocation.budget import Limits, ShareOf
 from nss_prune.graph.bases import BasisChange
 from nss_prune.graph.neurons import NeuronMap
@@ -15,6 +17,10 @@ from nss_prune.statistics.moments import ConsumerStatistics
 
 Importance = Callable[[Any], Any]
 """Function of a torch-pruning group that gives the importance of its channels, or None."""
+
+
+Score = Callable[[nn.Module], float]
+"""Function of a model that says how good it is, larger for better, as on held-out batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,9 @@ class Target:
         theta: The similarity threshold of this step.
         ratio: Share of the neurons that each layer has before this step to keep, in (0, 1].
         budget: Share of the first model's cost to keep, in (0, 1].
-        share: What a slice keeps of that cost; where there is a budget.
+        share: What a slice keeps of that cost; where there is a budget. With several budgets it is
+            the largest of the shares, each in units of its budget, and ``budget`` is 1. Alone,
+            without a budget, it is what is to be least.
     """
 
     theta: float | None = None

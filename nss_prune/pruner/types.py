@@ -11,9 +11,9 @@ from nss_prune.profiling.categories import Categories
 from nss_prune.profiling.contributions.protocol import Contribution
 from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.similarity import Features
-from nss_prune.pruner.cost import Cost
+from nss_prune.pruner.cost import CostSpec
 from nss_prune.pruner.repair import Repair
-from nss_prune.pruner.strategy import Importance, Strategy
+from nss_prune.pruner.strategy import Importance, Score, Strategy
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 
@@ -26,7 +26,7 @@ __all__ = [
     "Adapter",
     "Categories",
     "Contribution",
-    "Cost",
+    "CostSpec",
     "Features",
     "Importance",
     "Loss",
@@ -35,6 +35,7 @@ __all__ = [
     "Profile",
     "Ranked",
     "Repair",
+    "Score",
     "Slice",
     "Strategy",
 ]

@@ -200,8 +200,6 @@ def test_every_reader_keeps_something_to_read() -> None:
         ({"params_budget": 0.0}, "share to keep"),
         ({"macs_budget": 1.5}, "share to keep"),
         ({"latency_budget": -0.5}, "share to keep"),
-        ({"params_budget": 0.5, "macs_budget": 0.5}, "one of them"),
-        ({"latency_budget": 0.5, "macs_budget": 0.5}, "one of them"),
         ({"params_budget": 0.5, "pruning_ratio": 0.5}, "one of them"),
         ({"params_budget": 0.5, "theta": 0.9}, "no effect"),
         ({"budget": 0.5}, "give both"),

@@ -22,10 +22,10 @@ from nss_prune.cli.options import (
 from nss_prune.core.aside import write_text, written_aside
 from nss_prune.core.text import shortened
 from nss_prune.errors import ArgumentError
-from nss_prune.pruner.figures import SHARES, sensitivity_table
 from nss_prune.pruner.page.document import sensitivity_page
 from nss_prune.pruner.plots import plot_sensitivity
 from nss_prune.pruner.pruner import NSSPruner
+from nss_prune.pruner.sensitivity import SHARES
 
 STAGES = 3
 
@@ -65,7 +65,9 @@ def run(options: argparse.Namespace, console: Console) -> Outcome:
         model, example, data=batches, strategy="divergence", progress=console.progress,
         **aim, **{name: value for name, value in given.items() if name != "strategy"},
     )  # fmt: skip
-    found = sensitivity_table(pruner.evidence.eliminations)
+    sensitivity = pruner.sensitivity
+    assert sensitivity is not None  # the strategy predicts it
+    found = sensitivity.by_layer
     if options.output:
         write(found, options.output)
     rows = [
