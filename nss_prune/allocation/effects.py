@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.multihead import heads_called
 from nss_prune.allocation.changes import ConsumerChange, NormChange
 from nss_prune.allocation.elimination import Elimination
 from nss_prune.allocation.group_changes import GroupChanges
@@ -206,6 +207,7 @@ class _Part:
     def _watched(self, effects: Tensor) -> Iterator[None]:
         """Add e of each level and sample to ``effects``, ``[levels, samples]``, inside."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heads_called(self.model))
             for name, changes in self.consumers.items():
                 module = submodule(self.model, name)
                 hook = _input_hook(name, changes, self.sample_axes[name], effects)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.multihead import heads_called
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
@@ -123,6 +124,7 @@ class Slice:
         """
         check_fits(self.groups, model)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heads_called(model))
             for (name, side), (member, channels) in self.removed_channels().items():
                 norm = norm_of(member, model)
                 if norm is not None:
