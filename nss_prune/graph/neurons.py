@@ -77,8 +77,10 @@ class NeuronGroup:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
-        """Members that read the neurons; their inputs are the neurons' activations."""
-        return tuple(member for member in self.members if member.side == "in")
+        """Layers that read the neurons; their inputs are the neurons' activations."""
+        return tuple(
+            member for member in self.members if member.side == "in" and member.axis is None
+        )
 
 
 @dataclass(frozen=True)

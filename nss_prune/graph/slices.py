@@ -21,7 +21,7 @@ from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
 from nss_prune.graph.costs import parameters_left
 from nss_prune.graph.encoding import decode_groups, encode_groups
-from nss_prune.graph.masking import normalize_without, zero_inputs
+from nss_prune.graph.masking import normalize_without, zero_columns, zero_inputs
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.norms import norm_of
 
@@ -131,6 +131,8 @@ class Slice:
                     stack.callback(normalize_without(norm, member.width, channels).remove)
                 elif side == "in" and member.axis is None:
                     stack.callback(zero_inputs(submodule(model, name), channels).remove)
+                elif side == "in" and member.axis is not None:
+                    stack.enter_context(zero_columns(model, name, member.axis, channels))
             yield model
 
     def save(self, path: str | os.PathLike[str]) -> None:
