@@ -25,11 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.multihead import heads_called
 from nss_prune.allocation.changes import ConsumerChange, NormChange
 from nss_prune.allocation.elimination import Elimination
 from nss_prune.allocation.group_changes import GroupChanges
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.batches import as_computed, counted_batches, split_batch
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
@@ -169,7 +168,11 @@ class _Part:
         norms: Mapping[str, NormChange],
     ) -> None:
         """Add the changes of a group, which all have the same levels."""
-        self.sample_axes.update((member.name, member.sample_axis) for member in group.members)
+        self.sample_axes.update(
+                (member.name, member.sample_axis)
+                for member in group.members
+                if member.side != "out"
+            )
         levels = next(len(change.gone) for change in consumers.values())
         where = slice(self.levels, self.levels + levels)
         for name, change in consumers.items():

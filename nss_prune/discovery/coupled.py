@@ -67,8 +67,14 @@ def _replaced(
 ) -> tuple[NeuronMap, dict[str, str]]:
     """The map with what passes, and why others do not."""
     groups, reasons = list(neurons.groups), {}
+    hidden = {name for name, why in neurons.left_alone.items() if why == NOT_REACHED}
     for proposed in candidates(found):
-        new = [group for group in proposed if not any(_same(group, old) for old in groups)]
+        new = [
+            group
+            for group in proposed
+            if not any(_same(group, old) for old in groups)
+            if hidden.isdisjoint(member.name for member in group.members if member.side != "in")
+        ]
         doubted = [old for old in groups if any(_overlap(old, group) for group in new)]
         wrong = refused(doubted)
         right = [old for old in doubted if old.name not in wrong]

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.multihead import heads_called
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.models import (
     Forward,
     call_model,

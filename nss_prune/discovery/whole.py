@@ -10,12 +10,11 @@ from torch import nn
 from nss_prune.core.models import Forward, call_model
 from nss_prune.discovery.calls import recording
 from nss_prune.discovery.claims import claims
-from nss_prune.discovery.coupled import coupled_on_trial
+from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
-from nss_prune.discovery.trial import adapted_on_trial
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
-from nss_prune.graph.groups import find_neurons, refuse_nothing
+from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import trace
 from nss_prune.structures.known import ADAPTERS
@@ -63,8 +62,13 @@ def discover(
             found = discover_parts(
                 model, example_inputs, ignored, error, timeout=rest, forward=forward
             )
-    found = coupled_on_trial(model, found, example_inputs, ignored=ignored, forward=forward)
-    found = adapted_on_trial(model, found, claimed, calls)
-    if reason is not None and not found.groups:
-        raise reason
-    return refuse_nothing(found)
+    return completed(
+        model,
+        found,
+        claimed,
+        calls,
+        example_inputs,
+        ignored=ignored,
+        forward=forward,
+        untraceable=reason,
+    )

@@ -174,7 +174,7 @@ def _groups(found: Followed, free: int) -> tuple[NeuronGroup, ...]:
         stays[cluster[pinned]] = True
     roots = {side.name: side for side in makes if side.name in found.roots}
     made: dict[int, NeuronGroup] = {}
-    for name in found.roots:
+    for name in (root for root in found.roots if root in roots):
         number = int(cluster[roots[name].labels[0]])
         if number not in made and not stays[number]:
             group = _group(name, found.sides, component, cluster == number)
@@ -224,7 +224,7 @@ def _group(
     if not any(member.side == "in" and member.axis is None for member in members):
         return None
     plain = torch.equal(neuron[order], torch.arange(len(order)) % size)
-    return NeuronGroup(root, size, tuple(members), repeats if plain else 1)
+    return NeuronGroup(root, size, tuple(members), repeats if plain else 1, followed=True)
 
 
 def reasons_to_stay(found: Followed) -> dict[str, str]:

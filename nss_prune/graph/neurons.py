@@ -55,12 +55,15 @@ class NeuronGroup:
         members: All that must shrink when neurons go.
         ties: Channels of the root layer in each neuron: neuron n is its channels n, n + size,
             n + 2 size ...
+        followed: Whether torch-pruning describes them wrongly, and following channels by labels
+            has found them (:mod:`nss_prune.graph.coupled`).
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     ties: int = 1
+    followed: bool = False
 
     def __repr__(self) -> str:
         channels = f" of {self.ties} channels" if self.ties > 1 else ""

@@ -13,13 +13,12 @@ from torch import nn
 from nss_prune.core.models import call_model
 from nss_prune.discovery.calls import Call, recording
 from nss_prune.discovery.claims import Claim, claims
-from nss_prune.discovery.coupled import coupled_on_trial
+from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
-from nss_prune.discovery.trial import adapted_on_trial
 from nss_prune.discovery.whole import TIMEOUT, WHOLE_SHARE
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
-from nss_prune.graph.groups import find_neurons, refuse_nothing
+from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import OutputRecorder, as_arguments, trace, traceable
 from nss_prune.pruner.subject import Subject
@@ -157,18 +156,17 @@ class Tracer:
         Raises:
             GraphError, NothingToPruneError: No group is left.
         """
-        found = coupled_on_trial(
+        return completed(
             model,
             found,
+            claimed,
+            calls,
             self.example_inputs,
             ignored=self.ignored,
             forward=self.forward,
             customized_pruners=self.graph_arguments.get("customized_pruners"),
+            untraceable=self.untraceable,
         )
-        found = adapted_on_trial(model, found, claimed, calls)
-        if self.untraceable is not None and not found.groups:
-            raise self.untraceable
-        return refuse_nothing(found)
 
     def _subject(self, model: nn.Module, graph: Any, neurons: NeuronMap) -> Subject:
         return Subject(

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from nss_prune.core.multihead import heads_called
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.models import Forward, call_model, run, submodule
 from nss_prune.core.nested import tensors_in
 
