@@ -169,10 +169,8 @@ class _Part:
     ) -> None:
         """Add the changes of a group, which all have the same levels."""
         self.sample_axes.update(
-                (member.name, member.sample_axis)
-                for member in group.members
-                if member.side != "out"
-            )
+            (member.name, member.sample_axis) for member in group.members if member.side != "out"
+        )
         levels = next(len(change.gone) for change in consumers.values())
         where = slice(self.levels, self.levels + levels)
         for name, change in consumers.items():

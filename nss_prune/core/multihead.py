@@ -44,12 +44,12 @@ class HeadwiseAttention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-        heads = [
+        query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in self._projected(query, key, value)
-        ]
-        mask = self._mask(heads[0], attn_mask, key_padding_mask)
-        mixed, weights = self._attend(*heads, mask, need_weights)
+        )
+        mask = self._mask(query, attn_mask, key_padding_mask)
+        mixed, weights = self._attend(query, key, value, mask, need_weights)
         outputs = self.out_proj(mixed.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -133,4 +133,5 @@ def heads_called(model: nn.Module) -> Iterator[None]:
 def _is_whole(module: nn.MultiheadAttention) -> bool:
     """Whether torch's own forward function takes a module: nothing has been removed from it."""
     width = module.num_heads * module.head_dim
-    return width == module.embed_dim == module.out_proj.in_features == module.out_proj.out_features
+    consumer = module.out_proj
+    return bool(width == module.embed_dim == consumer.in_features == consumer.out_features)

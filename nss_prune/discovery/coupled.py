@@ -45,11 +45,13 @@ def coupled_on_trial(
     def refused(groups: Sequence[NeuronGroup]) -> dict[str, str]:
         """The groups that fail on trial, and why."""
         halves = random_halves(groups)
+        others = {name: ~mask for name, mask in halves.items() if not mask.all()}
 
         def failure(names: Sequence[str]) -> str | None:
-            kept = {name: mask for name, mask in halves.items() if name in names}
             try:
-                structure.check(Slice(kept, tuple(groups)), customized_pruners)
+                for kept in (halves, others):
+                    chosen = {name: mask for name, mask in kept.items() if name in names}
+                    structure.check(Slice(chosen, tuple(groups)), customized_pruners)
             except RemovalError as error:
                 return str(error)
             return None

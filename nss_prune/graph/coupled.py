@@ -71,9 +71,7 @@ def candidates(found: Followed) -> list[tuple[NeuronGroup, ...]]:
 
 
 def _ignored_names(model: nn.Module, ignored: Sequence[nn.Module | nn.Parameter]) -> set[str]:
-    inside = {
-        part for layer in ignored if isinstance(layer, nn.Module) for part in layer.modules()
-    }
+    inside = {part for layer in ignored if isinstance(layer, nn.Module) for part in layer.modules()}
     parameters = {id(layer) for layer in ignored if isinstance(layer, nn.Parameter)}
     return {name for name, module in model.named_modules() if module in inside} | {
         name for name, value in model.named_parameters() if id(value) in parameters
@@ -109,9 +107,7 @@ def _followed(model: nn.Module, inputs: Any, forward: Forward, stay: set[str]) -
     return Followed(labels, tuple(sides), tuple(roots))
 
 
-def _parameter_sides(
-    model: nn.Module, labels: Labels, known: set[str]
-) -> Iterator[LabelledSide]:
+def _parameter_sides(model: nn.Module, labels: Labels, known: set[str]) -> Iterator[LabelledSide]:
     """The axis of each bare parameter along which its elements go with channels."""
     if not labels.parameters:
         return
@@ -125,8 +121,10 @@ def _parameter_sides(
         axes = [axis for axis in range(found.dim()) if _constant_but(found, axis)]
         if len(axes) == 1:
             line = elements.movedim(axes[0], 0).flatten(1)[:, 0]
-            labels.join(elements.movedim(axes[0], 0).flatten(1), line[:, None].expand(
-                -1, elements.numel() // len(line)))
+            labels.join(
+                elements.movedim(axes[0], 0).flatten(1),
+                line[:, None].expand(-1, elements.numel() // len(line)),
+            )
             yield LabelledSide(names[number], "out", axes[0], line)
         elif bool((sizes[found] > 1).any()):
             labels.pin(elements, f"{names[number]} has no axis of channels")
@@ -135,8 +133,10 @@ def _parameter_sides(
 def _constant_but(found: Tensor, axis: int) -> bool:
     """Whether components change along an axis, and along no other."""
     lines = found.movedim(axis, 0).flatten(1)
-    return found.shape[axis] > 1 and bool((lines == lines[:, :1]).all()) and bool(
-        (lines[:, 0] != lines[0, 0]).any()
+    return (
+        found.shape[axis] > 1
+        and bool((lines == lines[:, :1]).all())
+        and bool((lines[:, 0] != lines[0, 0]).any())
     )
 
 
@@ -217,9 +217,7 @@ def _group(
             neurons = its[channels]
             ordered = (neurons * width + channels).argsort()
             members.append(
-                Member(
-                    side.name, side.side, channels[ordered], neurons[ordered], width, side.axis
-                )
+                Member(side.name, side.side, channels[ordered], neurons[ordered], width, side.axis)
             )
     if not any(member.side == "in" and member.axis is None for member in members):
         return None

@@ -130,7 +130,7 @@ class Labels(TorchDispatchMode):
             self._follow(function, arguments, keywords, outputs, dict_of(labelled))
         except _NotFollowed:
             name = function.overloadpacket.__name__
-            for tensor, labels in labelled:
+            for _, labels in labelled:
                 self.pin(labels, f"its channels meet in {name}, which is not followed")
             for tensor in outputs:
                 self.put(tensor, None)
@@ -175,7 +175,7 @@ class Labels(TorchDispatchMode):
             source = labels.get(id(arguments[1]))
             self.put(arguments[0], None if source is None else source.expand(arguments[0].shape))
         elif is_elementwise(function):
-            self._meet([tensor for tensor in tensors_in((arguments, keywords))], outputs, labels)
+            self._meet(tensors_in((arguments, keywords)), outputs, labels)
         else:
             raise _NotFollowed
 
@@ -195,6 +195,8 @@ class Labels(TorchDispatchMode):
         else:
             result = packet(labels, *arguments[1:], **keywords)
             moved = [result] if isinstance(result, Tensor) else list(result)
+            if packet in (aten.channel_shuffle, aten.native_channel_shuffle):
+                self.grids.append(along(labels, 1).view(arguments[1], -1))
             if packet in _CUTTING:
                 place = _CUTTING[packet]
                 given = arguments[place] if len(arguments) > place else keywords.get("dim", 0)

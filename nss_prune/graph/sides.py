@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,10 +44,13 @@ class Layer:
         self.labels = labels
         self.sides: list[LabelledSide] = []
         kind = _kind(module)
+        self.read: Tensor | None = None
         if kind == "both":
-            self.read = self.made = self._side("both", _width(module, "out"))
+            self.made = self._side("both", _width(module, "out"))
+            self.read = self.made
             return
-        self.read = self._side("in", _width(module, "in")) if kind == "maps" else None
+        if kind == "maps":
+            self.read = self._side("in", _width(module, "in"))
         self.made = self._side("out", _width(module, "out"))
         if isinstance(module, nn.RNNBase):
             units = self.made.view(directions(module), -1)
@@ -79,7 +81,7 @@ class Layer:
         seen = self.labels.of(inputs)
         if seen is None or self.read is None:
             return
-        axis = input_axis(module) if not isinstance(module, NORMS) else 1
+        axis = 1 if isinstance(module, (nn.GroupNorm, *NORMS)) else input_axis(module)
         by_channel = seen.movedim(axis, -1)
         self.labels.join(by_channel, self.read.expand_as(by_channel))
         states = [tensor for tensor in tensors_in((arguments, keywords)) if tensor is not inputs]
@@ -100,11 +102,9 @@ class Layer:
                 self._label(state, self.made[: module.hidden_size], -1)
 
     def _output_axis(self, output: Tensor) -> int:
-        if isinstance(self.module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.PReLU, *NORMS)):
-            # Maps without samples have their channels first.
-            convolution = isinstance(self.module, nn.modules.conv._ConvNd)
-            return -1 - len(self.module.kernel_size) if convolution else 1
-        return -1
+        if isinstance(self.module, nn.modules.conv._ConvNd):
+            return -1 - len(self.module.kernel_size)  # maps may come without samples
+        return 1 if isinstance(self.module, (nn.GroupNorm, *NORMS)) else -1
 
     def _label(self, tensor: Tensor, labels: Tensor, axis: int) -> None:
         shape = [1] * tensor.dim()
@@ -151,5 +151,6 @@ def layers_of(model: nn.Module, labels: Labels) -> Iterator[Layer]:
 
 def _own(module: nn.Module) -> bool:
     """Whether a user's own class does more than the layer of torch that it is derived from."""
-    base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
-    return type(module).forward is not base.forward
+    kinds = type(module).__mro__
+    base: Any = next(kind for kind in kinds if kind.__module__.startswith("torch.nn"))
+    return getattr(type(module), "forward", None) is not base.forward

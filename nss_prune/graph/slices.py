@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.multihead import heads_called
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
+from nss_prune.core.multihead import heads_called
 from nss_prune.core.text import listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency.dependency import Dependency

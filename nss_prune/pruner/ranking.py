@@ -175,9 +175,7 @@ class Ranking:
 
     def _heads(self, subject: Subject, scores: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Heads by head_pruning_ratio: of each layer, or of all together with global_pruning."""
-        heads = [
-            group for group in subject.groups if not group.has_channels and not group.followed
-        ]
+        heads = [group for group in subject.groups if not group.has_channels and not group.followed]
         by_layer = {group.name: scores(group.name) for group in heads}
         gone = {}
         for group in heads:

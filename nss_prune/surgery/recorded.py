@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nss_prune.core.multihead import heads_called
 from nss_prune.core.arguments import fresh
 from nss_prune.core.models import Forward, call_model, device_of, evaluation
+from nss_prune.core.multihead import heads_called
 from nss_prune.core.nested import tensors_in
 from nss_prune.errors import RemovalError
 from nss_prune.graph.axes import input_axis

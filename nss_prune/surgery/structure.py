@@ -75,11 +75,15 @@ class StructureCheck:
             ModelMismatchError: The slice is of another model.
         """
         plan_removal(critical, self._model)  # refuses a slice before anything is tried
-        names = [
-            name
-            for (name, side), (member, _) in critical.removed_channels().items()
-            if side == "in" and member.axis is None
-        ]
+        going = critical.removed
+        names = list(
+            dict.fromkeys(
+                member.name
+                for group in critical.groups
+                if group.name in going
+                for member in group.consumers
+            )
+        )
         if not names:
             return True
         masked = self._masked(critical, names, _kept_outputs(critical))

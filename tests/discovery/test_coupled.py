@@ -84,6 +84,7 @@ BETWEEN: dict[str, tuple[int, int, Callable[[Tensor], Tensor], int]] = {
     "four gates": (32, 8, gates_of_a_cell, 8),
     "glu": (24, 12, lambda maps: functional.glu(maps, 1), 12),
     "channel shuffle": (12, 12, shuffled, 4),
+    "channel shuffle of torch": (12, 12, nn.ChannelShuffle(3), 4),
     "pixel shuffle": (24, 6, pixels, 6),
     "pixel unshuffle": (6, 24, no_pixels, 6),
     "pooled halves": (24, 12, pooled_gate, 12),
@@ -128,16 +129,35 @@ class C2f(nn.Module):
         return self.head(self.cv2(torch.cat(parts, 1)).mean((2, 3)))
 
 
-class Generator(nn.Module):
-    """A vector that becomes a map."""
+class C2fBySizes(C2f):
+    """Halves by a number that the module holds."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.c = 8
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        parts = list(self.cv1(self.stem(pictures)).split((self.c, self.c), 1))
+        for block in self.m:
+            parts.append(block(parts[-1]))
+        return self.head(self.cv2(torch.cat(parts, 1)).mean((2, 3)))
+
+
+class Generator(nn.Module):
+    """A vector that becomes a map."""
+
+    def __init__(self, unflatten: nn.Module | None = None) -> None:
+        super().__init__()
+        self.unflatten = unflatten
         self.fc, self.up = nn.Linear(6, 8 * 3 * 3), nn.ConvTranspose2d(8, 5, 2, 2)
         self.out = nn.Conv2d(5, 4, 3)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        maps = self.fc(vectors).reshape(len(vectors), -1, 3, 3).relu()
+        maps = self.fc(vectors)
+        if self.unflatten is None:
+            maps = maps.reshape(len(vectors), -1, 3, 3).relu()
+        else:
+            maps = self.unflatten(maps)
         return self.out(self.up(maps).relu()).mean((2, 3))
 
 
@@ -233,7 +253,7 @@ def test_blocks_of_channels_are_neurons(name: str) -> None:
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_halves_with_bottlenecks(residual: bool) -> None:
-    neurons, smaller = assert_removed_equals_masked(C2f(residual), PICTURES)
+    neurons, _ = assert_removed_equals_masked(C2f(residual), PICTURES)
     halves = found(neurons, "cv1.conv")
     (read,) = (member for member in halves.members if member.name == "cv2.conv")
     # Without residual connections the bottlenecks' outputs are neurons of their own.
@@ -241,15 +261,21 @@ def test_halves_with_bottlenecks(residual: bool) -> None:
     assert set(neurons.left_alone) == {"head"}
 
 
-def test_vectors_that_become_maps() -> None:
-    neurons, smaller = assert_removed_equals_masked(Generator(), VECTORS)
+def test_numbers_of_a_half_follow() -> None:
+    _, smaller = assert_removed_equals_masked(C2fBySizes(), PICTURES)
+    assert smaller.c == smaller.cv1.conv.out_channels / 2 < 8
+
+
+@pytest.mark.parametrize("unflatten", [None, nn.Unflatten(1, (8, 3, 3))])
+def test_vectors_that_become_maps(unflatten: nn.Module | None) -> None:
+    neurons, _ = assert_removed_equals_masked(Generator(unflatten), VECTORS)
     (made,) = (member for member in found(neurons, "fc").members if member.name == "fc")
     assert made.channels[made.neurons == 3].tolist() == list(range(27, 36))
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_hidden_units_are_neurons(kind: str) -> None:
-    neurons, smaller = assert_removed_equals_masked(RECURRENT[kind](), TOKENS)
+    _, smaller = assert_removed_equals_masked(RECURRENT[kind](), TOKENS)
     layers = [name for name, part in smaller.named_modules() if isinstance(part, nn.RNNBase)]
     for name in layers:
         layer: Any = smaller.get_submodule(name)
@@ -306,9 +332,7 @@ def test_measured_folded_and_within_the_budget(
     torch.manual_seed(0)
     model = make().eval()
     batches = [(torch.randn(30, *shape), torch.arange(30) % 4) for _ in range(4)]
-    pruner = NSSPruner(
-        model, batches[0][0][:2], params_budget=0.6, data=batches, progress=False
-    )
+    pruner = NSSPruner(model, batches[0][0][:2], params_budget=0.6, data=batches, progress=False)
     pruner.step()
     report = pruner.report
     share = report.after.parameters / report.before.parameters

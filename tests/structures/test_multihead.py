@@ -149,9 +149,7 @@ def test_heads_are_measured_and_folded_within_the_budget() -> None:
     torch.manual_seed(0)
     model = Encoded(False).eval()
     batches = [(torch.randn(30, 5, 6), torch.arange(30) % 4) for _ in range(4)]
-    pruner = NSSPruner(
-        model, batches[0][0][:2], params_budget=0.7, data=batches, progress=False
-    )
+    pruner = NSSPruner(model, batches[0][0][:2], params_budget=0.7, data=batches, progress=False)
     pruner.step()
     share = pruner.report.after.parameters / pruner.report.before.parameters
     assert abs(share - 0.7) < 0.01 or any("the budget is" in note for note in pruner.report.notes)
