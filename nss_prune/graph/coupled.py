@@ -120,11 +120,9 @@ def _parameter_sides(model: nn.Module, labels: Labels, known: set[str]) -> Itera
         found = component[elements]
         axes = [axis for axis in range(found.dim()) if _constant_but(found, axis)]
         if len(axes) == 1:
-            line = elements.movedim(axes[0], 0).flatten(1)[:, 0]
-            labels.join(
-                elements.movedim(axes[0], 0).flatten(1),
-                line[:, None].expand(-1, elements.numel() // len(line)),
-            )
+            lines = elements.movedim(axes[0], 0).reshape(elements.shape[axes[0]], -1)
+            labels.join(lines, lines[:, :1].expand_as(lines))
+            line = lines[:, 0]
             yield LabelledSide(names[number], "out", axes[0], line)
         elif bool((sizes[found] > 1).any()):
             labels.pin(elements, f"{names[number]} has no axis of channels")
@@ -132,7 +130,7 @@ def _parameter_sides(model: nn.Module, labels: Labels, known: set[str]) -> Itera
 
 def _constant_but(found: Tensor, axis: int) -> bool:
     """Whether components change along an axis, and along no other."""
-    lines = found.movedim(axis, 0).flatten(1)
+    lines = found.movedim(axis, 0).reshape(found.shape[axis], -1)
     return (
         found.shape[axis] > 1
         and bool((lines == lines[:, :1]).all())

@@ -32,8 +32,8 @@ NOT_REACHED = (
     "autograd does not reach it in the example call: it is not called, or under no_grad or detach"
 )
 UNSUPPORTED = {
-    tp.ops.OPTYPE.MHA: "nn.MultiheadAttention ties its heads",
-    tp.ops.OPTYPE.LSTM: "nn.LSTM ties its gates",
+    tp.ops.OPTYPE.MHA: "its channels cross nn.MultiheadAttention, which loses whole heads",
+    tp.ops.OPTYPE.LSTM: "its channels cross nn.LSTM, of which torch-pruning ties the gates wrongly",
     tp.ops.OPTYPE.CUSTOMIZED: "a customized layer has no known parameter axes",
 }
 

@@ -92,6 +92,19 @@ BETWEEN: dict[str, tuple[int, int, Callable[[Tensor], Tensor], int]] = {
 """Name -> channels made and read, what is between, and the neurons of the first layer."""
 
 
+class Scaled(Between):
+    """Gates with a bare gain for each channel, and one for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__(24, 12, self.scaled)
+        self.gain = nn.Parameter(torch.ones(24, 1, 1))
+        self.position = nn.Parameter(torch.ones(1, 12, 8, 1))
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def scaled(self, maps: Tensor) -> Tensor:
+        return gated(maps * self.gain * self.temperature) + self.position
+
+
 class ConvolutionNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, side: int = 1) -> None:
         super().__init__()
@@ -249,6 +262,14 @@ def test_blocks_of_channels_are_neurons(name: str) -> None:
     made, read, between, size = BETWEEN[name]
     neurons, _ = assert_removed_equals_masked(Between(made, read, between), PICTURES)
     assert {group.name: group.size for group in neurons.groups} == {"first": size, "second": 10}
+
+
+def test_bare_parameters_follow_their_axis() -> None:
+    neurons, smaller = assert_removed_equals_masked(Scaled(), PICTURES)
+    left = smaller.second.in_channels
+    assert smaller.gain.shape == (2 * left, 1, 1)
+    assert smaller.position.shape == (1, left, 8, 1)
+    assert found(neurons, "first").size == 12
 
 
 @pytest.mark.parametrize("residual", [True, False])
