@@ -30,7 +30,7 @@ from nss_prune.allocation.changes import ConsumerChange, NormChange
 from nss_prune.allocation.elimination import Elimination
 from nss_prune.allocation.group_changes import GroupChanges
 from nss_prune.allocation.interactions import Interactions
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.batches import as_computed, counted_batches, has_samples
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
@@ -166,7 +166,9 @@ class _Part:
         queries: Mapping[str, ConsumerChange],
     ) -> None:
         """Add the changes of a group, which all have the same levels."""
-        self.sample_axes.update((member.name, member.sample_axis) for member in group.members)
+        self.sample_axes.update(
+            (member.name, member.sample_axis) for member in group.members if member.side != "out"
+        )
         levels = next(len(change.gone) for change in consumers.values())
         where = slice(self.levels, self.levels + levels)
         for name, change in consumers.items():
@@ -208,6 +210,7 @@ class _Part:
     def _watched(self, effects: Tensor) -> Iterator[None]:
         """Add e of each level and sample to ``effects``, ``[levels, samples]``, inside."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heads_called(self.model))
             for name, changes in self.consumers.items():
                 module = submodule(self.model, name)
                 hook = _input_hook(name, changes, self.sample_axes[name], effects)

@@ -84,7 +84,7 @@ def folding(
     shared = shared_weights(model)
     folds = {}
     for (name, side), (member, channels) in critical.removed_channels().items():
-        if side != "in":
+        if side != "in" or member.axis is not None:
             continue
         removed = torch.zeros(member.width, dtype=torch.bool)
         removed[channels] = True

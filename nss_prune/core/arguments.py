@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nss_prune.core.multihead import heads_called as heads_called
 from nss_prune.errors import ArgumentError
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))

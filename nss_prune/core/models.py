@@ -202,7 +202,8 @@ def run(model: nn.Module, inputs: Any, number: int, forward: Forward = call_mode
         DataError: The model refuses the inputs.
     """
     try:
-        return forward(model, inputs)
+        with _recurrent_gradients(model):
+            return forward(model, inputs)
     except NSSPruneError:
         raise
     except Exception as error:
@@ -211,3 +212,12 @@ def run(model: nn.Module, inputs: Any, number: int, forward: Forward = call_mode
             f"the model refuses batch {number} with inputs of shape {shapes}: {error}; give data "
             "of the shape that the model takes"
         ) from error
+
+
+def _recurrent_gradients(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context in which gradients of recurrent layers exist in evaluation mode: not by cuDNN."""
+    recurrent = torch.is_grad_enabled() and any(isinstance(m, nn.RNNBase) for m in model.modules())
+    if not recurrent or not torch.backends.cudnn.enabled:
+        return contextlib.nullcontext()
+    flags: contextlib.AbstractContextManager[Any] = torch.backends.cudnn.flags(enabled=False)
+    return flags

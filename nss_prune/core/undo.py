@@ -15,7 +15,7 @@ from nss_prune.errors import NSSPruneError, RemovalError
 
 
 class Snapshot:
-    """A model as it is now: the very tensors, children, hooks and attributes of every module.
+    """A model as it is now: the very tensors, children, hooks, attributes and class of each module.
 
     Args:
         model: Any module.
@@ -33,12 +33,13 @@ class Snapshot:
         self.model = model
         self.optimizer = optimizer
         self.values = copied(model) if values else {}
-        self._modules = [(m, dict(vars(m)), _contents(m)) for m in model.modules()]
+        self._modules = [(m, type(m), dict(vars(m)), _contents(m)) for m in model.modules()]
         self._state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
 
     def restore(self) -> None:
         """Put the model back, and the optimiser, whose gradients are cleared."""
-        for module, attributes, contents in self._modules:
+        for module, kind, attributes, contents in self._modules:
+            module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             for container, content in contents:

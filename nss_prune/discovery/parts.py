@@ -13,7 +13,7 @@ from torch import nn
 from nss_prune.core.models import Forward, call_model
 from nss_prune.core.text import first_line
 from nss_prune.discovery.calls import Call, look, recorded_calls
-from nss_prune.errors import GraphError, NothingToPruneError
+from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
 from nss_prune.graph.groups import MAKES_THE_OUTPUT, find_neurons
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
@@ -36,15 +36,12 @@ def discover_parts(
 ) -> NeuronMap:
     """The neurons of the parts of a model that cannot be traced as a whole, for a ``reason``.
 
-    Raises:
-        GraphError: ``reason``, where no part can be traced either.
+    There may be none.
     """
     search = _Search(ignored, root_module_types, time.monotonic() + timeout, PART_SHARE * timeout)
     calls = recorded_calls(model, example_inputs, forward)
     for name, child in model.named_children():
         search.visit(name, child, calls)
-    if not search.groups:
-        raise reason
     names = (name for name, _ in model.named_modules(remove_duplicate=False))
     order = {name: position for position, name in enumerate(names)}
     note = f"the model was traced in parts, because: {first_line(reason)}"
@@ -77,10 +74,10 @@ class _Search:
         self.seen.add(module)
         if module in calls and self.failed[type(module)] < PATIENCE:
             try:
-                self._add(name, self._traced(module, calls[module]))
-                return
-            except NothingToPruneError:
-                pass
+                found = self._traced(module, calls[module])
+                if found.groups:
+                    self._add(name, found)
+                    return
             except GraphError:
                 self.failed[type(module)] += type(module) is not nn.Sequential
         for child_name, child in module.named_children():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.models import (
     Forward,
     call_model,
@@ -120,6 +120,7 @@ def _shapes_of_inputs(
         return record
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(heads_called(model))
         for name in {consumer.name for group in neurons.groups for consumer in group.consumers}:
             stack.callback(on_input(submodule(model, name), look(name)).remove)
         with evaluation(model), torch.no_grad():

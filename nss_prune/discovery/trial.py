@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.models import clone, evaluation
 from nss_prune.core.text import first_line
 from nss_prune.discovery.calls import Call, look
@@ -110,7 +110,7 @@ def _removal_failure(
     structure = StructureCheck(
         module,
         (call.arguments, call.keywords),
-        lambda part, inputs: Call(*inputs).on(part),
+        lambda part, inputs: _first(Call(*inputs).on(part)),
     )
     try:
         structure.check(critical, adapters=(adapter,))
@@ -180,11 +180,17 @@ def _watched(module: nn.Module, group: NeuronGroup, neurons: Tensor) -> Iterator
         return look
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(heads_called(module))
         for member in group.members:
             layer = None if member.axis is not None else module.get_submodule(member.name)
             if layer is not None and (member.side == "in" or isinstance(layer, nn.LayerNorm)):
                 stack.callback(on_input(layer, hook(member)).remove)
         yield clean
+
+
+def _first(outputs: Any) -> Any:
+    """What a module makes, without the weights of its heads that it may tell about as well."""
+    return outputs[0] if isinstance(outputs, tuple) and outputs else outputs
 
 
 def _run(module: nn.Module, call: Call) -> Any:

@@ -10,8 +10,8 @@ from torch import nn
 from nss_prune.core.models import Forward, call_model
 from nss_prune.discovery.calls import recording
 from nss_prune.discovery.claims import claims
+from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
-from nss_prune.discovery.trial import adapted_on_trial
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
 from nss_prune.graph.groups import find_neurons
@@ -50,6 +50,7 @@ def discover(
         NothingToPruneError: No group is left.
     """
     claimed = list(claims(model, adapters, ignored))
+    reason: GraphError | None = None
     with recording({module for module, _, _ in claimed}) as calls:
         try:
             with deadline(WHOLE_SHARE * timeout, model):
@@ -57,8 +58,17 @@ def discover(
                 graph, output_nodes = trace(model, example_inputs, forward_fn=called)
                 found = find_neurons(model, graph, output_nodes, ignored)
         except GraphError as error:
-            rest = (1 - WHOLE_SHARE) * timeout
+            reason, rest = error, (1 - WHOLE_SHARE) * timeout
             found = discover_parts(
                 model, example_inputs, ignored, error, timeout=rest, forward=forward
             )
-    return adapted_on_trial(model, found, claimed, calls)
+    return completed(
+        model,
+        found,
+        claimed,
+        calls,
+        example_inputs,
+        ignored=ignored,
+        forward=forward,
+        untraceable=reason,
+    )

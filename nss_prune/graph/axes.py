@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nss_prune.core.models import submodule
 from nss_prune.errors import ModelMismatchError
 from nss_prune.graph.neurons import Member, NeuronGroup, Side
+from nss_prune.graph.recurrent import directions, reads_inputs
 
 
 def side_width(target: nn.Module | nn.Parameter, side: Side, axis: int | None) -> int | None:
@@ -22,6 +23,8 @@ def side_width(target: nn.Module | nn.Parameter, side: Side, axis: int | None) -
     if isinstance(target, nn.Parameter):
         assert axis is not None
         return int(target.shape[axis])
+    if isinstance(target, nn.RNNBase):
+        return target.input_size if side == "in" else directions(target) * target.hidden_size
     functions = tp.pruner.function.PrunerBox.get(tp.ops.module2type(target))
     if functions is None:
         return None
@@ -62,16 +65,18 @@ def held_channels(channels: Tensor, width: int) -> Tensor:
     return channels[channels < width]
 
 
-def _is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
+def is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
     return 1 < convolution.groups == convolution.in_channels == convolution.out_channels
 
 
 def parameter_axes(module: nn.Module) -> dict[str, tuple[int, int | None]]:
     """Parameter -> (axis of the channels it makes, axis of the channels it reads or None)."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
+    if isinstance(module, nn.RNNBase):
+        return {name: (0, 1 if reads_inputs(name) else None) for name in names}
     if isinstance(module, nn.Linear):
         return {name: (0, 1 if name == "weight" else None) for name in names}
-    if isinstance(module, nn.modules.conv._ConvNd) and not _is_depthwise(module):
+    if isinstance(module, nn.modules.conv._ConvNd) and not is_depthwise(module):
         weight = (1, 0) if module.transposed else (0, 1)
         return {name: weight if name == "weight" else (0, None) for name in names}
     if isinstance(module, (nn.LayerNorm, nn.Embedding)):

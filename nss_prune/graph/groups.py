@@ -32,8 +32,8 @@ NOT_REACHED = (
     "autograd does not reach it in the example call: it is not called, or under no_grad or detach"
 )
 UNSUPPORTED = {
-    tp.ops.OPTYPE.MHA: "nn.MultiheadAttention ties its heads",
-    tp.ops.OPTYPE.LSTM: "nn.LSTM ties its gates",
+    tp.ops.OPTYPE.MHA: "its channels cross nn.MultiheadAttention, which loses whole heads",
+    tp.ops.OPTYPE.LSTM: "its channels cross nn.LSTM, of which torch-pruning ties the gates wrongly",
     tp.ops.OPTYPE.CUSTOMIZED: "a customized layer has no known parameter axes",
 }
 
@@ -52,7 +52,6 @@ def find_neurons(
 
     Raises:
         GraphError: torch-pruning fails on a group.
-        NothingToPruneError: No group is left.
     """
     ignored_modules = {
         child for module in ignored if isinstance(module, nn.Module) for child in module.modules()
@@ -76,18 +75,27 @@ def find_neurons(
     for name, reason, size in _not_walked(model, graph, root_module_types, ignored_modules):
         if name not in known:
             left_alone[name] = (reason, size)
-    if not groups:
-        raise NothingToPruneError(
-            "no layer is left to prune: "
-            + ("; ".join(f"{name}: {why}" for name, (why, _) in left_alone.items()) or "no groups")
-            + ". Ignore fewer layers, or give a model with at least one hidden layer"
-        )
     left_alone = dict(sorted(left_alone.items(), key=lambda item: order[item[0]]))
     return NeuronMap(
         groups=tuple(sorted(groups, key=lambda group: order[group.name])),
         left_alone={name: reason for name, (reason, _) in left_alone.items()},
         left_alone_sizes={name: size for name, (_, size) in left_alone.items()},
     )
+
+
+def refuse_nothing(neurons: NeuronMap) -> NeuronMap:
+    """The map itself.
+
+    Raises:
+        NothingToPruneError: It has no groups.
+    """
+    if not neurons.groups:
+        raise NothingToPruneError(
+            "no layer is left to prune: "
+            + ("; ".join(f"{name}: {why}" for name, why in neurons.left_alone.items()) or "none")
+            + ". Ignore fewer layers, or give a model with at least one hidden layer"
+        )
+    return neurons
 
 
 def _all_groups(

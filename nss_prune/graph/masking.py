@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nss_prune.core.arguments import input_of, on_input, with_input
-from nss_prune.core.models import clone
+from nss_prune.core.models import clone, submodule
 from nss_prune.graph.axes import input_axis
 from nss_prune.graph.norms import norm_axis
 
@@ -37,6 +39,21 @@ def zero_outputs(layer: nn.Module, channels: Tensor) -> RemovableHandle:
         return output.index_fill(-1, channels.to(output.device), 0)
 
     return layer.register_forward_hook(zeroed)
+
+
+@contextlib.contextmanager
+def zero_columns(model: nn.Module, name: str, axis: int, channels: Tensor) -> Iterator[None]:
+    """Within the context, a bare parameter that reads channels along an axis reads zeros there."""
+    layer, _, key = name.rpartition(".")
+    module = submodule(model, layer)
+    whole = module._parameters[key]
+    assert whole is not None
+    zeroed = whole.detach().index_fill(axis, channels.to(whole.device), 0)
+    try:
+        setattr(module, key, nn.Parameter(zeroed, whole.requires_grad))
+        yield
+    finally:
+        setattr(module, key, whole)
 
 
 def normalize_without(norm: nn.Module, width: int, channels: Tensor) -> RemovableHandle:

@@ -58,6 +58,8 @@ class NeuronGroup:
         queries: Where neurons that are dimensions of every head have their queries; zero there, a
             dimension leaves the scores of the attention. Such a group is named after the module,
             and its channels are those of the heads as well.
+        followed: Whether torch-pruning describes them wrongly, and following channels by labels
+            has found them (:mod:`nss_prune.graph.coupled`).
     """
 
     name: str
@@ -65,6 +67,7 @@ class NeuronGroup:
     members: tuple[Member, ...]
     ties: int = 1
     queries: Member | None = None
+    followed: bool = False
 
     def __repr__(self) -> str:
         channels = f" of {self.ties} channels" if self.ties > 1 else ""
@@ -88,8 +91,10 @@ class NeuronGroup:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
-        """Members that read the neurons; their inputs are the neurons' activations."""
-        return tuple(member for member in self.members if member.side == "in")
+        """Layers that read the neurons; their inputs are the neurons' activations."""
+        return tuple(
+            member for member in self.members if member.side == "in" and member.axis is None
+        )
 
 
 @dataclass(frozen=True)

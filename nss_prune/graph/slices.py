@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
+from nss_prune.core.multihead import heads_called
 from nss_prune.core.text import listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
 from nss_prune.graph.bases import BasisChange, decode_bases, encode_bases, in_basis
 from nss_prune.graph.costs import parameters_left
 from nss_prune.graph.encoding import decode_groups, encode_groups
-from nss_prune.graph.masking import normalize_without, zero_inputs, zero_outputs
+from nss_prune.graph.masking import normalize_without, zero_columns, zero_inputs, zero_outputs
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.norms import norm_of
 
@@ -142,12 +143,15 @@ class Slice:
             for queries, channels in self.removed_queries():
                 layer = submodule(model, queries.name)
                 stack.callback(zero_outputs(layer, channels).remove)
+            stack.enter_context(heads_called(model))
             for (name, side), (member, channels) in self.removed_channels().items():
                 norm = norm_of(member, model)
                 if norm is not None:
                     stack.callback(normalize_without(norm, member.width, channels).remove)
                 elif side == "in" and member.axis is None:
                     stack.callback(zero_inputs(submodule(model, name), channels).remove)
+                elif side == "in" and member.axis is not None:
+                    stack.enter_context(zero_columns(model, name, member.axis, channels))
             yield model
 
     def save(self, path: str | os.PathLike[str]) -> None:

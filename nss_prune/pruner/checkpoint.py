@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from nss_prune.core.files import read_file, write_file
 from nss_prune.core.models import submodule
+from nss_prune.core.multihead import HeadwiseAttention
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.tracing import refuse_reparametrised
 from nss_prune.pruner.classes import KEPT_CLASSES
@@ -98,6 +99,7 @@ def load_pruned(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     for name, dtype in notes["unsaved"].items():
         _cast_buffer(model, name, getattr(torch, dtype.removeprefix("torch.")))
     for name, module in model.named_modules(remove_duplicate=False):
+        _become(module, notes["modules"][name]["class"])
         _set_numbers(module, notes["modules"][name]["numbers"])
     return model
 
@@ -246,10 +248,22 @@ def _check_modules(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> 
     }
     _check_names("modules", present, saved)
     for name, facts in saved.items():
-        if present[name] != facts["class"]:
+        if present[name] != facts["class"] and not _can_become(present[name], facts["class"]):
             raise ModelMismatchError(
                 f"module {name!r} is a {present[name]}, in the file a {facts['class']}; {_REMEDY}"
             )
+
+
+def _can_become(present: str, saved: str) -> bool:
+    """Whether pruning makes a module of one class one of another, by their names."""
+    return (present, saved) == (nn.MultiheadAttention.__name__, HeadwiseAttention.__name__)
+
+
+def _become(module: nn.Module, saved: str) -> None:
+    """Let torch's attention be what it becomes where it loses heads."""
+    if saved == HeadwiseAttention.__name__ and isinstance(module, nn.MultiheadAttention):
+        module.__class__ = HeadwiseAttention
+        module._qkv_same_embed_dim = False
 
 
 def _check_tensors(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

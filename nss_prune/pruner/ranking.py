@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.followed import of_followed
 from nss_prune.pruner.strategy import Importance
 from nss_prune.pruner.subject import Subject
 
@@ -38,6 +39,8 @@ def importance_of(subject: Subject, group: NeuronGroup, importance: Importance) 
     A neuron of several channels gets their mean.
     """
     module = subject.model.get_submodule(group.name)
+    if group.followed or module not in subject.graph.module2node:
+        return of_followed(subject.model, group, importance)
     function = subject.graph.get_pruner_of_module(module).prune_out_channels
     root = next((member for member in group.members if member.name == group.name), None)
     width = group.size * group.ties if group.has_channels or root is None else root.width
@@ -74,7 +77,9 @@ class Ranking:
             scores: Layer -> importance of its neurons, ``[neurons]``.
         """
         kept = {group.name: torch.ones(group.size, dtype=torch.bool) for group in subject.groups}
-        ranked = {group.name for group in subject.groups if group.has_channels}
+        ranked = {
+            group.name for group in subject.groups if group.has_channels and not group.followed
+        }
         with self._next_step(subject, importance):
             for group in self._pruner._prune():
                 name = subject.graph._module2name[group[0].dep.target.module]
@@ -85,6 +90,7 @@ class Ranking:
                 left = max(1, int(self._first_sizes[name] * (1 - self._ratio(subject, name))))
                 best = scores(name).argsort(descending=True, stable=True)[:left]
                 kept[name] = torch.zeros_like(kept[name]).index_fill(0, best, True)
+            kept.update(self._followed(subject, {name: kept[name] for name in ranked}, scores))
             if self._pruner.prune_num_heads:
                 kept.update(self._heads(subject, scores))
         return Slice(kept, subject.groups)
@@ -98,8 +104,10 @@ class Ranking:
         among the channels, inside of which nothing can go.
         """
         own = vars(self._pruner)
-        heads = [group.name for group in subject.groups if not group.has_channels]
-        names = [*subject.neurons.left_alone, *heads]
+        others = [
+            group.name for group in subject.groups if group.followed or not group.has_channels
+        ]
+        names = [*subject.neurons.left_alone, *others]
         left_alone = [subject.model.get_submodule(name) for name in names]
         changed = {
             "estimate_importance": importance,
@@ -118,6 +126,29 @@ class Ranking:
             for name in changed:
                 own.pop(name)
             own.update(before)
+
+    def _followed(
+        self, subject: Subject, kept: Mapping[str, Tensor], scores: Callable[[str], Tensor]
+    ) -> dict[str, Tensor]:
+        """Neurons that torch-pruning does not describe, by its ratios.
+
+        With ``global_pruning`` what scores no more than the best that goes elsewhere goes as well;
+        where nothing goes elsewhere, they are ranked among themselves.
+        """
+        found = {group.name: scores(group.name) for group in subject.groups if group.followed}
+        if not found:
+            return {}
+        gone = [scores(name)[~mask].max() for name, mask in kept.items() if not mask.all()]
+        pooled = torch.cat(list(found.values())).sort().values
+        most = max(gone) if gone else pooled[int(len(pooled) * self._pruner.pruning_ratio) - 1]
+        chosen = {}
+        for name, its in found.items():
+            left = max(1, int(self._first_sizes[name] * (1 - self._ratio(subject, name))))
+            if self._pruner.global_pruning:
+                left = max(1, int((its > most).sum()))
+            best = its.argsort(descending=True, stable=True)[:left]
+            chosen[name] = torch.zeros(len(its), dtype=torch.bool).index_fill(0, best, True)
+        return chosen
 
     def _vanished(
         self, subject: Subject, kept: Mapping[str, Tensor], scores: Callable[[str], Tensor]
@@ -144,7 +175,7 @@ class Ranking:
 
     def _heads(self, subject: Subject, scores: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Heads by head_pruning_ratio: of each layer, or of all together with global_pruning."""
-        heads = [group for group in subject.groups if not group.has_channels]
+        heads = [group for group in subject.groups if not group.has_channels and not group.followed]
         by_layer = {group.name: scores(group.name) for group in heads}
         gone = {}
         for group in heads:

@@ -11,12 +11,12 @@ import torch_pruning as tp
 from torch import nn
 
 from nss_prune.core.models import call_model
-from nss_prune.discovery.calls import recording
+from nss_prune.discovery.calls import Call, recording
 from nss_prune.discovery.claims import Claim, claims
+from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
-from nss_prune.discovery.trial import adapted_on_trial
 from nss_prune.discovery.whole import TIMEOUT, WHOLE_SHARE
-from nss_prune.errors import GraphError, NothingToPruneError
+from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
@@ -96,12 +96,10 @@ class Tracer:
                     recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
                     graph = build(recorder)
                     found = self._neurons(model, graph, recorder.nodes)
-            except NothingToPruneError:
-                raise
             except Exception as error:
                 graph, tracer = None, replace(self, untraceable=_in_words(model, error))
                 found = tracer._neurons_in_parts(model)
-        return tracer._subject(model, graph, adapted_on_trial(model, found, claimed, calls))
+        return tracer._subject(model, graph, tracer._completed(model, found, claimed, calls))
 
     def again(self, model: nn.Module) -> Subject:
         """The subject of a further step, traced as that of the first.
@@ -117,7 +115,7 @@ class Tracer:
                 with deadline(self.timeout, model):
                     graph, output_nodes = self.graph(model)
                     found = self._neurons(model, graph, output_nodes)
-        return self._subject(model, graph, adapted_on_trial(model, found, claimed, calls))
+        return self._subject(model, graph, self._completed(model, found, claimed, calls))
 
     def graph(self, model: nn.Module) -> tuple[Any, set[Any]]:
         """torch-pruning's graph, and the autograd nodes that make the outputs."""
@@ -144,6 +142,30 @@ class Tracer:
             self.untraceable,
             timeout=(1 - WHOLE_SHARE) * self.timeout,
             forward=self.forward,
+        )
+
+    def _completed(
+        self,
+        model: nn.Module,
+        found: NeuronMap,
+        claimed: Sequence[Claim],
+        calls: Mapping[nn.Module, Call],
+    ) -> NeuronMap:
+        """The traced neurons with those that are more than channels.
+
+        Raises:
+            GraphError, NothingToPruneError: No group is left.
+        """
+        return completed(
+            model,
+            found,
+            claimed,
+            calls,
+            self.example_inputs,
+            ignored=self.ignored,
+            forward=self.forward,
+            customized_pruners=self.graph_arguments.get("customized_pruners"),
+            untraceable=self.untraceable,
         )
 
     def _subject(self, model: nn.Module, graph: Any, neurons: NeuronMap) -> Subject:

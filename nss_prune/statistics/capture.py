@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.models import Forward, call_model, run, submodule
 from nss_prune.errors import DataError
 from nss_prune.graph.axes import input_axis
@@ -66,6 +66,7 @@ class Watcher:
             for member in group.consumers:
                 consumers.setdefault(member.name, []).append((group, member))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heads_called(model))
             for name, entries in consumers.items():
                 module = submodule(model, name)
                 stack.callback(on_input(module, self._hook(name, entries)).remove)
@@ -157,6 +158,7 @@ def watched(
         return lambda module, inputs: see(name, inputs.detach().movedim(axis, 0))
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(heads_called(model))
         for name, sides in consumers.items():
             handle = on_input(submodule(model, name), hook(name, sides[0].sample_axis))
             stack.callback(handle.remove)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from nss_prune.core.arguments import on_input
+from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.models import Forward, call_model, run, submodule
 from nss_prune.core.nested import tensors_in
 
@@ -38,6 +38,7 @@ def survey(
     """Run one batch and see who is called, and what reads what they put out."""
     followed = _Followed()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(heads_called(model))
         for name in consumers:
             hook = submodule(model, name).register_forward_hook(followed.reader_hook(name))
             stack.callback(hook.remove)

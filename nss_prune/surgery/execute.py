@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nss_prune.core.models import submodule
 from nss_prune.errors import RemovalError
+from nss_prune.graph.recurrent import RecurrentPruner
 from nss_prune.graph.ties import shared_parameters
 from nss_prune.surgery.plan import Step
 
@@ -42,6 +43,8 @@ def _pruning_function(module: nn.Module, customized: Pruners) -> Any:
         return customized[module]
     if type(module) in customized:
         return customized[type(module)]
+    if isinstance(module, nn.RNNBase):
+        return RecurrentPruner()
     kind = tp.ops.module2type(module)
     if kind == tp.ops.OPTYPE.LN:
         return LayerNormPruner()

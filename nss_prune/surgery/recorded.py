@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from nss_prune.core.arguments import fresh
 from nss_prune.core.models import Forward, call_model, device_of, evaluation
+from nss_prune.core.multihead import heads_called
 from nss_prune.core.nested import tensors_in
 from nss_prune.errors import RemovalError
 from nss_prune.graph.axes import input_axis
@@ -71,6 +72,7 @@ def recorded(
         return hook
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(heads_called(model))
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(record(name))
             stack.callback(handle.remove)

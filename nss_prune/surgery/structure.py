@@ -75,12 +75,15 @@ class StructureCheck:
             ModelMismatchError: The slice is of another model.
         """
         plan_removal(critical, self._model)  # refuses a slice before anything is tried
+        going = critical.removed
         rescaled = {queries.name for queries, _ in critical.removed_queries()}
-        names = [
-            name
-            for (name, side), (member, _) in critical.removed_channels().items()
-            if side == "in" and member.axis is None and name not in rescaled
-        ]
+        consumers = (
+            member.name
+            for group in critical.groups
+            if group.name in going
+            for member in group.consumers
+        )
+        names = [name for name in dict.fromkeys(consumers) if name not in rescaled]
         if not names:
             return True
         masked = self._masked(critical, names, _kept_outputs(critical))

@@ -44,7 +44,7 @@ def verified(
         NothingToPruneError: No group can be trusted.
     """
     structure = StructureCheck(model, example_inputs, forward)
-    kept = _random_halves(neurons) if critical is None else critical.kept
+    kept = random_halves(neurons.groups) if critical is None else critical.kept
 
     def failure(names: Sequence[str]) -> str | None:
         """Why these groups cannot shrink together, or None."""
@@ -55,19 +55,19 @@ def verified(
             return str(error)
         return None
 
-    blamed = _blamed(neurons.groups, failure)
-    if len(blamed) < len(neurons.groups):
-        return neurons.without(blamed)
-    all_reasons = {**neurons.left_alone, **blamed}
+    refused = blamed(neurons.groups, failure)
+    if len(refused) < len(neurons.groups):
+        return neurons.without(refused)
+    all_reasons = {**neurons.left_alone, **refused}
     reasons = "; ".join(f"{name}: {reason}" for name, reason in all_reasons.items())
     raise NothingToPruneError(f"no layer is left to prune on trial: {reasons}")
 
 
-def _random_halves(neurons: NeuronMap) -> dict[str, Tensor]:
+def random_halves(groups: Sequence[NeuronGroup]) -> dict[str, Tensor]:
     """Layer -> True for the neurons that stay on trial, an odd number."""
     generator = torch.Generator().manual_seed(0)
     halves = {}
-    for group in neurons.groups:
+    for group in groups:
         kept = torch.zeros(group.size, dtype=torch.bool)
         count = group.size // 2 | 1
         kept[torch.randperm(group.size, generator=generator)[:count]] = True
@@ -75,7 +75,7 @@ def _random_halves(neurons: NeuronMap) -> dict[str, Tensor]:
     return halves
 
 
-def _blamed(
+def blamed(
     groups: Sequence[NeuronGroup], failure: Callable[[Sequence[str]], str | None]
 ) -> dict[str, str]:
     """The groups that fail by themselves, or only with others that do not, and why.
@@ -85,7 +85,7 @@ def _blamed(
     attention, trying each would take a dozen times as long.
     """
     good: list[str] = []
-    blamed: dict[str, str] = {}
+    found: dict[str, str] = {}
 
     def sort_out(alike: Sequence[Sequence[str]]) -> None:
         reason = failure([*good, *itertools.chain(*alike)])
@@ -98,11 +98,11 @@ def _blamed(
         elif len(alike[0]) > 1 and failure([*good, alike[0][0]]) is None:
             sort_out([[name] for name in alike[0]])
         else:
-            blamed.update(dict.fromkeys(alike[0], reason))
+            found.update(dict.fromkeys(alike[0], reason))
 
     by_place: dict[Any, list[str]] = {}
     for group in groups:
         sides = tuple(sorted(member.side for member in group.members))
         by_place.setdefault((re.sub(r"\d+", "#", group.name), sides), []).append(group.name)
     sort_out(list(by_place.values()))
-    return blamed
+    return found

@@ -27,6 +27,9 @@ OF_THE_END = (
     "channels", "dim_out", "features", "num_channels", "num_filters", "out_channels", "out_chs",
     "out_dim", "out_features", "out_planes", "output_dim", "planes", "pre_logits_dim",
 )  # fmt: skip
+OF_A_PART = (
+    "c", "c_", "chunk_size", "half", "hidden", "hidden_channels", "mid_channels", "split_size",
+)  # fmt: skip
 SHAPE = "normalized_shape"
 
 
@@ -51,6 +54,7 @@ def width_changes(
     Args:
         producers: See :mod:`nss_prune.surgery.buffers`.
     """
+    yield from _part_changes(model, critical)
     widths = _widths(model, critical, producers or {})
     if all(width.before == width.after for width in widths):
         return
@@ -71,6 +75,31 @@ def width_changes(
                 new = _followed(name, value, inside, head)
                 if new != value:
                     yield Change(module, name, new)
+
+
+def _part_changes(model: nn.Module, critical: Slice) -> Iterator[Change]:
+    """Numbers of channels of one part, where a layer's channels are cut into parts or a map.
+
+    They are those of the modules around the layer, and of ``nn.Unflatten``.
+    """
+    parts = {
+        group.name: (group.size, int(critical.kept[group.name].sum()))
+        for group in critical.groups
+        if group.followed and group.name in critical.removed
+    }
+    for path, module in model.named_modules():
+        inside = {sizes for name, sizes in parts.items() if _lies_in(name, path)}
+        after = dict(inside)
+        if isinstance(module, nn.Unflatten):
+            after = dict(parts.values())
+            first, *others = module.unflattened_size
+            if first in after:
+                yield Change(module, "unflattened_size", (after[first], *others))
+            continue
+        for name in OF_A_PART:
+            value = vars(module).get(name)
+            if type(value) is int and value in after:
+                yield Change(module, name, after[value])
 
 
 def _widths(model: nn.Module, critical: Slice, producers: Producers) -> list[_Width]:

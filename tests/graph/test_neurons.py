@@ -8,7 +8,7 @@ from torch import nn
 
 from networks import Residual, cnn, mlp
 from nss_prune.errors import ArgumentError, GraphError, NothingToPruneError
-from nss_prune.graph.groups import find_neurons
+from nss_prune.graph.groups import find_neurons, refuse_nothing
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import resolve_layers, trace
 
@@ -112,7 +112,7 @@ def test_ignored_by_name_and_type(ignored: object) -> None:
 def test_ignoring_a_block_ignores_what_is_in_it() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), nn.Linear(5, 3)).double()
     with pytest.raises(NothingToPruneError, match=r"0\.0: ignored"):
-        neurons_of(model, 4, ignored=("0",))
+        refuse_nothing(neurons_of(model, 4, ignored=("0",)))
 
 
 def test_a_name_that_is_not_there() -> None:

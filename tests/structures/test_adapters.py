@@ -312,7 +312,12 @@ NOT_CLAIMED: dict[str, Callable[[], nn.Module]] = {
     "talking heads, convolutions": of_timm("models.efficientformer_v2.Attention2d", WIDTH, 4, 4, 2),
     "outlook attention": of_timm("models.volo.OutlookAttention", WIDTH, 4),
     "a single head": partial(Fused, 1),
-    "torch's own": partial(nn.MultiheadAttention, WIDTH, 4),
+    "torch's own, with a key of no token": partial(
+        nn.MultiheadAttention, WIDTH, 4, add_bias_kv=True
+    ),
+    "torch's own, with a zero of no token": partial(
+        nn.MultiheadAttention, WIDTH, 4, add_zero_attn=True
+    ),
     "a multilayer perceptron": of_timm("layers.Mlp", WIDTH),
 }
 

@@ -102,8 +102,12 @@ def test_what_weights_and_inputs_hide_is_found(
     neurons = verified(model, discover(model, example), example)
     assert torch.equal(state, torch.get_rng_state())
     assert_unchanged(model, before)
-    assert [group.name for group in neurons.groups] == ["second"]
-    assert "first" in neurons.left_alone
+    # torch-pruning takes the shuffled channels for those of the same places; labels follow them.
+    assert [(group.name, group.size) for group in neurons.groups] == [("first", 4), ("second", 12)]
+    assert neurons.groups[0].followed
+    assert_removed_equals_masked(
+        model.float(), example.float(), neurons, torch.randn(2, 3, 8, 8).double()
+    )
 
 
 @pytest.mark.parametrize("size", [12, 16])
