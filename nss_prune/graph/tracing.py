@@ -18,9 +18,18 @@ from nss_prune.errors import ArgumentError, GraphError
 
 @contextlib.contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
-    """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after."""
+    """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after.
+
+    Models of transformers make no cache of keys and values meanwhile: torch-pruning goes round in
+    circles where they are joined to an empty one.
+    """
     hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
-    with flags_kept(model) as parameters, torch.enable_grad(), warnings.catch_warnings():
+    with (
+        flags_kept(model) as parameters,
+        _without_caches(model),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         model.eval()
         for parameter in parameters:
@@ -32,6 +41,24 @@ def traceable(model: nn.Module) -> Iterator[None]:
             for module, before in hooks:
                 for key in set(module._forward_hooks) - set(before):
                     del module._forward_hooks[key]
+
+
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """``use_cache`` off in the configurations of all modules, and as it was afterwards."""
+    configurations = {id(own): own for own in (_config(module) for module in model.modules())}
+    caching = [own for own in configurations.values() if getattr(own, "use_cache", None) is True]
+    for own in caching:
+        own.use_cache = False
+    try:
+        yield
+    finally:
+        for own in caching:
+            own.use_cache = True
+
+
+def _config(module: nn.Module) -> Any:
+    return vars(module).get("config")
 
 
 def resolve_layers(

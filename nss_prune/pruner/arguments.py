@@ -159,7 +159,7 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
     """Raise where a strategy is none of those that there are, or does not suit what is asked for.
 
     Args:
-        predicts: Whether there are a budget and data, in one process.
+        predicts: Whether there is a budget, in one process.
     """
     if not isinstance(strategy, str):
         missing = [name for name in ("observe", "select") if not hasattr(strategy, name)]
@@ -174,8 +174,8 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
         raise ArgumentError(f"strategy is {strategy!r}; use one of {known}, or an object")
     if strategy == "divergence" and (not predicts or importance is not None):
         raise ArgumentError(
-            "strategy='divergence' allocates a budget from data: give macs_budget=, "
-            "params_budget= or latency_budget=, and data=, and no importance="
+            "strategy='divergence' allocates a budget in one process: give macs_budget=, "
+            "params_budget= or latency_budget=, and no importance="
         )
     if strategy in ("category", "global") and (aim.ratio is None or importance is not None):
         raise ArgumentError(

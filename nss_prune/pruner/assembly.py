@@ -35,7 +35,7 @@ from nss_prune.pruner.subject import Subject
 
 
 def chosen_strategy(
-    strategy: Any, aim: Aim, importance: Importance | None, data: Any, plain: bool
+    strategy: Any, aim: Aim, importance: Importance | None, plain: bool
 ) -> Any:
     """The name of a strategy, or an object.
 
@@ -46,7 +46,7 @@ def chosen_strategy(
     Raises:
         ArgumentError: It does not suit what is asked for.
     """
-    predicts = aim.budget is not None and data is not None and processes() == 1
+    predicts = aim.budget is not None and processes() == 1
     if strategy is None:
         best = predicts and not plain and importance is None
         strategy = "divergence" if best else "semantic"
@@ -73,7 +73,6 @@ def strategy_for(
     if not isinstance(strategy, str):
         return strategy  # type: ignore[no-any-return]
     if strategy == "divergence":
-        assert profiling.data is not None
         return DivergenceStrategy(
             Eliminating(profiling.data, profiling.keeps_statistics, **settings)
         )

@@ -11,6 +11,7 @@ from nss_prune.allocation.elimination import Elimination, eliminations
 from nss_prune.core.outputs import OutputsSpec
 from nss_prune.core.views import views_of
 from nss_prune.pruner.meaning import outputs_for
+from nss_prune.pruner.observation import example_data
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
 from nss_prune.statistics.consumers import ConsumerSums
@@ -30,13 +31,13 @@ class Eliminating:
     The second needs data that can be iterated again.
 
     Attributes:
-        data: Batches of (inputs, labels).
+        data: Batches of (inputs, labels); None for the example inputs.
         folds: Whether the removed neurons will be folded.
         outputs: What the outputs mean, see :data:`nss_prune.core.outputs.OutputsSpec`.
         progress: Show a progress bar; None for only on a terminal.
     """
 
-    data: Iterable[Any]
+    data: Iterable[Any] | None
     folds: bool
     outputs: OutputsSpec = None
     progress: bool | None = None
@@ -50,10 +51,13 @@ class Eliminating:
         """
         subject = subject.readable()
         model, groups = subject.model, subject.groups
-        outputs, data = outputs_for(subject, self.data, self.outputs)
+        given = self.data
+        if given is None:
+            given = example_data(subject, "what the outputs must not diverge on")
+        outputs, data = outputs_for(subject, given, self.outputs)
         settings: dict[str, Any] = {"outputs": outputs, "progress": self.progress}
         settings.update(subject.calling)
-        sums = ConsumerSums(model, groups, views_of(self.data)) if self.folds else None
+        sums = ConsumerSums(model, groups, views_of(given)) if self.folds else None
         found = eliminations(model, data, groups, reads=sums, **settings)
         statistics = (
             None if sums is None else sums.surveyed(subject.example_inputs, **subject.calling)

@@ -92,7 +92,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             "category" or "global": the best of each category and their union, or the best over all
             data, of every layer. With a budget also "divergence": as many neurons of each layer
             as make the outputs diverge least for the cost that they save, after folding (see
-            :mod:`nss_prune.allocation.divergence`); the default for a budget with ``data``, unless
+            :mod:`nss_prune.allocation.divergence`); the default for a budget, unless
             a ``profile``, a ``loss`` or an ``importance`` is given. Or an object of your own, see
             :class:`nss_prune.pruner.strategy.Strategy`.
         categories, features, loss, ranking, outputs: See :func:`nss_prune.profile`.
@@ -171,7 +171,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance)
         plain = profile is not None or loss is not None
         self.theta = aim.theta
-        self.strategy = chosen_strategy(strategy, aim, importance, data, plain)
+        self.strategy = chosen_strategy(strategy, aim, importance, plain)
         self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, progress)
         common = {"outputs": outputs, "progress": progress}
         own = {"loss": loss, **common}
