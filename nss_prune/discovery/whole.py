@@ -11,7 +11,7 @@ from nss_prune.core.models import Forward, call_model
 from nss_prune.discovery.calls import recording
 from nss_prune.discovery.claims import claims
 from nss_prune.discovery.parts import discover_parts
-from nss_prune.discovery.trial import adapted_on_trial
+from nss_prune.discovery.trial import tried, with_verdicts
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
 from nss_prune.graph.groups import find_neurons
@@ -55,10 +55,13 @@ def discover(
             with deadline(WHOLE_SHARE * timeout, model):
                 called = None if forward is call_model else forward
                 graph, output_nodes = trace(model, example_inputs, forward_fn=called)
-                found = find_neurons(model, graph, output_nodes, ignored)
+            verdicts = tried(claimed, calls)
+            with deadline(WHOLE_SHARE * timeout, model):
+                found = find_neurons(model, graph, output_nodes, ignored, apart=verdicts.makers)
         except GraphError as error:
             rest = (1 - WHOLE_SHARE) * timeout
             found = discover_parts(
                 model, example_inputs, ignored, error, timeout=rest, forward=forward
             )
-    return adapted_on_trial(model, found, claimed, calls)
+            verdicts = tried(claimed, calls)
+    return with_verdicts(model, found, verdicts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,13 @@ def find_neurons(
     output_nodes: set[Any],
     ignored: Sequence[nn.Module | nn.Parameter] = (),
     root_module_types: Sequence[type] = (nn.modules.conv._ConvNd, nn.Linear),
+    apart: Collection[str] = (),
 ) -> NeuronMap:
     """Read the groups of a traced model.
 
     Args:
         ignored: Modules whose output channels must stay; their submodules count too.
+        apart: Names of layers whose neurons are known, and no groups of channels.
 
     Raises:
         GraphError: torch-pruning fails on a group.
@@ -60,7 +62,9 @@ def find_neurons(
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     groups: list[NeuronGroup] = []
     left_alone: dict[str, tuple[str, int]] = {}
-    for group in _all_groups(model, graph, root_module_types, ignored_modules):
+    mates: dict[nn.Module, str] = {}  # layers of a group that is left alone -> its root
+    not_roots = ignored_modules | {model.get_submodule(name) for name in apart}
+    for group in _all_groups(model, graph, root_module_types, not_roots):
         name = graph._module2name[group[0].dep.target.module]
         reason = reason_to_leave(graph, group, output_nodes, ignored_modules)
         members: tuple[Member, ...] = ()
@@ -71,9 +75,10 @@ def find_neurons(
             groups.append(NeuronGroup(name, size // ties, members, ties))
         else:
             left_alone[name] = (reason, size)
+            mates.update({dependency.target.module: name for dependency, _ in group})
     made = (member.name for group in groups for member in group.members if member.side != "in")
-    known = {*left_alone, *made}
-    for name, reason, size in _not_walked(model, graph, root_module_types, ignored_modules):
+    known = {*left_alone, *made, *apart}
+    for name, reason, size in _not_walked(model, graph, root_module_types, ignored_modules, mates):
         if name not in known:
             left_alone[name] = (reason, size)
     if not groups:
@@ -112,8 +117,13 @@ def _not_walked(
     graph: tp.DependencyGraph,
     root_module_types: Sequence[type],
     ignored: set[nn.Module],
+    mates: Mapping[nn.Module, str],
 ) -> Iterator[tuple[str, str, int]]:
-    """Layers that no group was looked for from: name, why, and output channels."""
+    """Layers that no group was looked for from: name, why, and output channels.
+
+    Args:
+        mates: Layer of a group that is left alone -> its root.
+    """
     inside: set[nn.Module] = set()  # modules that are one operation for torch-pruning
     for name, module in model.named_modules():
         if module in graph.module2node:
@@ -126,6 +136,8 @@ def _not_walked(
             reason = "ignored"
         elif module in graph.IGNORED_LAYERS_IN_TRACING:
             continue
+        elif module in mates:
+            reason = f"goes with {mates[module]}, which is left alone"
         else:
             reason = "shares its channels with an ignored layer"
         yield name, reason, side_width(module, "out", None) or 0

@@ -80,6 +80,18 @@ class NeuronGroup:
         """Members that read the neurons; their inputs are the neurons' activations."""
         return tuple(member for member in self.members if member.side == "in")
 
+    @property
+    def makers(self) -> tuple[Member, ...]:
+        """Members that are layers which make the neurons."""
+        return tuple(
+            member for member in self.members if member.side == "out" and member.axis is None
+        )
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether its makers have different numbers of channels."""
+        return len({len(member.channels) for member in self.makers}) > 1
+
 
 @dataclass(frozen=True)
 class NeuronMap:

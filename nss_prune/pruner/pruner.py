@@ -204,9 +204,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """From torch-pruning's constructor; the model is left as found."""
         chosen = importance or self._semantic_importance
 
-        def build(recorder: Any) -> Any:
-            own = {**settings, "output_transform": recorder}
+        def build(recorder: Any, apart: Sequence[nn.Module]) -> Any:
+            ignored = settings["ignored_layers"]
+            own = {**settings, "output_transform": recorder, "ignored_layers": [*ignored, *apart]}
             super(NSSPruner, self).__init__(model, tracer.arguments, chosen, **own)
+            self.ignored_layers = [layer for layer in self.ignored_layers if layer not in apart]
             return self.DG
 
         subject = tracer.first(model, build)

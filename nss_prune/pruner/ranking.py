@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.member_groups import group_of_members
 from nss_prune.pruner.strategy import Importance
 from nss_prune.pruner.subject import Subject
 
@@ -37,11 +38,14 @@ def importance_of(subject: Subject, group: NeuronGroup, importance: Importance) 
 
     A neuron of several channels gets their mean.
     """
-    module = subject.model.get_submodule(group.name)
-    function = subject.graph.get_pruner_of_module(module).prune_out_channels
     root = next((member for member in group.members if member.name == group.name), None)
     width = group.size * group.ties if group.has_channels or root is None else root.width
-    found = importance(subject.graph.get_pruning_group(module, function, list(range(width))))
+    if group.is_uneven:
+        found = importance(group_of_members(subject, group))
+    else:
+        module = subject.model.get_submodule(group.name)
+        function = subject.graph.get_pruner_of_module(module).prune_out_channels
+        found = importance(subject.graph.get_pruning_group(module, function, list(range(width))))
     if found is None or len(found) != width:
         return None
     by_channel: Tensor = found.detach().cpu()
@@ -98,8 +102,9 @@ class Ranking:
         among the channels, inside of which nothing can go.
         """
         own = vars(self._pruner)
-        heads = [group.name for group in subject.groups if not group.has_channels]
-        names = [*subject.neurons.left_alone, *heads]
+        apart = [group for group in subject.groups if not group.has_channels]
+        makers = [member.name for group in apart for member in group.makers]
+        names = {*subject.neurons.left_alone, *makers}
         left_alone = [subject.model.get_submodule(name) for name in names]
         changed = {
             "estimate_importance": importance,
