@@ -26,6 +26,7 @@ from nss_prune.pruner.assembly import (
     repairs_for,
     strategy_for,
 )
+from nss_prune.pruner.configuration import follow_configuration
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.observation import evidence_of, profiling_for
@@ -292,8 +293,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             before = self._subject.cost()
             plan, repaired = self._pruned()
             self._finish(plan)
+            notes = follow_configuration(self.model, plan.slice)
         self.folded = repaired.changed
-        self.report = report_of(plan, before, repaired.notes)
+        self.report = report_of(plan, before, (*repaired.notes, *notes))
         return None
 
     def _renew(self) -> None:
