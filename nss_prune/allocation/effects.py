@@ -118,9 +118,7 @@ def _measured(
     }
 
 
-def _scaled(
-    found: Elimination, counts: Tensor, measured: Tensor, by_channel: bool
-) -> Elimination:
+def _scaled(found: Elimination, counts: Tensor, measured: Tensor, by_channel: bool) -> Elimination:
     """An elimination whose D is at least what was measured after some numbers of neurons.
 
     Args:

@@ -148,7 +148,7 @@ class OutputRecorder:
 
 
 def refuse_reparametrised(model: nn.Module) -> None:
-    """Raise on weights that hooks or parametrizations recompute from others, and on scripts."""
+    """Raise on weights that are not plain: recomputed from others, scripted, or transposed."""
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             kind = type(hook).__name__
@@ -168,6 +168,12 @@ def refuse_reparametrised(model: nn.Module) -> None:
             raise ArgumentError(
                 f"{name or 'the model'} is a ScriptModule, whose layers cannot be changed; prune "
                 "the module that it was scripted from, then script it"
+            )
+        if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            raise ArgumentError(
+                f"{name} is a Conv1D of transformers, a linear layer with its weight transposed, "
+                "which torch-pruning does not know; put an nn.Linear in the place of each, with "
+                "weight=nn.Parameter(layer.weight.T.contiguous()) and bias=layer.bias"
             )
 
 

@@ -34,9 +34,7 @@ from nss_prune.pruner.strategy import Evidence, Importance, Strategy
 from nss_prune.pruner.subject import Subject
 
 
-def chosen_strategy(
-    strategy: Any, aim: Aim, importance: Importance | None, plain: bool
-) -> Any:
+def chosen_strategy(strategy: Any, aim: Aim, importance: Importance | None, plain: bool) -> Any:
     """The name of a strategy, or an object.
 
     Args:

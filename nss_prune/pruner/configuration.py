@@ -74,20 +74,22 @@ def _left(value: Any, groups: list[NeuronGroup], chosen: Slice) -> Any:
     """What a field becomes; None where its layers keep different numbers."""
     if isinstance(value, list) and len(value) == len(groups):
         return [_after(one, group, chosen) for one, group in zip(value, groups, strict=True)]
-    values = value if isinstance(value, list) else [value]
+    listed = isinstance(value, list)
     found = []
-    for one in values:
-        sizes = {_after(one, group, chosen) for group in groups if _counts(one, group)}
+    for one in value if listed else [value]:
+        sizes = {_after(one, group, chosen) for group in groups if _counts(one, group, listed)}
         if len(sizes) > 1:
             return None
         found.append(sizes.pop() if sizes else one)
-    return found if isinstance(value, list) else found[0]
+    return found if listed else found[0]
 
 
-def _counts(value: int, group: NeuronGroup) -> bool:
+def _counts(value: int, group: NeuronGroup, exactly: bool) -> bool:
     """Whether a field may be about a group: its channels, or its heads or those of a key."""
-    if _has_heads(group):
+    if _has_heads(group) and not exactly:
         return value % group.size == 0
+    if _has_heads(group):
+        return value == group.size
     return value == group.size * group.ties
 
 
@@ -158,4 +160,4 @@ def _set_everywhere(model: nn.Module, config: Any, values: Mapping[str, Any]) ->
 
 
 def _shown(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items()) or "the old values"
+    return ", ".join(f"{name}={value}" for name, value in values.items()) or "its values"

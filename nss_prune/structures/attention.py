@@ -19,20 +19,23 @@ from torch import Tensor, nn
 from nss_prune.graph.neurons import Member, NeuronGroup, Side, covering
 from nss_prune.structures.protocol import Change
 
-FUSED = ("qkv", "qkv_proj", "to_qkv", "in_proj", "query_key_value")
+FUSED = ("qkv", "qkv_proj", "to_qkv", "in_proj", "query_key_value", "c_attn")
 QUERY_KEY = ("qk", "qk_proj", "to_qk")
 KEY_VALUE = ("kv", "kv_proj", "to_kv")
 QUERY = ("q", "q_proj", "to_q", "wq", "query", "query_proj", "q_lin")
 KEY = ("k", "k_proj", "to_k", "wk", "key", "key_proj", "k_lin")
 VALUE = ("v", "v_proj", "to_v", "wv", "value", "value_proj", "v_lin")
 GATE = ("gate", "gate_proj", "g_proj")
-READER = ("proj", "out_proj", "o_proj", "to_out", "wo", "output", "dense", "out_lin", "projection")
+READER = (
+    "proj", "out_proj", "o_proj", "to_out", "wo", "output", "dense", "out_lin", "projection", "c_proj",
+)  # fmt: skip
 HEADS = ("num_heads", "heads", "n_heads", "n_head", "num_attention_heads")
 KEY_HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_heads")
 SHARERS = ("num_kv_groups", "num_key_value_groups")  # query heads of each key head
 WIDTHS = (  # of all heads together, where the attribute equals it
     "all_head_dim", "all_head_size", "attention_dim", "attn_dim", "dim_attn", "dim_out",
     "embed_dim", "hidden_dim", "inner_dim", "key_attn_dim", "kv_dim", "out_dim", "val_attn_dim",
+    "split_size",
 )  # fmt: skip
 
 TABLE = "relative_position_bias_table"  # [positions, heads] or [heads, positions, positions]
