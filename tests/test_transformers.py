@@ -30,7 +30,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert": (
         "DistilBert",
         "ForSequenceClassification",
-        {"vocab_size": WORDS, "dim": 48, "n_layers": 2, "n_heads": 6, "hidden_dim": 96, "num_labels": 4},
+        {"vocab_size": WORDS, "dim": 48, "n_layers": 2, "n_heads": 6, "hidden_dim": 96,
+         "num_labels": 4},
     ),
     "albert": ("Albert", "ForSequenceClassification", {**TEXT, **CLASSES, "embedding_size": 16}),
     "vit": (

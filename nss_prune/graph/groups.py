@@ -34,7 +34,7 @@ NOT_REACHED = (
 UNSUPPORTED = {
     tp.ops.OPTYPE.MHA: "nn.MultiheadAttention ties its heads",
     tp.ops.OPTYPE.LSTM: "nn.LSTM ties its gates",
-    tp.ops.OPTYPE.CUSTOMIZED: "a customized layer has no known parameter axes",
+    tp.ops.OPTYPE.CUSTOMIZED: "a customized layer that makes or reads channels has unknown axes",
 }
 
 
@@ -159,7 +159,7 @@ def reason_to_leave(
             return "ignored"
         if makes and (node.grad_fn in output_nodes or node.type == tp.ops.OPTYPE.OUTPUT):
             return MAKES_THE_OUTPUT
-        if node.type in UNSUPPORTED:
+        if node.type in UNSUPPORTED and not (makes and reads):
             return UNSUPPORTED[node.type]
         groups = _channel_groups(node.module, node.type)
         if groups > 1 and (size % ties or not _can_be_tied(node.module, channels, size)):
@@ -205,7 +205,7 @@ def _members(
         if node.type in GRAPH_OPERATIONS:
             continue
         name = _name(graph, node)
-        width = side_width(node.module, _side(graph, item.dep), node.pruning_dim)
+        width = _width(graph, node, _side(graph, item.dep))
         if width is None:  # a PReLU with a single weight serves any number of channels
             continue
         if len(item.idxs) != len(item.root_idxs) or None in item.root_idxs:
@@ -232,6 +232,14 @@ def _name(graph: tp.DependencyGraph, node: Any) -> str:
     if node.type == tp.ops.OPTYPE.PARAMETER:
         return str(graph._param_to_name[node.module])
     return str(graph._module2name[node.module])
+
+
+def _width(graph: tp.DependencyGraph, node: Any, side: Side) -> int | None:
+    """Channels of a node; those of a customized layer by the caller's functions."""
+    if node.type != tp.ops.OPTYPE.CUSTOMIZED:
+        return side_width(node.module, side, node.pruning_dim)
+    width = graph.get_pruner_of_module(node.module).get_out_channels(node.module)
+    return None if width is None else int(width)
 
 
 def _side(graph: tp.DependencyGraph, dependency: Any) -> Side:

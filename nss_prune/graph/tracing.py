@@ -121,8 +121,8 @@ def trace(
             )
         except Exception as error:
             raise GraphError(
-                f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
-                "model(*example_inputs) runs and that its layers are connected by autograd"
+                f"torch-pruning could not trace {type(model).__name__}: {error}; its "
+                "layers must be called and connected by autograd"
             ) from error
     return graph, recorder.nodes
 

@@ -37,7 +37,11 @@ NEEDS_RATIO = {  # of torch-pruning's arguments: what has no effect without a ra
     "isomorphic": "it says which layers share a ratio; give pruning_ratio= as well",
 }
 
-DEPRECATED = {"ch_sparsity": "pruning_ratio", "ch_sparsity_dict": "pruning_ratio_dict"}
+DEPRECATED = {
+    "ch_sparsity": "pruning_ratio",
+    "ch_sparsity_dict": "pruning_ratio_dict",
+    "channel_groups": "out_channel_groups",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ def find_aim(
         ArgumentError: They ask for several things, or for one that is outside what it may be.
     """
     if ratio is not None and not 0 <= ratio < 1:
-        raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
+        raise ArgumentError(
+            f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1); to go on step by "
+            "step until a model is fast enough, give 0.95 and iterative_steps=, or latency_budget="
+        )
     given = {n: share for n, share in zip(BUDGETS, kept, strict=True) if share is not None}
     if (budget is None) != (cost is None):
         raise ArgumentError(
@@ -124,6 +131,8 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
     own = dict(arguments)
     for name in DICT_ARGUMENTS:
         own[name] = dict(own.get(name) or {})
+    if set(own["num_heads"]) - set(model.modules()):
+        raise ArgumentError("num_heads has layers that are not in the model; give its own")
     own["ignored_layers"] = resolve_layers(model, own.get("ignored_layers"))
     unwrapped = own.get("unwrapped_parameters") or ()
     pairs = unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped
@@ -141,8 +150,9 @@ def is_uniform(arguments: Mapping[str, Any]) -> bool:
 
 def _refuse_what_has_no_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
     for name, instead in DEPRECATED.items():
-        if arguments.get(name) is not None:
+        if arguments.get(name) not in (None, {}):
             raise ArgumentError(f"{name} is torch-pruning's old name; give {instead}= instead")
+    _refuse_heads_without_effect(arguments)
     if aim.ratio is not None:
         return
     for name, remedy in NEEDS_RATIO.items():
@@ -153,6 +163,17 @@ def _refuse_what_has_no_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
             "global_pruning has no effect with theta, which is one threshold for all layers; "
             "leave it out, or give pruning_ratio="
         )
+
+
+def _refuse_heads_without_effect(arguments: Mapping[str, Any]) -> None:
+    if arguments.get("prune_head_dims"):
+        raise ArgumentError(
+            "prune_head_dims=True has no effect: heads go whole, never in part; leave it out, and "
+            "give prune_num_heads=True with head_pruning_ratio="
+        )
+    for name in ("head_pruning_ratio", "head_pruning_ratio_dict"):
+        if arguments.get(name) and not arguments.get("prune_num_heads"):
+            raise ArgumentError(f"{name} has no effect without prune_num_heads=True; give both")
 
 
 def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> None:

@@ -1,4 +1,4 @@
-"""torch-pruning's groups made of the members of ours, where torch-pruning cannot follow the model."""
+"""torch-pruning's groups made of the members of ours, where it cannot follow the model."""
 
 from __future__ import annotations
 

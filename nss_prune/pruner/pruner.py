@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch_pruning as tp
 from torch import nn
 
+from nss_prune.core.models import as_called
 from nss_prune.errors import GraphError, RemovalError
 from nss_prune.pruner.arguments import (
     check_steps,
@@ -26,6 +26,7 @@ from nss_prune.pruner.assembly import (
     repairs_for,
     strategy_for,
 )
+from nss_prune.pruner.base import WithoutRegularizer, by_position
 from nss_prune.pruner.configuration import follow_configuration
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
@@ -54,7 +55,7 @@ from nss_prune.pruner.types import (
 )
 
 
-class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+class NSSPruner(WithoutRegularizer):
     """Semantic slicing with the interface of torch-pruning's pruners.
 
     With nothing but ``theta``, a step removes every neuron outside the semantic slice at θ. With
@@ -71,7 +72,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         model: The model, pruned in place by :meth:`step`. DataParallel and
             DistributedDataParallel are unwrapped, and the latter wraps the smaller model again; its
             processes must be given the same profile, or all their shards of the data.
-        example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict.
+        example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict; or a list of
+            pictures, where the model takes one.
         importance: A torch-pruning importance that replaces semantic slicing. With a budget each
             layer keeps the same share, or one threshold serves all with ``global_pruning=True``.
         data: Batches of (inputs, labels) on the model's device; the example inputs by default,
@@ -112,10 +114,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
+        *positional: torch-pruning's arguments after ``importance``, in its order.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
             model's output are left alone without being named. Attention is pruned by whole heads
-            (``prune_num_heads`` with a ratio), never inside them.
+            (``prune_num_heads`` and ``head_pruning_ratio`` with a ratio), never inside them.
 
     Attributes:
         report: What the last step did, or None.
@@ -142,7 +145,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         model: nn.Module,
         example_inputs: Any,
         importance: Importance | None = None,
-        *,
+        *positional: Any,
         data: Iterable[Any] | None = None,
         theta: float | None = None,
         pruning_ratio: float | None = None,
@@ -168,6 +171,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         progress: bool | None = None,
         **torch_pruning_arguments: Any,
     ) -> None:
+        given = by_position(positional, torch_pruning_arguments)
+        pruning_ratio = given.pop("pruning_ratio", pruning_ratio)
         kept = (params_budget, macs_budget, latency_budget)
         aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance)
         plain = profile is not None or loss is not None
@@ -178,7 +183,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         own = {"loss": loss, **common}
         self._profiling = profiling_for(data, fold, metric, categories, features, ranking, own)
         model, self.wrapper = unwrapped(model)
-        settings = own_arguments(model, torch_pruning_arguments, aim)
+        if not given.get("forward_fn"):
+            example_inputs = as_called(model, example_inputs)
+        settings = own_arguments(model, given, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)

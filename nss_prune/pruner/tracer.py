@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch_pruning as tp
 from torch import nn
 
-from nss_prune.core.models import call_model
+from nss_prune.core.models import call_model, evaluation
 from nss_prune.discovery.calls import recording
 from nss_prune.discovery.claims import claims
 from nss_prune.discovery.parts import discover_parts
@@ -103,7 +104,7 @@ class Tracer:
             except NothingToPruneError:
                 raise
             except Exception as error:
-                graph, tracer = None, replace(self, untraceable=_in_words(model, error))
+                graph, tracer = None, replace(self, untraceable=self._in_words(model, error))
                 found = tracer._neurons_in_parts(model)
         return tracer._subject(model, graph, with_verdicts(model, found, verdicts))
 
@@ -171,12 +172,19 @@ class Tracer:
             self,
         )
 
-
-def _in_words(model: nn.Module, error: Exception) -> GraphError:
-    """torch-pruning's error in our words."""
-    if isinstance(error, GraphError):
-        return error
-    return GraphError(
-        f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
-        "model(*example_inputs) runs"
-    )
+    def _in_words(self, model: nn.Module, error: Exception) -> GraphError:
+        """torch-pruning's error in our words, or the model's own where it does not run."""
+        if isinstance(error, GraphError):
+            return error
+        try:
+            with evaluation(model), torch.no_grad():
+                self.forward(model, self.example_inputs)
+        except Exception as own:
+            return GraphError(
+                f"{type(model).__name__} does not run on the example inputs: {own}; give the "
+                "inputs of one call: a tensor, a tuple of arguments or a dict"
+            )
+        return GraphError(
+            f"torch-pruning could not trace {type(model).__name__}: {type(error).__name__}: "
+            f"{error}; with a budget or theta, without importance=, its parts are traced one by one"
+        )

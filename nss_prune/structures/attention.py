@@ -27,7 +27,8 @@ KEY = ("k", "k_proj", "to_k", "wk", "key", "key_proj", "k_lin")
 VALUE = ("v", "v_proj", "to_v", "wv", "value", "value_proj", "v_lin")
 GATE = ("gate", "gate_proj", "g_proj")
 READER = (
-    "proj", "out_proj", "o_proj", "to_out", "wo", "output", "dense", "out_lin", "projection", "c_proj",
+    "proj", "out_proj", "o_proj", "to_out", "wo", "output", "dense", "out_lin", "projection",
+    "c_proj",
 )  # fmt: skip
 HEADS = ("num_heads", "heads", "n_heads", "n_head", "num_attention_heads")
 KEY_HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_heads")
