@@ -6,8 +6,8 @@
 
 Each test file runs twice, in processes of their own: as it is, and with every pruner of
 torch-pruning replaced by NSSPruner, with the same arguments. The table has a row for each file
-whose result is not the same; a file without pruners passes or fails alike. The tests are not a part of
-this project: they are downloaded from torch-pruning's repository, by the version installed.
+whose result is not the same; a file without pruners passes or fails alike. The tests are not a part
+of this project: they are downloaded from torch-pruning's repository, by the version installed.
 """
 
 from __future__ import annotations

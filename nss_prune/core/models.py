@@ -138,9 +138,17 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def as_called(model: nn.Module, inputs: Any) -> Any:
-    """The inputs of a call; a list of tensors that is one argument of the model in a tuple."""
-    if type(inputs) is not list or not all(isinstance(item, Tensor) for item in inputs):
+def as_called(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
+    """The inputs of a call; a list of tensors that is one argument of the model in a tuple.
+
+    Args:
+        forward: What calls the model, with the inputs as they are; None for :func:`call_model`.
+    """
+    if (
+        forward is not None
+        or type(inputs) is not list
+        or not all(isinstance(item, Tensor) for item in inputs)
+    ):
         return inputs
     with evaluation(model), torch.no_grad():
         for arguments in (inputs, (inputs,)):

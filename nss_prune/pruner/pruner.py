@@ -183,8 +183,7 @@ class NSSPruner(WithoutRegularizer):
         own = {"loss": loss, **common}
         self._profiling = profiling_for(data, fold, metric, categories, features, ranking, own)
         model, self.wrapper = unwrapped(model)
-        if not given.get("forward_fn"):
-            example_inputs = as_called(model, example_inputs)
+        example_inputs = as_called(model, example_inputs, given.get("forward_fn"))
         settings = own_arguments(model, given, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
