@@ -7,7 +7,7 @@ alone, and gives its scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def inputs(suite: str, name: str, samples: int) -> Tensor:
 
 
 def _transformer(name: str) -> nn.Module:
-    import transformers
+    transformers: Any = importlib.import_module("transformers")
 
     transformers.logging.set_verbosity_error()
     prefix, task, sizes = TRANSFORMERS[name]
@@ -112,7 +112,8 @@ class Scores(nn.Module):
         super().__init__()
         self.network = network
         self.decodes = decodes
-        self.is_classifier = network.config.num_labels == CLASSES
+        configuration: Any = network.config
+        self.is_classifier = configuration.num_labels == CLASSES
 
     def forward(self, given: Tensor) -> Tensor:
         more = {"decoder_input_ids": given} if self.decodes else {}
@@ -125,10 +126,10 @@ class RawDetector(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.backbone: Callable[..., Any] = network.backbone
-        parts = [getattr(network, name, None) for name in ("head", "rpn", "roi_heads")]
-        self.head, rpn, self.second = parts
-        self.first = None if rpn is None else rpn.head
+        self.backbone: Any = network.backbone
+        self.head: Any = getattr(network, "head", None)
+        self.first: Any = getattr(getattr(network, "rpn", None), "head", None)
+        self.second: Any = getattr(network, "roi_heads", None)
 
     def forward(self, pictures: Tensor) -> list[Any]:
         features = self.backbone(pictures)

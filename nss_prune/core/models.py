@@ -138,26 +138,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def as_called(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
-    """The inputs of a call; a list of tensors that is one argument of the model in a tuple.
-
-    Args:
-        forward: What calls the model, with the inputs as they are; None for :func:`call_model`.
-    """
-    if (
-        forward is not None
-        or type(inputs) is not list
-        or not all(isinstance(item, Tensor) for item in inputs)
-    ):
-        return inputs
-    with evaluation(model), torch.no_grad():
-        for arguments in (inputs, (inputs,)):
-            with contextlib.suppress(Exception):
-                model(*arguments)
-                return arguments
-    return inputs
-
-
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Within the context, a GPU does not round the factors of float32 products to TF32.

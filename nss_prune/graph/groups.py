@@ -62,7 +62,7 @@ def find_neurons(
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     groups: list[NeuronGroup] = []
     left_alone: dict[str, tuple[str, int]] = {}
-    mates: dict[nn.Module, str] = {}  # layers of a group that is left alone -> its root
+    mates: dict[Any, str] = {}  # layers of a group that is left alone -> its root
     not_roots = ignored_modules | {model.get_submodule(name) for name in apart}
     for group in _all_groups(model, graph, root_module_types, not_roots):
         name = graph._module2name[group[0].dep.target.module]
@@ -117,7 +117,7 @@ def _not_walked(
     graph: tp.DependencyGraph,
     root_module_types: Sequence[type],
     ignored: set[nn.Module],
-    mates: Mapping[nn.Module, str],
+    mates: Mapping[Any, str],
 ) -> Iterator[tuple[str, str, int]]:
     """Layers that no group was looked for from: name, why, and output channels.
 

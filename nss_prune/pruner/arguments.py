@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from nss_prune.core.models import Forward, evaluation
 from nss_prune.core.processes import processes
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
@@ -27,6 +30,8 @@ BUDGETS: dict[str, type[Cost]] = {
 }
 
 DEFAULT_RATIO: float = inspect.signature(tp.pruner.BasePruner).parameters["pruning_ratio"].default
+
+AFTER_IMPORTANCE = tuple(inspect.signature(tp.pruner.BasePruner).parameters)[3:]
 
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
@@ -281,3 +286,53 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module, model
     return model, None
+
+
+class WithoutRegularizer(tp.pruner.BasePruner):  # type: ignore[misc]
+    """torch-pruning's pruner, of which the regularizers are refused in words."""
+
+    def regularize(self, *arguments: Any, **keywords: Any) -> NoReturn:
+        """Raise ArgumentError: there is no sparse training here."""
+        raise ArgumentError(
+            "NSSPruner does not regularize, it removes neurons from a trained model; for sparse "
+            "training use tp.pruner.GroupNormPruner or BNScalePruner, and then this one with "
+            "importance="
+        )
+
+    update_regularizer = regularize
+
+
+def by_position(values: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """torch-pruning's arguments after ``importance``, given by position, and those by name.
+
+    Raises:
+        ArgumentError: There are too many, or one is given twice.
+    """
+    given = dict(zip(AFTER_IMPORTANCE, values, strict=False))
+    twice = [name for name in given if name in named]
+    if twice or len(values) > len(AFTER_IMPORTANCE):
+        raise ArgumentError(
+            f"{len(values)} arguments after importance by position, {', '.join(twice) or 'none'} "
+            f"also by name; torch-pruning's are {', '.join(AFTER_IMPORTANCE)}: give them by name"
+        )
+    return {**given, **named}
+
+
+def as_called(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
+    """The inputs of a call; a list of tensors that is one argument of the model in a tuple.
+
+    Args:
+        forward: What calls the model with the inputs as they are, if it is not called itself.
+    """
+    if (
+        forward is not None
+        or type(inputs) is not list
+        or not all(isinstance(item, Tensor) for item in inputs)
+    ):
+        return inputs
+    with evaluation(model), torch.no_grad():
+        for arguments in (inputs, (inputs,)):
+            with contextlib.suppress(Exception):
+                model(*arguments)
+                return arguments
+    return inputs

@@ -123,8 +123,9 @@ def _head_widths(config: Any, chosen: Slice) -> dict[str, int]:
     """The width of a head, said in words where it was the hidden size by the number of heads."""
     heads = getattr(config, HEADS[0], None)
     hidden = getattr(config, HIDDEN[0], None)
-    known = type(heads) is int and type(hidden) is int
-    return {WIDTH: hidden // heads} if known and any(map(_has_heads, chosen.groups)) else {}
+    if not (isinstance(heads, int) and isinstance(hidden, int)):
+        return {}
+    return {WIDTH: hidden // heads} if any(map(_has_heads, chosen.groups)) else {}
 
 
 def _with_values(config: Any, values: Mapping[str, Any]) -> Any:

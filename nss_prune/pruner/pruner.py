@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from nss_prune.core.models import as_called
 from nss_prune.errors import GraphError, RemovalError
 from nss_prune.pruner.arguments import (
+    WithoutRegularizer,
+    as_called,
+    by_position,
     check_steps,
     check_timeout,
     find_aim,
@@ -26,8 +28,6 @@ from nss_prune.pruner.assembly import (
     repairs_for,
     strategy_for,
 )
-from nss_prune.pruner.base import WithoutRegularizer, by_position
-from nss_prune.pruner.configuration import follow_configuration
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.observation import evidence_of, profiling_for
@@ -299,9 +299,8 @@ class NSSPruner(WithoutRegularizer):
             before = self._subject.cost()
             plan, repaired = self._pruned()
             self._finish(plan)
-            notes = follow_configuration(self.model, plan.slice)
         self.folded = repaired.changed
-        self.report = report_of(plan, before, (*repaired.notes, *notes))
+        self.report = report_of(plan, before, repaired.notes)
         return None
 
     def _renew(self) -> None:

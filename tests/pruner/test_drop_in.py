@@ -9,8 +9,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nss_prune import NSSPruner
-from nss_prune.core.models import as_called
 from nss_prune.errors import ArgumentError, GraphError
+from nss_prune.pruner.arguments import as_called
 
 IMPORTANCE = tp.importance.MagnitudeImportance(p=2)
 INPUTS = torch.randn(8, 20)
