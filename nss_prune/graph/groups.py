@@ -81,7 +81,7 @@ def find_neurons(
     for name, reason, size in _not_walked(model, graph, root_module_types, ignored_modules, mates):
         if name not in known:
             left_alone[name] = (reason, size)
-    if not groups:
+    if not groups and not apart:
         raise NothingToPruneError(
             "no layer is left to prune: "
             + ("; ".join(f"{name}: {why}" for name, (why, _) in left_alone.items()) or "no groups")
