@@ -3,6 +3,7 @@
 python benchmarks/coverage.py                        all, hours on two cores; goes on if stopped
 python benchmarks/coverage.py --models convnext_atto,torchvision:resnet18
 python benchmarks/coverage.py --fresh --sides nss_prune
+python benchmarks/coverage.py --suite detection
 """
 
 from __future__ import annotations

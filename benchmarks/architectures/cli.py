@@ -3,6 +3,7 @@
     python benchmarks/coverage.py                        all, hours on two cores; goes on if stopped
     python benchmarks/coverage.py --models convnext_atto,torchvision:resnet18
     python benchmarks/coverage.py --fresh --sides nss_prune
+    python benchmarks/coverage.py --suite detection      or transformers, segmentation, timm ...
 
 The models are the smallest, by parameters, of every timm module and of every classifier
 architecture of torchvision, with random weights. Each is pruned by each side, torch-pruning's
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.architectures.models import SOURCES, Model, model_named
+from benchmarks.architectures.models import SOURCES, SUITES, Model, model_named
 from benchmarks.architectures.outcomes import (
     CAUSES,
     COSTS,
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     limits = ", ".join(f"{limit:g} for {side}" for side, limit in LIMITS.items())
     add = parser.add_argument
     add("--models", metavar="NAMES", help="comma list (default: the smallest of every family)")
+    add("--suite", choices=SUITES, help="these models alone, with a result file of their own")
     add("--families", default=",".join(SOURCES), help="comma list (default: %(default)s)")
     add("--sides", default=",".join(SIDES), help="comma list (default: %(default)s)")
     add("--samples", type=int, default=SAMPLES, metavar="N",
@@ -142,9 +144,10 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     options = {"samples": asked.samples, "pixels": asked.pixels}
     sides = listed(asked.sides, "--sides", SIDES)
-    sources = listed(asked.families, "--families", SOURCES)
+    sources = [asked.suite] if asked.suite else listed(asked.families, "--families", SOURCES)
+    file = f"coverage-{asked.suite}.json" if asked.suite else "coverage.json"
     named = [model_named(word) for word in asked.models.split(",")] if asked.models else None
-    state = State.load(asked.output / "coverage.json", options)
+    state = State.load(asked.output / file, options)
     models = state.models(sources) if named is None else named
     if asked.fresh:
         state.forget(models, sides)

@@ -13,17 +13,19 @@ import torch
 import torchvision
 from torch import nn
 
+from benchmarks.architectures import small
 from benchmarks.common import provenance
 from nss_prune.errors import ArgumentError
 
-SOURCES = ("timm", "torchvision")
+SOURCES = ("timm", "torchvision")  # those of which the smallest of every family is tried
+SUITES = (*SOURCES, *small.PACKAGES)
 
 # torchvision's names without their sizes: resnet, resnext, wide_resnet, swin, swin_v2, regnet_x ...
 ARCHITECTURE = re.compile(r"(wide_)?[a-z]+(_v\d|_[xy](?=_))?")
 
 
 class Model(NamedTuple):
-    """A model by name, in one of the SOURCES."""
+    """A model by name, in one of the SUITES."""
 
     source: str
     name: str
@@ -33,13 +35,17 @@ class Model(NamedTuple):
 
     @property
     def family(self) -> str:
-        """timm's module, or torchvision's architecture."""
+        """timm's module, or torchvision's architecture; of a small model its name."""
+        if self.source in small.PACKAGES:
+            return self.name
         if self.source == "timm":
             return str(timm.model_entrypoint(self.name).__module__.rpartition(".")[2])
         return architecture(self.name)
 
     def create(self) -> nn.Module:
         """The model with random weights, in evaluation mode."""
+        if self.source in small.PACKAGES:
+            return small.create(self.source, self.name).eval()
         make = timm.create_model if self.source == "timm" else torchvision.models.get_model
         network: nn.Module = make(self.name)
         return network.eval()
@@ -58,10 +64,11 @@ def model_named(word: str) -> Model:
     """
     source, colon, name = word.rpartition(":")
     known = {"timm": timm.list_models(), "torchvision": torchvision_names()}
-    for candidate in (source,) if colon else SOURCES:
+    known.update((suite, list(small.names(suite))) for suite in small.PACKAGES)
+    for candidate in (source,) if colon else SUITES:
         if name in known.get(candidate, ()):
             return Model(candidate, name)
-    raise ArgumentError(f"There is no model {word!r}; use a name of timm or torchvision.")
+    raise ArgumentError(f"There is no model {word!r}; use a name of timm, torchvision or a suite.")
 
 
 def torchvision_names() -> list[str]:
@@ -71,6 +78,8 @@ def torchvision_names() -> list[str]:
 
 def families(source: str) -> dict[str, list[str]]:
     """Family -> the names of its models."""
+    if source in small.PACKAGES:
+        return {name: [name] for name in small.names(source)}
     if source == "timm":
         # The test_* models are toys for timm's own tests.
         return {
@@ -105,7 +114,7 @@ def parameters(model: nn.Module) -> int:
 
 def choose(source: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
     """Family -> its smallest model, beside the version of the package that this holds for."""
-    version = provenance.version(source)
+    version = provenance.version(small.PACKAGES.get(source, source))
     known = earlier["models"] if earlier.get("version") == version else {}
     every = families(source)
     missing = {family: names for family, names in every.items() if known.get(family) is None}

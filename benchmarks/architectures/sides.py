@@ -10,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from benchmarks.architectures import small
 from benchmarks.architectures.outcomes import OURS, THEIRS
 from benchmarks.architectures.trial import Prune, Trial, passes, sampled
 from benchmarks.common.timing import seconds, with_peak
@@ -47,13 +48,20 @@ def classifiers(network: nn.Module) -> list[nn.Module]:
         found = classified.get_classifier()
         layers = found if isinstance(found, (tuple, list)) else (found,)
         return [layer for layer in layers if isinstance(layer, nn.Module)]
-    classes = 1000
+    classes = _classes(network)
     wide = [
         layer
         for layer in network.modules()
         if classes in (getattr(layer, "out_features", None), getattr(layer, "out_channels", None))
     ]
     return wide[-1:]
+
+
+def _classes(network: nn.Module) -> int:
+    """Scores of a model: its words, or a few classes, of the small suites; those of ImageNet."""
+    if isinstance(network, small.Scores):
+        return small.CLASSES if network.is_classifier else small.WORDS
+    return 1000
 
 
 def prune_ours(trial: Trial, network: nn.Module, inputs: Tensor) -> None:
@@ -104,7 +112,8 @@ def amount(trial: Trial) -> dict[str, Any]:
     """How much is to go; a third of the time is for torch-pruning's tracing."""
     if trial.theta is not None:
         return {"theta": trial.theta}
-    return {"params_budget": BUDGET, "round_to": 1, "timeout": trial.left / 3}
+    meaning = {"outputs": small.OUTPUTS.get(trial.model.source)}
+    return {"params_budget": BUDGET, "round_to": 1, "timeout": trial.left / 3, **meaning}
 
 
 def bits(network: nn.Module) -> dict[str, Any]:

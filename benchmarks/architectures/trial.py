@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.architectures import small
 from benchmarks.architectures.models import Model, parameters
 from benchmarks.architectures.outcomes import Outcome
 from nss_prune.core.nested import tensors_in
@@ -125,6 +126,8 @@ def prepared(model: Model) -> tuple[nn.Module, Tensor]:
     """The model and a batch of random pictures, of its own size unless smaller ones will do."""
     torch.manual_seed(0)
     network = model.create()
+    if model.source in small.PACKAGES:
+        return network, small.inputs(model.source, model.name, BATCH)
     channels, height, width = picture_size(model, network)
     inputs = torch.randn(BATCH, channels, height, width)
     if max(height, width) > LARGEST_PICTURE:
@@ -184,12 +187,15 @@ def export(network: nn.Module, inputs: Tensor) -> None:
 def sampled(
     network: nn.Module, inputs: Tensor, samples: int, pixels: int | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Batches of random pictures and labels.
+    """Batches of random pictures and labels, or of the words of the inputs in another order.
 
     Args:
         inputs: Of one call.
         pixels: Height and width; None for as small as the model takes them, at most as ``inputs``.
     """
+    if not inputs.is_floating_point():
+        words = torch.randint(3, small.WORDS, (samples, *inputs.shape[1:]))
+        return [(batch, torch.arange(len(batch))) for batch in words.split(SAMPLE_BATCH)]
     channels, *size = inputs.shape[1:]
     for side in SMALL_PICTURES if pixels is None else (pixels,):
         smaller = torch.randn(BATCH, channels, side, side)

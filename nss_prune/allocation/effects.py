@@ -7,7 +7,8 @@ every input of a consumer is multiplied by its gradient and summed over a sample
 in a forward and a backward pass at :data:`LEVELS` numbers of neurons each; between these, what is
 more than predicted is interpolated. Where less is measured than predicted, D is as predicted: what
 cancels over the positions of a map, or in the samples at hand, need not cancel when other layers
-change too.
+change too. Not so for heads: the prediction folds them as wholes, the removal their channels one by
+one, which makes up for far more, and D is as measured.
 
 Dimensions inside heads leave the products of queries and keys as well, which adds to their e.
 
@@ -115,21 +116,23 @@ def _measured(
     interactions.add({name: counts[name] for name in part.layers}, products)
     by_layer = (products.diagonal() / 2).split([len(counts[name]) for name in part.layers])
     return {
-        name: _scaled(found[name], counts[name], divergence)
+        name: _scaled(found[name], counts[name], divergence, name in part.by_channel)
         for name, divergence in zip(part.layers, by_layer, strict=True)
     }
 
 
-def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination:
+def _scaled(found: Elimination, counts: Tensor, measured: Tensor, by_channel: bool) -> Elimination:
     """An elimination whose D is at least what was measured after some numbers of neurons.
 
     Args:
         counts: Those numbers, ascending, ``[levels]``.
         measured: D on the samples that the consumers were folded with, ``[levels]``.
+        by_channel: Whether D is as measured also where that is less.
     """
     predicted = found.divergence.cpu()
     growth = torch.ones_like(predicted) if found.growth is None else found.growth.cpu()
-    excess = (measured * growth[counts - 1] ** 2 - predicted[counts - 1]).clamp(min=0)
+    excess = measured * growth[counts - 1] ** 2 - predicted[counts - 1]
+    excess = excess if by_channel else excess.clamp(min=0)
     more = np.interp(np.arange(1, len(predicted) + 1), [0, *counts.tolist()], [0, *excess.tolist()])
     curve = (predicted + torch.from_numpy(more)).cummax(0).values
     return replace(found, divergence=curve.to(found.divergence))
@@ -146,12 +149,14 @@ class _Part:
 
     Attributes:
         layers: In the order added.
+        by_channel: Those whose neurons have several channels each, which are folded one by one.
         values: That the folds mix with.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers: list[str] = []
+        self.by_channel: set[str] = set()
         self.levels = self.values = 0
         self.consumers: dict[str, list[tuple[slice, ConsumerChange]]] = {}
         self.sample_axes: dict[str, int] = {}
@@ -181,6 +186,8 @@ class _Part:
         if group.queries is not None:
             self.sample_axes[group.queries.name] = group.queries.sample_axis
         self.layers.append(group.name)
+        if not group.has_channels and any(change.mixing for change in consumers.values()):
+            self.by_channel.add(group.name)
         self.levels = where.stop
 
     def products_of_effects(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,10 +28,33 @@ def fresh(value: Any) -> Any:
         return value
     if type(value) is dict:
         return {key: fresh(item) for key, item in value.items()}
+    # A cache may hold parts of an autograd graph, which deepcopy refuses.
+    held = {id(tensor): tensor.detach().clone() for tensor in _tensors_held(value, set())}
     try:
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, held)
     except Exception:
         return value
+
+
+def _tensors_held(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in an object, its attributes, and theirs.
+
+    Args:
+        seen: Ids of what was looked at before.
+    """
+    if id(value) in seen or isinstance(value, (*PLAIN, type, nn.Module)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_held(item, seen)
+    elif isinstance(value, (tuple, list, set)):
+        for item in value:
+            yield from _tensors_held(item, seen)
+    elif not callable(value):
+        yield from _tensors_held(getattr(value, "__dict__", None), seen)
 
 
 def on_input(

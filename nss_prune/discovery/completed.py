@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model
-from nss_prune.discovery.calls import Call
-from nss_prune.discovery.claims import Claim
 from nss_prune.discovery.coupled import coupled_on_trial
-from nss_prune.discovery.trial import adapted_on_trial
+from nss_prune.discovery.trial import Verdicts, with_verdicts
 from nss_prune.errors import GraphError
 from nss_prune.graph.groups import refuse_nothing
 from nss_prune.graph.neurons import NeuronMap
@@ -21,8 +19,7 @@ from nss_prune.surgery.execute import Pruners
 def completed(
     model: nn.Module,
     found: NeuronMap,
-    claimed: Sequence[Claim],
-    calls: Mapping[nn.Module, Call],
+    verdicts: Verdicts,
     example_inputs: Any,
     *,
     ignored: Sequence[nn.Module | nn.Parameter] = (),
@@ -33,7 +30,8 @@ def completed(
     """The map with channels that go together in blocks, then with what the adapters claim.
 
     Args:
-        claimed, calls: As :func:`nss_prune.discovery.trial.adapted_on_trial` takes them.
+        verdicts: What became of the adapters' claims.
+        ignored: Layers and parameters whose channels must stay.
         untraceable: Why the model was traced in parts.
 
     Raises:
@@ -44,11 +42,11 @@ def completed(
         model,
         found,
         example_inputs,
-        ignored=ignored,
+        ignored=[*ignored, *(model.get_submodule(name) for name in verdicts.makers)],
         forward=forward,
         customized_pruners=customized_pruners,
     )
-    found = adapted_on_trial(model, found, claimed, calls)
+    found = with_verdicts(model, found, verdicts)
     if untraceable is not None and not found.groups:
         raise untraceable
     return refuse_nothing(found)

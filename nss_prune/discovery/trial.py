@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,9 +40,42 @@ def adapted_on_trial(
 ) -> NeuronMap:
     """The map with the neurons that adapters claim and a trial confirms; the model stays.
 
+    Args:
+        claimed: By :func:`nss_prune.discovery.claims.claims`.
+        calls: Module -> what it is called with in one call of the model.
+    """
+    return with_verdicts(model, neurons, tried(claimed, calls))
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What became of the claims of adapters.
+
+    Attributes:
+        taken: The groups of the claims that stand.
+        refused: Root of a claim that does not -> the reason, and its channels.
+    """
+
+    taken: tuple[NeuronGroup, ...] = ()
+    refused: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def makers(self) -> set[str]:
+        """Names of the layers that make the neurons of the claims that stand."""
+        return {member.name for group in self.taken for member in group.makers}
+
+    @property
+    def uneven(self) -> set[str]:
+        """Those of groups that torch-pruning cannot follow, as heads that share keys and values."""
+        uneven = (group for group in self.taken if group.is_uneven)
+        return {member.name for group in uneven for member in group.makers}
+
+
+def tried(claimed: Sequence[Claim], calls: Mapping[nn.Module, Call]) -> Verdicts:
+    """Try the claims of adapters, each on a copy of its module.
+
     Of several claims on a module the first that stands is taken. Where none does, its channels are
-    left alone, and the map says why. Modules that look the same, such as those of
-    repeated blocks, are tried once.
+    left alone. Modules that look the same, such as those of repeated blocks, are tried once.
 
     Args:
         claimed: By :func:`nss_prune.discovery.claims.claims`.
@@ -66,7 +99,12 @@ def adapted_on_trial(
     refused: dict[str, tuple[str, int]] = {}
     for module, roots in reasons.items():
         refused.update({} if module in taken else roots)
-    result = joined(model, neurons, [group for groups in taken.values() for group in groups])
+    return Verdicts(tuple(group for groups in taken.values() for group in groups), refused)
+
+
+def with_verdicts(model: nn.Module, neurons: NeuronMap, verdicts: Verdicts) -> NeuronMap:
+    """The map with the claims that stand, and those that do not left alone, with the reason."""
+    result, refused = joined(model, neurons, verdicts.taken), verdicts.refused
     # What fails by whole heads fails by their channels too, which would cost many trials to see.
     result = result.without({name: reason for name, (reason, _) in refused.items()})
     known = {group.name for group in result.groups}

@@ -12,6 +12,7 @@ from nss_prune.discovery.calls import recording
 from nss_prune.discovery.claims import claims
 from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
+from nss_prune.discovery.trial import tried
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
 from nss_prune.graph.groups import find_neurons
@@ -56,17 +57,19 @@ def discover(
             with deadline(WHOLE_SHARE * timeout, model):
                 called = None if forward is call_model else forward
                 graph, output_nodes = trace(model, example_inputs, forward_fn=called)
-                found = find_neurons(model, graph, output_nodes, ignored)
+            verdicts = tried(claimed, calls)
+            with deadline(WHOLE_SHARE * timeout, model):
+                found = find_neurons(model, graph, output_nodes, ignored, apart=verdicts.makers)
         except GraphError as error:
             reason, rest = error, (1 - WHOLE_SHARE) * timeout
             found = discover_parts(
                 model, example_inputs, ignored, error, timeout=rest, forward=forward
             )
+            verdicts = tried(claimed, calls)
     return completed(
         model,
         found,
-        claimed,
-        calls,
+        verdicts,
         example_inputs,
         ignored=ignored,
         forward=forward,

@@ -41,6 +41,8 @@ def check_fits(groups: Iterable[NeuronGroup], model: nn.Module) -> None:
         for member in group.members:
             if member.axis is None:
                 width = side_width(submodule(model, member.name), member.side, None)
+                if width is None and member.side == "both":
+                    continue  # a customized layer, of which the caller's functions know
             else:
                 found = parameters.get(member.name)
                 width = None if found is None else int(found.shape[member.axis])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ NOT_REACHED = (
 UNSUPPORTED = {
     tp.ops.OPTYPE.MHA: "its channels cross nn.MultiheadAttention, which loses whole heads",
     tp.ops.OPTYPE.LSTM: "its channels cross nn.LSTM, of which torch-pruning ties the gates wrongly",
-    tp.ops.OPTYPE.CUSTOMIZED: "a customized layer has no known parameter axes",
+    tp.ops.OPTYPE.CUSTOMIZED: "a customized layer that makes or reads channels has unknown axes",
 }
 
 
@@ -44,11 +44,13 @@ def find_neurons(
     output_nodes: set[Any],
     ignored: Sequence[nn.Module | nn.Parameter] = (),
     root_module_types: Sequence[type] = (nn.modules.conv._ConvNd, nn.Linear),
+    apart: Collection[str] = (),
 ) -> NeuronMap:
     """Read the groups of a traced model.
 
     Args:
         ignored: Modules whose output channels must stay; their submodules count too.
+        apart: Names of layers whose neurons are known, and no groups of channels.
 
     Raises:
         GraphError: torch-pruning fails on a group.
@@ -59,7 +61,9 @@ def find_neurons(
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     groups: list[NeuronGroup] = []
     left_alone: dict[str, tuple[str, int]] = {}
-    for group in _all_groups(model, graph, root_module_types, ignored_modules):
+    mates: dict[Any, str] = {}  # layers of a group that is left alone -> its root
+    not_roots = ignored_modules | {model.get_submodule(name) for name in apart}
+    for group in _all_groups(model, graph, root_module_types, not_roots):
         name = graph._module2name[group[0].dep.target.module]
         reason = reason_to_leave(graph, group, output_nodes, ignored_modules)
         members: tuple[Member, ...] = ()
@@ -70,9 +74,10 @@ def find_neurons(
             groups.append(NeuronGroup(name, size // ties, members, ties))
         else:
             left_alone[name] = (reason, size)
+            mates.update({dependency.target.module: name for dependency, _ in group})
     made = (member.name for group in groups for member in group.members if member.side != "in")
-    known = {*left_alone, *made}
-    for name, reason, size in _not_walked(model, graph, root_module_types, ignored_modules):
+    known = {*left_alone, *made, *apart}
+    for name, reason, size in _not_walked(model, graph, root_module_types, ignored_modules, mates):
         if name not in known:
             left_alone[name] = (reason, size)
     left_alone = dict(sorted(left_alone.items(), key=lambda item: order[item[0]]))
@@ -120,8 +125,13 @@ def _not_walked(
     graph: tp.DependencyGraph,
     root_module_types: Sequence[type],
     ignored: set[nn.Module],
+    mates: Mapping[Any, str],
 ) -> Iterator[tuple[str, str, int]]:
-    """Layers that no group was looked for from: name, why, and output channels."""
+    """Layers that no group was looked for from: name, why, and output channels.
+
+    Args:
+        mates: Layer of a group that is left alone -> its root.
+    """
     inside: set[nn.Module] = set()  # modules that are one operation for torch-pruning
     for name, module in model.named_modules():
         if module in graph.module2node:
@@ -134,6 +144,8 @@ def _not_walked(
             reason = "ignored"
         elif module in graph.IGNORED_LAYERS_IN_TRACING:
             continue
+        elif module in mates:
+            reason = f"goes with {mates[module]}, which is left alone"
         else:
             reason = "shares its channels with an ignored layer"
         yield name, reason, side_width(module, "out", None) or 0
@@ -155,7 +167,7 @@ def reason_to_leave(
             return "ignored"
         if makes and (node.grad_fn in output_nodes or node.type == tp.ops.OPTYPE.OUTPUT):
             return MAKES_THE_OUTPUT
-        if node.type in UNSUPPORTED:
+        if node.type in UNSUPPORTED and not (makes and reads):
             return UNSUPPORTED[node.type]
         groups = _channel_groups(node.module, node.type)
         if groups > 1 and (size % ties or not _can_be_tied(node.module, channels, size)):
@@ -201,7 +213,7 @@ def _members(
         if node.type in GRAPH_OPERATIONS:
             continue
         name = _name(graph, node)
-        width = side_width(node.module, _side(graph, item.dep), node.pruning_dim)
+        width = _width(graph, node, _side(graph, item.dep))
         if width is None:  # a PReLU with a single weight serves any number of channels
             continue
         if len(item.idxs) != len(item.root_idxs) or None in item.root_idxs:
@@ -228,6 +240,14 @@ def _name(graph: tp.DependencyGraph, node: Any) -> str:
     if node.type == tp.ops.OPTYPE.PARAMETER:
         return str(graph._param_to_name[node.module])
     return str(graph._module2name[node.module])
+
+
+def _width(graph: tp.DependencyGraph, node: Any, side: Side) -> int | None:
+    """Channels of a node; those of a customized layer by the caller's functions."""
+    if node.type != tp.ops.OPTYPE.CUSTOMIZED:
+        return side_width(node.module, side, node.pruning_dim)
+    width = graph.get_pruner_of_module(node.module).get_out_channels(node.module)
+    return None if width is None else int(width)
 
 
 def _side(graph: tp.DependencyGraph, dependency: Any) -> Side:

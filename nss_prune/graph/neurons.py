@@ -96,6 +96,18 @@ class NeuronGroup:
             member for member in self.members if member.side == "in" and member.axis is None
         )
 
+    @property
+    def makers(self) -> tuple[Member, ...]:
+        """Members that are layers which make the neurons."""
+        return tuple(
+            member for member in self.members if member.side == "out" and member.axis is None
+        )
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether its makers have different numbers of channels."""
+        return len({len(member.channels) for member in self.makers}) > 1
+
 
 @dataclass(frozen=True)
 class NeuronMap:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.models import clone, submodule
+from nss_prune.graph.axes import side_width
 from nss_prune.graph.neurons import Member, NeuronGroup
 
 LEAST_CHANNELS = 2  # of what is normalized together: a single channel becomes a constant
@@ -28,7 +29,8 @@ def norm_of(member: Member, model: nn.Module) -> nn.Module | None:
     module = submodule(model, name)
     if isinstance(module, KNOWN):
         return module
-    return module if member.axis == 0 and _is_own_norm(module, member.width) else None
+    own = member.axis == 0 or (member.axis is None and side_width(module, "out", None) is None)
+    return module if own and _is_own_norm(module, member.width) else None
 
 
 def norm_axis(norm: nn.Module, width: int, dimensions: int) -> int:

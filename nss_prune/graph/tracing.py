@@ -18,9 +18,18 @@ from nss_prune.errors import ArgumentError, GraphError
 
 @contextlib.contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
-    """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after."""
+    """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after.
+
+    Models of transformers make no cache of keys and values meanwhile: torch-pruning goes round in
+    circles where they are joined to an empty one.
+    """
     hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
-    with flags_kept(model) as parameters, torch.enable_grad(), warnings.catch_warnings():
+    with (
+        flags_kept(model) as parameters,
+        _without_caches(model),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         model.eval()
         for parameter in parameters:
@@ -32,6 +41,24 @@ def traceable(model: nn.Module) -> Iterator[None]:
             for module, before in hooks:
                 for key in set(module._forward_hooks) - set(before):
                     del module._forward_hooks[key]
+
+
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """``use_cache`` off in the configurations of all modules, and as it was afterwards."""
+    configurations = {id(own): own for own in (_config(module) for module in model.modules())}
+    caching = [own for own in configurations.values() if getattr(own, "use_cache", None) is True]
+    for own in caching:
+        own.use_cache = False
+    try:
+        yield
+    finally:
+        for own in caching:
+            own.use_cache = True
+
+
+def _config(module: nn.Module) -> Any:
+    return vars(module).get("config")
 
 
 def resolve_layers(
@@ -94,8 +121,8 @@ def trace(
             )
         except Exception as error:
             raise GraphError(
-                f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
-                "model(*example_inputs) runs and that its layers are connected by autograd"
+                f"torch-pruning could not trace {type(model).__name__}: {error}; its "
+                "layers must be called and connected by autograd"
             ) from error
     return graph, recorder.nodes
 
@@ -121,7 +148,7 @@ class OutputRecorder:
 
 
 def refuse_reparametrised(model: nn.Module) -> None:
-    """Raise on weights that hooks or parametrizations recompute from others, and on scripts."""
+    """Raise on weights that are not plain: recomputed from others, scripted, or transposed."""
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             kind = type(hook).__name__
@@ -141,6 +168,12 @@ def refuse_reparametrised(model: nn.Module) -> None:
             raise ArgumentError(
                 f"{name or 'the model'} is a ScriptModule, whose layers cannot be changed; prune "
                 "the module that it was scripted from, then script it"
+            )
+        if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            raise ArgumentError(
+                f"{name} is a Conv1D of transformers, a linear layer with its weight transposed, "
+                "which torch-pruning does not know; put an nn.Linear in the place of each, with "
+                "weight=nn.Parameter(layer.weight.T.contiguous()) and bias=layer.bias"
             )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from nss_prune.core.models import Forward, evaluation
 from nss_prune.core.processes import processes
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
@@ -31,6 +34,8 @@ BUDGETS: dict[str, type[Cost]] = {
 
 DEFAULT_RATIO: float = inspect.signature(tp.pruner.BasePruner).parameters["pruning_ratio"].default
 
+AFTER_IMPORTANCE = tuple(inspect.signature(tp.pruner.BasePruner).parameters)[3:]
+
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
 NEEDS_RATIO = {  # of torch-pruning's arguments: what has no effect without a ratio, and what has
@@ -40,7 +45,11 @@ NEEDS_RATIO = {  # of torch-pruning's arguments: what has no effect without a ra
     "isomorphic": "it says which layers share a ratio; give pruning_ratio= as well",
 }
 
-DEPRECATED = {"ch_sparsity": "pruning_ratio", "ch_sparsity_dict": "pruning_ratio_dict"}
+DEPRECATED = {
+    "ch_sparsity": "pruning_ratio",
+    "ch_sparsity_dict": "pruning_ratio_dict",
+    "channel_groups": "out_channel_groups",
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,10 @@ def find_aim(
     """
     quality = find_quality(*wanted)
     if ratio is not None and not 0 <= ratio < 1:
-        raise ArgumentError(f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1)")
+        raise ArgumentError(
+            f"pruning_ratio is {ratio!r}; it is the share to remove, in [0, 1); to go on step by "
+            "step until a model is fast enough, give 0.95 and iterative_steps=, or latency_budget="
+        )
     budgets = _budgets(kept, budget, cost, quality)
     asked = _asked(ratio, budgets, quality)
     if ratio is not None and len(asked) > 1:
@@ -163,6 +175,8 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
     own = dict(arguments)
     for name in DICT_ARGUMENTS:
         own[name] = dict(own.get(name) or {})
+    if set(own["num_heads"]) - set(model.modules()):
+        raise ArgumentError("num_heads has layers that are not in the model; give its own")
     own["ignored_layers"] = resolve_layers(model, own.get("ignored_layers"))
     unwrapped = own.get("unwrapped_parameters") or ()
     pairs = unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped
@@ -181,8 +195,9 @@ def is_uniform(arguments: Mapping[str, Any]) -> bool:
 
 def _refuse_what_has_no_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
     for name, instead in DEPRECATED.items():
-        if arguments.get(name) is not None:
+        if arguments.get(name) not in (None, {}):
             raise ArgumentError(f"{name} is torch-pruning's old name; give {instead}= instead")
+    _refuse_heads_without_effect(arguments)
     if aim.ratio is not None:
         return
     for name, remedy in NEEDS_RATIO.items():
@@ -193,6 +208,17 @@ def _refuse_what_has_no_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
             "global_pruning has no effect with theta, which is one threshold for all layers; "
             "leave it out, or give pruning_ratio="
         )
+
+
+def _refuse_heads_without_effect(arguments: Mapping[str, Any]) -> None:
+    if arguments.get("prune_head_dims"):
+        raise ArgumentError(
+            "prune_head_dims=True has no effect: heads go whole, never in part; leave it out, and "
+            "give prune_num_heads=True with head_pruning_ratio="
+        )
+    for name in ("head_pruning_ratio", "head_pruning_ratio_dict"):
+        if arguments.get(name) and not arguments.get("prune_num_heads"):
+            raise ArgumentError(f"{name} has no effect without prune_num_heads=True; give both")
 
 
 def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> None:
@@ -216,8 +242,8 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
         raise ArgumentError(f"strategy is {strategy!r}; use one of {known}, or an object")
     if strategy == "divergence" and (not predicts or importance is not None):
         raise ArgumentError(
-            "strategy='divergence' allocates a budget from data: give macs_budget=, "
-            "params_budget= or latency_budget=, and data=, and no importance="
+            "strategy='divergence' allocates a budget in one process: give macs_budget=, "
+            "params_budget= or latency_budget=, and no importance="
         )
     if strategy in ("category", "global") and (aim.ratio is None or importance is not None):
         raise ArgumentError(
@@ -323,3 +349,53 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module, model
     return model, None
+
+
+class WithoutRegularizer(tp.pruner.BasePruner):  # type: ignore[misc]
+    """torch-pruning's pruner, of which the regularizers are refused in words."""
+
+    def regularize(self, *arguments: Any, **keywords: Any) -> NoReturn:
+        """Raise ArgumentError: there is no sparse training here."""
+        raise ArgumentError(
+            "NSSPruner does not regularize, it removes neurons from a trained model; for sparse "
+            "training use tp.pruner.GroupNormPruner or BNScalePruner, and then this one with "
+            "importance="
+        )
+
+    update_regularizer = regularize
+
+
+def by_position(values: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """torch-pruning's arguments after ``importance``, given by position, and those by name.
+
+    Raises:
+        ArgumentError: There are too many, or one is given twice.
+    """
+    given = dict(zip(AFTER_IMPORTANCE, values, strict=False))
+    twice = [name for name in given if name in named]
+    if twice or len(values) > len(AFTER_IMPORTANCE):
+        raise ArgumentError(
+            f"{len(values)} arguments after importance by position, {', '.join(twice) or 'none'} "
+            f"also by name; torch-pruning's are {', '.join(AFTER_IMPORTANCE)}: give them by name"
+        )
+    return {**given, **named}
+
+
+def as_called(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
+    """The inputs of a call; a list of tensors that is one argument of the model in a tuple.
+
+    Args:
+        forward: What calls the model with the inputs as they are, if it is not called itself.
+    """
+    if (
+        forward is not None
+        or type(inputs) is not list
+        or not all(isinstance(item, Tensor) for item in inputs)
+    ):
+        return inputs
+    with evaluation(model), torch.no_grad():
+        for arguments in (inputs, (inputs,)):
+            with contextlib.suppress(Exception):
+                model(*arguments)
+                return arguments
+    return inputs

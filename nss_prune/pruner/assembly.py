@@ -35,9 +35,7 @@ from nss_prune.pruner.strategy import Evidence, Importance, Strategy
 from nss_prune.pruner.subject import Subject
 
 
-def chosen_strategy(
-    strategy: Any, aim: Aim, importance: Importance | None, data: Any, plain: bool
-) -> Any:
+def chosen_strategy(strategy: Any, aim: Aim, importance: Importance | None, plain: bool) -> Any:
     """The name of a strategy, or an object.
 
     Args:
@@ -48,7 +46,7 @@ def chosen_strategy(
         ArgumentError: It does not suit what is asked for.
     """
     allocates = bool(aim.budgets) or aim.quality is not None
-    predicts = allocates and data is not None and processes() == 1
+    predicts = allocates and processes() == 1
     if strategy is None:
         best = predicts and not plain and importance is None
         strategy = "divergence" if best else "semantic"
@@ -118,7 +116,6 @@ def strategy_for(
     if not isinstance(strategy, str):
         return strategy  # type: ignore[no-any-return]
     if strategy == "divergence":
-        assert profiling.data is not None
         # The slices that a quality tries are masked in the model's own coordinates.
         inside_heads = inside_heads and aim.quality is None
         eliminating = Eliminating(

@@ -16,6 +16,7 @@ from nss_prune.core.outputs import Outputs, OutputsSpec
 from nss_prune.core.views import views_of
 from nss_prune.graph.bases import BasisChange, in_basis
 from nss_prune.pruner.meaning import outputs_for
+from nss_prune.pruner.observation import example_data
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
 from nss_prune.statistics.consumers import ConsumerSums
@@ -46,14 +47,14 @@ class Eliminating:
     The second needs data that can be iterated again.
 
     Attributes:
-        data: Batches of (inputs, labels).
+        data: Batches of (inputs, labels); None for the example inputs.
         folds: Whether the removed neurons will be folded.
         outputs: What the outputs mean, see :data:`nss_prune.core.outputs.OutputsSpec`.
         progress: Show a progress bar; None for only on a terminal.
         inside_heads: Whether dimensions inside heads may go, where their effects are measured.
     """
 
-    data: Iterable[Any]
+    data: Iterable[Any] | None
     folds: bool
     outputs: OutputsSpec = None
     progress: bool | None = None
@@ -68,7 +69,10 @@ class Eliminating:
         """
         subject = subject.readable()
         model = subject.model
-        outputs, data = outputs_for(subject, self.data, self.outputs)
+        given = self.data
+        if given is None:
+            given = example_data(subject, "what the outputs must not diverge on")
+        outputs, data = outputs_for(subject, given, self.outputs)
         settings: dict[str, Any] = {"outputs": outputs, "progress": self.progress}
         settings.update(subject.calling)
         bases: dict[str, tuple[BasisChange, ...]] = {}
@@ -93,7 +97,7 @@ class Eliminating:
     ) -> EliminationEvidence:
         """The evidence on a model whose heads have their new coordinates."""
         model, groups = subject.model, subject.groups
-        sums = ConsumerSums(model, groups, views_of(self.data)) if self.folds else None
+        sums = ConsumerSums(model, groups, views_of(data)) if self.folds else None
         single = [group for group in groups if not group.is_inside_heads]
         found = eliminations(model, data, single, reads=sums, **settings)
         found |= {group.name: last_first(group) for group in groups if group.is_inside_heads}

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nss_prune.core.undo import undone_on_error
 from nss_prune.graph.bases import change_basis
+from nss_prune.pruner.configuration import follow_configuration
 from nss_prune.pruner.planning import Plan
 from nss_prune.pruner.repair import Repair, Repaired
 from nss_prune.pruner.wrapper import wrap_again
@@ -38,9 +39,10 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
             repair.after(subject, chosen, known)
             for repair, known in zip(repairs, seen, strict=True)
         ]
+    limits = follow_configuration(subject.model, chosen)
     if isinstance(wrapper, DistributedDataParallel):
         wrap_again(wrapper)
     return Repaired(
-        tuple(note for repaired in done for note in repaired.notes),
+        (*(note for repaired in done for note in repaired.notes), *limits),
         tuple(layer for repaired in done for layer in repaired.changed),
     )

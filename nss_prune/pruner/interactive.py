@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nss_prune.errors import GraphError
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.member_groups import group_of_members
 from nss_prune.pruner.subject import Subject
 from nss_prune.structures.protocol import Change
 from nss_prune.surgery.metadata import apply_changes, planned_changes
@@ -65,10 +66,16 @@ def pruning_groups(
     }
     changes = {}
     for name, part in parts.items():
-        _check_heads(_pruning_group(subject, *entries[name]), groups[name], part, subject)
+        if groups[name].is_uneven:
+            group_of_members(subject, groups[name], ~part.kept[name])
+        else:
+            _check_heads(_pruning_group(subject, *entries[name]), groups[name], part, subject)
         changes[name] = planned_changes(subject.model, part, subject.adapters)
     for name, entry in entries.items():
-        found = _pruning_group(subject, *entry)
+        if groups[name].is_uneven:
+            found = group_of_members(subject, groups[name], ~chosen.kept[name])
+        else:
+            found = _pruning_group(subject, *entry)
         if name in parts:
             _follow(found, parts[name], changes[name], num_heads, subject.model)
         yield found

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from nss_prune.allocation.importance import NSSImportance
+from nss_prune.core.nested import tensors_in
 from nss_prune.core.processes import processes
 from nss_prune.errors import ModelMismatchError
 from nss_prune.profiling.categories import Categories, check_categories
@@ -80,24 +81,32 @@ class Profiling:
         return evidence_of(profile, subject)
 
     def _of_example_inputs(self, subject: Subject) -> Profile:
-        inputs = subject.example_inputs
-        if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
-            inputs = inputs[0]
         own = {"categories": "predicted"} if self.settings["categories"] == "labels" else {}
-        profile = self._of(subject, [(inputs, None)], minimum_samples=1, **own)
-        warnings.warn(
-            f"no data was given: the example inputs ({sum(profile.samples)} sample(s)) are "
-            "profiled, with the model's predictions as categories; pass data=, batches of "
-            "(inputs, labels), for slices that hold on other inputs",
-            stacklevel=2,
-        )
-        return profile
+        data = example_data(subject, "profiled, with the model's predictions as categories")
+        return self._of(subject, data, minimum_samples=1, **own)
 
     def _of(self, subject: Subject, data: Iterable[Any], **own: Any) -> Profile:
         settings = {**self.settings, **subject.calling, **own}
         return profile_neurons(
             subject.model, data, subject.neurons, subject.example_inputs, **settings
         )
+
+
+def example_data(subject: Subject, use: str) -> list[Any]:
+    """The example inputs as data of one batch without labels, with a warning.
+
+    Args:
+        use: What happens to them.
+    """
+    inputs = subject.example_inputs
+    if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
+        inputs = inputs[0]
+    warnings.warn(
+        f"no data was given: the example inputs ({len(tensors_in(inputs)[0])} sample(s)) are "
+        f"{use}; pass data=, batches of (inputs, labels), for slices that hold on other inputs",
+        stacklevel=2,
+    )
+    return [(inputs, None)]
 
 
 def profiling_for(

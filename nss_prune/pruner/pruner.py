@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch_pruning as tp
 from torch import nn
 
 from nss_prune.errors import GraphError
 from nss_prune.pruner.arguments import (
+    WithoutRegularizer,
+    as_called,
+    by_position,
     check_steps,
     check_timeout,
     find_aim,
@@ -51,7 +53,7 @@ from nss_prune.pruner.types import (
 )
 
 
-class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
+class NSSPruner(Stages, WithoutRegularizer):
     """Semantic slicing with the interface of torch-pruning's pruners.
 
     With nothing but ``theta``, a step removes every neuron outside the semantic slice at θ. With
@@ -68,7 +70,8 @@ class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
         model: The model, pruned in place by :meth:`step`. DataParallel and
             DistributedDataParallel are unwrapped, and the latter wraps the smaller model again; its
             processes must be given the same profile, or all their shards of the data.
-        example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict.
+        example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict; or a list of
+            pictures, where the model takes one.
         importance: A torch-pruning importance that replaces semantic slicing. With a budget each
             layer keeps the same share, or one threshold serves all with ``global_pruning=True``.
         data: Batches of (inputs, labels) on the model's device; the example inputs by default,
@@ -99,7 +102,7 @@ class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
             "category" or "global": the best of each category and their union, or the best over all
             data, of every layer. With a budget also "divergence": as many neurons of each layer
             as make the outputs diverge least for the cost that they save, after folding (see
-            :mod:`nss_prune.allocation.divergence`); the default for a budget with ``data``, unless
+            :mod:`nss_prune.allocation.divergence`); the default for a budget, unless
             a ``profile``, a ``loss`` or an ``importance`` is given. Or an object of your own, see
             :class:`nss_prune.pruner.strategy.Strategy`.
         categories, features, loss, ranking, outputs: See :func:`nss_prune.profile`.
@@ -118,12 +121,14 @@ class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
+        *positional: torch-pruning's arguments after ``importance``, in its order.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
             model's output are left alone without being named. "divergence" goes inside the heads
             of attention as well, to the same dimensions of all heads of a layer (see
             :mod:`nss_prune.allocation.head_bases`), unless ``prune_head_dims=False``; with
-            ``step(interactive=True)`` and all else heads go whole (``prune_num_heads``).
+            ``step(interactive=True)`` and all else heads go whole (``prune_num_heads`` and
+            ``head_pruning_ratio`` with a ratio).
             ``round_to="auto"``, the default for budgets, keeps multiples of 8 (16 in half
             precision) of layers of 64 channels and more, or of less where the budget would be
             missed; 1 is exact.
@@ -151,7 +156,7 @@ class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
         model: nn.Module,
         example_inputs: Any,
         importance: Importance | None = None,
-        *,
+        *positional: Any,
         data: Iterable[Any] | None = None,
         theta: float | None = None,
         pruning_ratio: float | None = None,
@@ -183,24 +188,27 @@ class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
         progress: bool | None = None,
         **torch_pruning_arguments: Any,
     ) -> None:
+        given = by_position(positional, torch_pruning_arguments)
+        pruning_ratio = given.pop("pruning_ratio", pruning_ratio)
         kept = (params_budget, macs_budget, latency_budget)
         wanted = (max_divergence, score, min_score, max_drop)
         aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance, wanted)
         plain = profile is not None or loss is not None
         self.theta = aim.theta
-        self.strategy = chosen_strategy(strategy, aim, importance, data, plain)
-        given = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
-        data, outputs = given.data, given.outputs
+        self.strategy = chosen_strategy(strategy, aim, importance, plain)
+        subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
+        data, outputs = subset.data, subset.outputs
         common = {"outputs": outputs, "progress": progress}
         own = {"loss": loss, **common}
         self._profiling = profiling_for(data, fold, metric, categories, features, ranking, own)
         self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, progress)
         model, self.wrapper = unwrapped(model)
-        settings = own_arguments(model, torch_pruning_arguments, aim)
+        example_inputs = as_called(model, example_inputs, given.get("forward_fn"))
+        settings = own_arguments(model, given, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)
-        self._arrange(aim, importance, given, settings, common)
+        self._arrange(aim, importance, subset, settings, common)
         self._given = None if profile is None else evidence_of(profile, self._subject)
         check_steps(self.iterative_steps, importance, data, profile, aim)
         self._profiled = self._given
@@ -244,9 +252,11 @@ class NSSPruner(Stages, tp.pruner.BasePruner):  # type: ignore[misc]
         """From torch-pruning's constructor; the model is left as found."""
         chosen = importance or self._semantic_importance
 
-        def build(recorder: Any) -> Any:
-            own = {**settings, "output_transform": recorder}
+        def build(recorder: Any, apart: Sequence[nn.Module]) -> Any:
+            ignored = settings["ignored_layers"]
+            own = {**settings, "output_transform": recorder, "ignored_layers": [*ignored, *apart]}
             super(NSSPruner, self).__init__(model, tracer.arguments, chosen, **own)
+            self.ignored_layers = [layer for layer in self.ignored_layers if layer not in apart]
             return self.DG
 
         subject = tracer.first(model, build)

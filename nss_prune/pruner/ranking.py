@@ -13,6 +13,7 @@ from torch import Tensor
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.followed import of_followed
+from nss_prune.pruner.member_groups import group_of_members
 from nss_prune.pruner.strategy import Importance
 from nss_prune.pruner.subject import Subject
 
@@ -41,10 +42,13 @@ def importance_of(subject: Subject, group: NeuronGroup, importance: Importance) 
     module = subject.model.get_submodule(group.name)
     if group.followed or module not in subject.graph.module2node:
         return of_followed(subject.model, group, importance)
-    function = subject.graph.get_pruner_of_module(module).prune_out_channels
     root = next((member for member in group.members if member.name == group.name), None)
     width = group.size * group.ties if group.has_channels or root is None else root.width
-    found = importance(subject.graph.get_pruning_group(module, function, list(range(width))))
+    if group.is_uneven:
+        found = importance(group_of_members(subject, group))
+    else:
+        function = subject.graph.get_pruner_of_module(module).prune_out_channels
+        found = importance(subject.graph.get_pruning_group(module, function, list(range(width))))
     if found is None or len(found) != width:
         return None
     by_channel: Tensor = found.detach().cpu()
@@ -104,10 +108,10 @@ class Ranking:
         among the channels, inside of which nothing can go.
         """
         own = vars(self._pruner)
-        others = [
-            group.name for group in subject.groups if group.followed or not group.has_channels
-        ]
-        names = [*subject.neurons.left_alone, *others]
+        apart = [group for group in subject.groups if not group.has_channels]
+        makers = [member.name for group in apart for member in group.makers]
+        followed = [group.name for group in subject.groups if group.followed]
+        names = {*subject.neurons.left_alone, *makers, *followed}
         left_alone = [subject.model.get_submodule(name) for name in names]
         changed = {
             "estimate_importance": importance,

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch_pruning as tp
 from torch import nn
 
-from nss_prune.core.models import call_model
-from nss_prune.discovery.calls import Call, recording
-from nss_prune.discovery.claims import Claim, claims
+from nss_prune.core.models import call_model, evaluation
+from nss_prune.discovery.calls import recording
+from nss_prune.discovery.claims import claims
 from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
+from nss_prune.discovery.trial import Verdicts, tried
 from nss_prune.discovery.whole import TIMEOUT, WHOLE_SHARE
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import deadline
@@ -79,27 +81,31 @@ class Tracer:
         """The example inputs as torch-pruning takes them."""
         return as_arguments(self.example_inputs)
 
-    def first(self, model: nn.Module, build: Callable[[OutputRecorder], Any]) -> Subject:
+    def first(
+        self, model: nn.Module, build: Callable[[OutputRecorder, Sequence[nn.Module]], Any]
+    ) -> Subject:
         """The subject of the first step.
 
         Args:
-            build: Builds torch-pruning's graph, with the recorder as its ``output_transform``.
+            build: Builds torch-pruning's graph, with the recorder as its ``output_transform``, and
+                without looking at some layers.
 
         Raises:
             GraphError: No part of the model can be traced, or parts will not do.
             NothingToPruneError: No group is left.
         """
-        tracer, graph, claimed = self, None, self._claims(model)
-        with recording({module for module, _, _ in claimed}) as calls, traceable(model):
+        tracer, graph, verdicts = self, None, Verdicts()
+        with traceable(model):
             try:
+                verdicts = self._verdicts(model)
                 with deadline(WHOLE_SHARE * self.timeout, model):
                     recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
-                    graph = build(recorder)
-                    found = self._neurons(model, graph, recorder.nodes)
+                    graph = build(recorder, [model.get_submodule(n) for n in verdicts.uneven])
+                    found = self._neurons(model, graph, recorder.nodes, verdicts)
             except Exception as error:
-                graph, tracer = None, replace(self, untraceable=_in_words(model, error))
+                graph, tracer = None, replace(self, untraceable=self._in_words(model, error))
                 found = tracer._neurons_in_parts(model)
-        return tracer._subject(model, graph, tracer._completed(model, found, claimed, calls))
+        return tracer._subject(model, graph, tracer._completed(model, found, verdicts))
 
     def again(self, model: nn.Module) -> Subject:
         """The subject of a further step, traced as that of the first.
@@ -107,15 +113,16 @@ class Tracer:
         Raises:
             GraphError, NothingToPruneError: As :meth:`first`.
         """
-        graph, claimed = None, self._claims(model)
-        with recording({module for module, _, _ in claimed}) as calls:
-            if self.untraceable is not None:
-                found = self._neurons_in_parts(model)
-            else:
-                with deadline(self.timeout, model):
-                    graph, output_nodes = self.graph(model)
-                    found = self._neurons(model, graph, output_nodes)
-        return self._subject(model, graph, self._completed(model, found, claimed, calls))
+        graph = None
+        with traceable(model):
+            verdicts = self._verdicts(model)
+        if self.untraceable is not None:
+            found = self._neurons_in_parts(model)
+        else:
+            with deadline(self.timeout, model):
+                graph, output_nodes = self.graph(model)
+                found = self._neurons(model, graph, output_nodes, verdicts)
+        return self._subject(model, graph, self._completed(model, found, verdicts))
 
     def graph(self, model: nn.Module) -> tuple[Any, set[Any]]:
         """torch-pruning's graph, and the autograd nodes that make the outputs."""
@@ -125,11 +132,19 @@ class Tracer:
         ignored = [layer for layer in self.ignored if isinstance(layer, nn.Parameter)]
         return trace(model, self.example_inputs, ignored_params=ignored, **arguments)
 
-    def _claims(self, model: nn.Module) -> list[Claim]:
-        return list(claims(model, self.adapters, self.ignored))
+    def _verdicts(self, model: nn.Module) -> Verdicts:
+        """What became of the claims of the adapters, tried with the inputs of one call."""
+        claimed = list(claims(model, self.adapters, self.ignored))
+        with recording({module for module, _, _ in claimed}) as calls:
+            if claimed:
+                self.forward(model, self.example_inputs)
+        return tried(claimed, calls)
 
-    def _neurons(self, model: nn.Module, graph: Any, output_nodes: set[Any]) -> NeuronMap:
-        return find_neurons(model, graph, output_nodes, self.ignored, self.root_module_types)
+    def _neurons(
+        self, model: nn.Module, graph: Any, output_nodes: set[Any], verdicts: Verdicts
+    ) -> NeuronMap:
+        types, apart = self.root_module_types, verdicts.makers
+        return find_neurons(model, graph, output_nodes, self.ignored, types, apart)
 
     def _neurons_in_parts(self, model: nn.Module) -> NeuronMap:
         assert self.untraceable is not None
@@ -144,13 +159,7 @@ class Tracer:
             forward=self.forward,
         )
 
-    def _completed(
-        self,
-        model: nn.Module,
-        found: NeuronMap,
-        claimed: Sequence[Claim],
-        calls: Mapping[nn.Module, Call],
-    ) -> NeuronMap:
+    def _completed(self, model: nn.Module, found: NeuronMap, verdicts: Verdicts) -> NeuronMap:
         """The traced neurons with those that are more than channels.
 
         Raises:
@@ -159,8 +168,7 @@ class Tracer:
         return completed(
             model,
             found,
-            claimed,
-            calls,
+            verdicts,
             self.example_inputs,
             ignored=self.ignored,
             forward=self.forward,
@@ -180,12 +188,19 @@ class Tracer:
             self,
         )
 
-
-def _in_words(model: nn.Module, error: Exception) -> GraphError:
-    """torch-pruning's error in our words."""
-    if isinstance(error, GraphError):
-        return error
-    return GraphError(
-        f"torch-pruning could not trace {type(model).__name__}: {error}; check that "
-        "model(*example_inputs) runs"
-    )
+    def _in_words(self, model: nn.Module, error: Exception) -> GraphError:
+        """torch-pruning's error in our words, or the model's own where it does not run."""
+        if isinstance(error, GraphError):
+            return error
+        try:
+            with evaluation(model), torch.no_grad():
+                self.forward(model, self.example_inputs)
+        except Exception as own:
+            return GraphError(
+                f"{type(model).__name__} does not run on the example inputs: {own}; give the "
+                "inputs of one call: a tensor, a tuple of arguments or a dict"
+            )
+        return GraphError(
+            f"torch-pruning could not trace {type(model).__name__}: {type(error).__name__}: "
+            f"{error}; with a budget or theta, without importance=, its parts are traced one by one"
+        )

@@ -19,20 +19,24 @@ from torch import Tensor, nn
 from nss_prune.graph.neurons import Member, NeuronGroup, Side, covering
 from nss_prune.structures.protocol import Change
 
-FUSED = ("qkv", "qkv_proj", "to_qkv", "in_proj", "query_key_value")
+FUSED = ("qkv", "qkv_proj", "to_qkv", "in_proj", "query_key_value", "c_attn")
 QUERY_KEY = ("qk", "qk_proj", "to_qk")
 KEY_VALUE = ("kv", "kv_proj", "to_kv")
 QUERY = ("q", "q_proj", "to_q", "wq", "query", "query_proj", "q_lin")
 KEY = ("k", "k_proj", "to_k", "wk", "key", "key_proj", "k_lin")
 VALUE = ("v", "v_proj", "to_v", "wv", "value", "value_proj", "v_lin")
 GATE = ("gate", "gate_proj", "g_proj")
-READER = ("proj", "out_proj", "o_proj", "to_out", "wo", "output", "dense", "out_lin", "projection")
+READER = (
+    "proj", "out_proj", "o_proj", "to_out", "wo", "output", "dense", "out_lin", "projection",
+    "c_proj",
+)  # fmt: skip
 HEADS = ("num_heads", "heads", "n_heads", "n_head", "num_attention_heads")
 KEY_HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_heads")
 SHARERS = ("num_kv_groups", "num_key_value_groups")  # query heads of each key head
 WIDTHS = (  # of all heads together, where the attribute equals it
     "all_head_dim", "all_head_size", "attention_dim", "attn_dim", "dim_attn", "dim_out",
     "embed_dim", "hidden_dim", "inner_dim", "key_attn_dim", "kv_dim", "out_dim", "val_attn_dim",
+    "split_size",
 )  # fmt: skip
 
 TABLE = "relative_position_bias_table"  # [positions, heads] or [heads, positions, positions]
@@ -50,17 +54,14 @@ class Projection:
     Attributes:
         name: Path of the layer in the attention module.
         width: Channels on the side of the heads.
+        child: Path of the part of the attention module that it is, or lies in.
         norms: Paths of the norms between the layer and the heads.
     """
 
     name: str
     width: int
+    child: str
     norms: tuple[str, ...] = ()
-
-    @property
-    def child(self) -> str:
-        """The child of the attention module that it is, or lies in."""
-        return self.name.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Heads:
         consumer: The projection that reads them.
         norms: Paths of the norms over all heads, before the consumer.
         others: Path -> any other module inside; the attention module itself is "".
+        core: Path of the part that makes the heads: "", or a child beside that of the consumer.
     """
 
     queries: int
@@ -107,6 +109,7 @@ class Heads:
     consumer: Projection
     norms: tuple[str, ...]
     others: Mapping[str, nn.Module]
+    core: str = ""
 
     @property
     def neurons(self) -> int:
@@ -121,7 +124,7 @@ class Heads:
     @property
     def biases(self) -> dict[str, Source]:
         """Biases that a fused projection keeps apart, as if projections made them."""
-        apart = Projection("", 0)
+        apart = Projection("", 0, "")
         return {
             "q_bias": Source(apart, (self.key_width,), self.queries),
             "k_bias": Source(apart, (self.key_width,), self.keys),
@@ -217,7 +220,8 @@ class Attention:
 
 def find_heads(module: nn.Module) -> Heads | None:
     """The heads of a module; None where it is not attention, or its heads cannot go one by one."""
-    queries = _number_of_heads(module)
+    core = _core(module)
+    queries = _number_of_heads(module.get_submodule(core))
     consumer = _projection(module, READER, "in")
     if queries is None or queries < 2 or consumer is None or consumer.width % queries:
         return None
@@ -236,7 +240,7 @@ def find_heads(module: nn.Module) -> Heads | None:
     others = {
         path: part
         for path, part in module.named_modules()
-        if path.partition(".")[0] not in children
+        if not any(path == child or path.startswith(f"{child}.") for child in children)
     }
     if any(_mixes(part, queries) for part in others.values()):
         return None
@@ -249,7 +253,37 @@ def find_heads(module: nn.Module) -> Heads | None:
         consumer,
         norms,
         others,
+        core,
     )
+
+
+def _core(module: nn.Module) -> str:
+    """The only child that has a number of heads and no consumer, as BERT's, or "".
+
+    The consumer is then in a child beside it.
+    """
+    if _number_of_heads(module) is not None:
+        return ""
+    found = [
+        name
+        for name, child in module.named_children()
+        if _number_of_heads(child) is not None and _projection(child, READER, "in") is None
+    ]
+    return found[0] if len(found) == 1 else ""
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """Path -> child; those of a child that makes the heads in its place."""
+    parts: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        inside = {f"{name}.{path}": part for path, part in child.named_children()}
+        makes_heads = _says_heads(child) and not _says_heads(module)
+        parts.update(inside if makes_heads and inside else {name: child})
+    return parts
+
+
+def _says_heads(module: nn.Module) -> bool:
+    return any(type(getattr(module, name, None)) is int for name in HEADS)
 
 
 def _number_of_heads(module: nn.Module) -> int | None:
@@ -297,9 +331,10 @@ def _projection(module: nn.Module, names: Sequence[str], side: Side) -> Projecti
 
     Between it and the heads there may be norms over channels, and what has no parameters.
     """
-    for name in names:
-        child = module._modules.get(name)
-        leaves = [] if child is None else _leaves(name, child)
+    parts = _parts(module)
+    paths = {path.rpartition(".")[2]: path for path in reversed(parts)}
+    for child in [paths[name] for name in names if name in paths]:
+        leaves = _leaves(child, parts[child])
         linear = [position for position, (_, leaf) in enumerate(leaves) if _width(leaf, side)]
         if len(linear) != 1:
             continue
@@ -308,7 +343,7 @@ def _projection(module: nn.Module, names: Sequence[str], side: Side) -> Projecti
         between = leaves[linear[0] + 1 :] if side == "out" else leaves[: linear[0]]
         norms = [(path, leaf) for path, leaf in between if list(leaf.parameters())]
         if all(_is_norm_of(leaf, width) for _, leaf in norms):
-            return Projection(path, width, tuple(path for path, _ in norms))
+            return Projection(path, width, child, tuple(path for path, _ in norms))
     return None
 
 
@@ -342,12 +377,13 @@ def _norms_between(
     module: nn.Module, sources: Iterable[Source], consumer: Projection
 ) -> tuple[str, ...]:
     """LayerNorms as wide as all heads that come after the sources and before the consumer."""
-    children = list(module._modules)
+    parts = _parts(module)
+    children = list(parts)
     first = max(children.index(source.projection.child) for source in sources)
     return tuple(
         name
         for name in children[first : children.index(consumer.child)]
-        if isinstance(norm := module._modules[name], nn.LayerNorm)
+        if isinstance(norm := parts[name], nn.LayerNorm)
         if tuple(norm.normalized_shape) == (consumer.width,)
     )
 
@@ -356,7 +392,7 @@ def _along_heads(
     part: nn.Module, tensors: Mapping[str, Tensor | None], heads: Heads
 ) -> Iterator[tuple[str, Tensor, Tensor, int]]:
     """Bare tensors with an axis of heads: name, tensor, neurons along the axis, axis."""
-    biases = heads.biases if part is heads.others[""] else {}
+    biases = heads.biases if part is heads.others[heads.core] else {}
     for name, tensor in tensors.items():
         if tensor is None or name in ("weight", "bias"):  # of layers and norms
             continue
@@ -386,7 +422,7 @@ def _new_numbers(part: nn.Module, heads: Heads, queries: int, keys: int) -> Iter
     heads_left = {heads.queries: queries}
     keys_left = {heads.keys: keys}
     sharers_left = {heads.queries // heads.keys: queries // keys}
-    widths_left = heads.widths(queries, keys) if part is heads.others[""] else {}
+    widths_left = heads.widths(queries, keys) if part is heads.others[heads.core] else {}
     followers = {
         **dict.fromkeys(HEADS, heads_left),
         **dict.fromkeys(KEY_HEADS, keys_left),

@@ -294,7 +294,7 @@ def test_it_is_the_default_of_a_budget_with_data() -> None:
     data = [(inputs, torch.arange(40) % 3)]
     assert NSSPruner(mlp(), inputs[:2], params_budget=0.5, data=data).strategy == "divergence"
     assert NSSPruner(mlp(), inputs[:2], theta=0.9, data=data).strategy == "semantic"
-    assert NSSPruner(mlp(), inputs[:2], params_budget=0.5).strategy == "semantic"
+    assert NSSPruner(mlp(), inputs[:2], params_budget=0.5).strategy == "divergence"
     with pytest.raises(ArgumentError, match="budget"):
         NSSPruner(mlp(), inputs[:2], theta=0.9, data=data, strategy="divergence")
 

@@ -127,7 +127,7 @@ def test_a_search_without_end_is_cut_off() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_coatnet", num_classes=3).eval()
     size = model.pretrained_cfg["input_size"]
-    found = discover(model, torch.randn(1, *size), timeout=6)
+    found = discover(model, torch.randn(1, *size), timeout=6, adapters=())
     assert any("busy with" in note for note in found.notes)
     assert found.groups
 
