@@ -16,7 +16,6 @@ statistics when some go. What this changes is measured in the same way, at the n
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,9 +30,10 @@ from nss_prune.allocation.group_changes import GroupChanges
 from nss_prune.core.arguments import on_input
 from nss_prune.core.batches import as_computed, counted_batches, split_batch
 from nss_prune.core.draws import Draws
-from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.outputs import Outputs, outputs_of
+from nss_prune.core.processes import agreed, gathered, processes, summed
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.statistics.capture import by_sample
 from nss_prune.statistics.moments import ConsumerStatistics
@@ -44,6 +44,7 @@ MOST_SAMPLES = 2000  # more of them cost time and change little
 MOST_VALUES = 2**28  # of folds that are kept at once, 1 GiB
 
 
+@agreed()
 def measured(
     model: nn.Module,
     data: Iterable[Any],
@@ -134,9 +135,13 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination
 
 def _suffices(data: Iterable[Any]) -> bool:
     """Whether there are enough samples."""
-    batches = (tensors_in(split_batch(batch)[0]) for batch in data)
-    samples = itertools.accumulate(len(tensors[0]) if tensors else 0 for tensors in batches)
-    return any(seen >= LEAST_SAMPLES for seen in samples)
+    seen = 0
+    for batch in data:
+        tensors = tensors_in(split_batch(batch)[0])
+        seen += len(tensors[0]) if tensors else 0
+        if seen >= LEAST_SAMPLES:
+            break
+    return sum(gathered(seen)) >= LEAST_SAMPLES
 
 
 def _counts(size: int) -> Tensor:
@@ -198,9 +203,12 @@ class _Part:
                     outputs.drawn_loss(given, Draws(inputs, seed)).backward()
                 total += effects.square().sum(1)
                 seen += samples
-                if seen >= MOST_SAMPLES:
+                if seen >= MOST_SAMPLES / processes():
                     break
-        return total / seen
+        counts = torch.tensor([float(seen)], dtype=torch.float64)
+        sums = [total.to(device_of(self.model)), counts.to(device_of(self.model))]
+        summed(sums)
+        return (sums[0] / sums[1]).cpu()
 
     @contextlib.contextmanager
     def _watched(self, effects: Tensor) -> Iterator[None]:

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import labelled_batches
+from nss_prune.core.batches import check_inputs, first_batch, split_batch
 from nss_prune.core.classifier import find_classifier_by_shift, shifted_bias
 from nss_prune.core.draws import Draws
-from nss_prune.core.models import Forward, call_model, evaluation, run
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
 from nss_prune.core.outputs import Outputs, resolve_outputs, scores_by_place
+from nss_prune.core.processes import agreed, decided, gathered, processes
 from nss_prune.core.views import views_of
 from nss_prune.errors import ModelMismatchError, NumericalError
 
@@ -75,6 +76,7 @@ class Balanced:
     note: str = ""
 
 
+@agreed()
 def class_shares(
     model: nn.Module,
     data: Iterable[Any],
@@ -99,9 +101,12 @@ def class_shares(
         NumericalError: Scores are NaN or infinite.
     """
     scores, folds = _scores(model, data, outputs, forward, progress)
-    return _shares(scores.softmax(1), folds)
+    shares = _shares(scores.softmax(1), folds)
+    everywhere = gathered((shares.sums, shares.counts))
+    return ClassShares(*(sum(parts[1:], parts[0]) for parts in zip(*everywhere, strict=True)))
 
 
+@agreed()
 def balance(
     model: nn.Module,
     data: Iterable[Any],
@@ -139,7 +144,9 @@ def balance(
     if head is None:
         why = "no layer's bias alone moves the class scores"
         return Balanced(None, none, f"the classes are not balanced: {why}")
-    shift = _fitted(scores, folds, whole)
+    everywhere = gathered((scores, folds))
+    together = [torch.cat(parts) for parts in zip(*everywhere, strict=True)]
+    shift = decided(lambda: _fitted(together[0], together[1], whole))
     if shift is None:
         why = "no shift of their scores helps on samples left out"
         return Balanced(None, none, f"the classes are not balanced: {why}")
@@ -160,6 +167,7 @@ def _scores(
     found: list[Tensor] = []
     folds: list[Tensor] = []
     values = 0
+    first, data = first_batch(data, device_of(model)) if processes() > 1 else (None, data)
     with evaluation(model):
         batches = scores_by_place(model, data, progress, "balance", outputs, forward)
         for by_place, inputs in batches:
@@ -167,8 +175,11 @@ def _scores(
             folds.append(fold.repeat_interleave(len(by_place) // len(fold)))
             found.append(by_place.cpu().double())
             values += by_place.numel()
-            if values >= MOST_VALUES:
+            if values >= MOST_VALUES // processes():
                 break
+    if not found:  # all samples are in other processes
+        by_place, _ = next(scores_by_place(model, [first], False, "balance", outputs, forward))
+        found, folds = [by_place[:0].cpu().double()], [torch.zeros(0, dtype=torch.long)]
     together = torch.cat(found)
     if not torch.isfinite(together.sum()):
         raise NumericalError(
@@ -248,7 +259,8 @@ def _head(
 ) -> str | None:
     """The last layer whose bias moves the scores by as much, or None."""
     with evaluation(model), torch.no_grad():
-        number, inputs, labels, _ = next(labelled_batches(model, data, False, "balance"))
+        inputs, labels = split_batch(first_batch(data, device_of(model))[0])
+        check_inputs(model, inputs, 0)
         if outputs is None:
-            outputs = resolve_outputs(None, run(model, inputs, number, forward), labels)
-    return find_classifier_by_shift(model, inputs, number, scores=outputs.scores, forward=forward)
+            outputs = resolve_outputs(None, run(model, inputs, 0, forward), labels)
+    return find_classifier_by_shift(model, inputs, 0, scores=outputs.scores, forward=forward)

@@ -15,14 +15,16 @@ from nss_prune.compensation.folding import Folded, apply
 from nss_prune.compensation.paired import paired_statistics
 from nss_prune.compensation.problem import changed_channels, resolved
 from nss_prune.compensation.solve import ConsumerFold, solved
-from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import Forward, call_model, evaluation, submodule
+from nss_prune.core.batches import check_inputs, first_batch, split_batch
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, submodule
+from nss_prune.core.processes import agreed
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import check_fits, map_positions, sides_by_consumer
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.survey import survey
 
 
+@agreed()
 def refit(
     model: nn.Module,
     critical: Slice,
@@ -65,7 +67,8 @@ def refit(
     sliced = copy.deepcopy(model)
     folds: dict[str, ConsumerFold] = {}
     with evaluation(model), evaluation(sliced), torch.no_grad():
-        _, inputs, _ = next(counted_batches(model, data, False, ""))
+        inputs, _ = split_batch(first_batch(data, device_of(model))[0])
+        check_inputs(model, inputs, 0)
         shown = survey(model, consumers, inputs, forward)
         hidden = None if progress is None else not progress
         for name in tqdm(shown.calls, desc="refit", unit="consumer", leave=False, disable=hidden):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nss_prune.core.models import device_of
-from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.core.nested import map_tensors, moved, tensors_in
+from nss_prune.core.processes import gathered, given_by, processes
 from nss_prune.errors import DataError
 
 
@@ -42,7 +43,7 @@ def labelled_batches(
     ):
         inputs, labels = split_batch(batch)
         yield number, inputs, labels, check_inputs(model, inputs, number)
-    if number < 0:
+    if number < 0 and processes() == 1:  # the first batch of all processes is checked elsewhere
         raise DataError("the data has no batches; give at least one batch of (inputs, labels)")
 
 
@@ -99,14 +100,45 @@ def check_inputs(model: nn.Module, inputs: Any, number: int) -> int:
     return int(tensors[0].shape[0])
 
 
-def first_batch(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def first_batch(
+    data: Iterable[Any], device: torch.device | str | None = None
+) -> tuple[Any, Iterable[Any]]:
     """The first batch, and data that still has it.
+
+    In several processes it is that of the first which has one; some may have none.
+
+    Args:
+        device: Where the batch of another process goes; its own by default.
 
     Raises:
         DataError: There is none.
     """
     batches = iter(data)
-    first = next(batches, None)
+    own = first = next(batches, None)
+    if processes() > 1:
+        first = _shared(own, device)
     if first is None:
         raise DataError("the data has no batch; give an iterable of (inputs, labels) batches")
-    return first, itertools.chain([first], batches) if batches is data else data
+    if own is None or batches is not data:
+        return first, data
+    return first, itertools.chain([own], batches)
+
+
+def shared_data(data: Iterable[Any]) -> Iterable[Any]:
+    """The data of a pass in which every process reads its own, and some may have none.
+
+    Raises:
+        DataError: None of several processes has a batch.
+    """
+    return data if processes() == 1 else first_batch(data)[1]
+
+
+def _shared(batch: Any, device: torch.device | str | None) -> Any:
+    """The batch of the first process that has one; None where none has."""
+    present = gathered(batch is not None)
+    if not any(present):
+        return None
+    sent = given_by(present.index(True), moved(batch, "cpu"))
+    if device is None:
+        device = next((tensor.device for tensor in tensors_in(batch)), torch.device("cpu"))
+    return moved(sent, device)

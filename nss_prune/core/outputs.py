@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import as_computed, counted_batches, labelled_batches
+from nss_prune.core.batches import (
+    as_computed,
+    check_inputs,
+    counted_batches,
+    first_batch,
+    labelled_batches,
+    split_batch,
+)
 from nss_prune.core.draws import Draws
-from nss_prune.core.models import Forward, call_model, evaluation, run
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
 from nss_prune.core.output_inference import Found, Labels, found_in, parts_of, weighted
 from nss_prune.core.output_parts import Part, check_range
+from nss_prune.core.output_units import Chances, Spread, over_processes
+from nss_prune.core.processes import agreed
 from nss_prune.errors import ArgumentError, DataError
 
 LEAST_SAMPLES = 8
@@ -180,21 +189,23 @@ class Outputs:
         assert part.axis is not None
         return part.find(self._selected(outputs)).movedim(part.axis, 1)
 
-    def with_variance(self, outputs: Iterable[Any]) -> Outputs:
+    def with_variance(self, outputs: Iterable[Any], *, shared: bool = False) -> Outputs:
         """The same in units of the variance of all outputs given, and with weights from them.
 
         Values in units of the variance of each channel over samples and positions (1 where it does
         not vary). Parts that count alike get weights by which losing any of them wholly, with the
         average over the data in its place, costs as much as losing the first.
 
+        Args:
+            shared: Whether the outputs of all processes count, which must all call it.
+
         Raises:
             DataError: The outputs are not those described.
             NumericalError: They are NaN or infinite.
         """
-        sums = [part.sums() for part in self.parts]
-        for nest in outputs:
-            for part, tensor, found in zip(self.parts, self.tensors(nest), sums, strict=True):
-                found.add(part.arranged(tensor.detach()))
+        sums = self._sums(outputs)
+        if shared:
+            sums = [over_processes(found) for found in sums]
         parts = [part.measured(found) for part, found in zip(self.parts, sums, strict=True)]
         if self.alike:
             told = [found.information() for found in sums]
@@ -203,6 +214,14 @@ class Outputs:
             pairs = zip(parts, weights, strict=True)
             parts = [replace(part, weight=weight) for part, weight in pairs]
         return replace(self, parts=tuple(parts), samples=sums[0].samples)
+
+    def _sums(self, outputs: Iterable[Any]) -> list[Spread | Chances]:
+        """What the outputs given add up to, of each part."""
+        sums = [part.sums() for part in self.parts]
+        for nest in outputs:
+            for part, tensor, found in zip(self.parts, self.tensors(nest), sums, strict=True):
+                found.add(part.arranged(tensor.detach()))
+        return sums
 
     def describe(self) -> str:
         """One line for reports."""
@@ -309,6 +328,7 @@ def _doubts(found: Sequence[Found], parts: Iterable[Part]) -> Iterator[str]:
             )
 
 
+@agreed()
 def outputs_of(
     model: nn.Module,
     data: Iterable[Any],
@@ -320,7 +340,7 @@ def outputs_of(
     """What a model's outputs mean, from its first batch; units and weights from all data.
 
     With values or several parts there is a forward pass over all data for these, so that they do
-    not depend on the order of the samples. Data that can be iterated only once loses its first
+    not depend on the order of the samples, nor on the process that has them. Data that can be iterated only once loses its first
     batch, and units and weights are those of this one. The model is left as found.
 
     Args:
@@ -333,9 +353,9 @@ def outputs_of(
         ArgumentError, DataError, NumericalError: As :func:`resolve_outputs`; or there is no batch.
     """
     with evaluation(model), torch.no_grad():
-        for number, inputs, labels, _ in labelled_batches(model, data, False, "outputs"):
-            found = resolve_outputs(spec, run(model, inputs, number, forward), labels)
-            break
+        inputs, labels = split_batch(first_batch(data, device_of(model))[0])
+        check_inputs(model, inputs, 0)
+        found = resolve_outputs(spec, run(model, inputs, 0, forward), labels)
     return with_units(found, spec, model, data, forward, progress)
 
 
@@ -359,7 +379,7 @@ def with_units(
     with evaluation(model), torch.no_grad():
         batches = counted_batches(model, data, progress, "outputs")
         return found.with_variance(
-            run(model, inputs, number, forward) for number, inputs, _ in batches
+            (run(model, inputs, number, forward) for number, inputs, _ in batches), shared=True
         )
 
 

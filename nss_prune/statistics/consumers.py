@@ -10,17 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
+from nss_prune.core.batches import counted_batches, shared_data
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run, submodule
+from nss_prune.core.processes import agreed, gathered, processes
 from nss_prune.graph.axes import check_fits, input_axis, map_positions, sides_by_consumer
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.statistics.capture import by_sample, map_shape, watched
-from nss_prune.statistics.moments import ConsumerStatistics, Moments
+from nss_prune.statistics.moments import (
+    ConsumerStatistics,
+    Moments,
+    add_moments_over_processes,
+)
 from nss_prune.statistics.survey import survey
 
 WIDEST_MAP = 2048  # channels of a flattened map with a full covariance, which takes 32 MiB then
 
 
+@agreed()
 def consumer_statistics(
     model: nn.Module,
     data: Iterable[Any],
@@ -47,6 +53,7 @@ def consumer_statistics(
         ModelMismatchError: The model does not have the groups.
     """
     check_fits(groups, model)
+    data = shared_data(data)
     sums = ConsumerSums(model, groups)
     norms: dict[str, str] = {}
     with evaluation(model), torch.no_grad():
@@ -56,7 +63,7 @@ def consumer_statistics(
                     norms = survey(model, sums.consumers, inputs, forward).norms
                 else:
                     run(model, inputs, number, forward)
-    return sums.statistics(norms)
+    return sums.statistics(next((found for found in gathered(norms) if found), {}))
 
 
 class ConsumerSums:
@@ -75,6 +82,7 @@ class ConsumerSums:
         self._views = views
         self._moments: dict[str, Moments] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._whole = False
 
     @contextlib.contextmanager
     def watching(self, samples: int) -> Iterator[None]:
@@ -83,14 +91,33 @@ class ConsumerSums:
         def add(name: str, read: Tensor) -> None:
             module = submodule(self._model, name)
             if name not in self._moments:
-                repeats = summed_positions(module, self.consumers[name])
-                self._moments[name] = Moments(repeats, self._views)
+                self._moments[name] = self._nothing(name, read.device)
             shape = map_shape(read, input_axis(module), samples)
             self._moments[name].add(by_sample(name, read, module, samples), shape)
             self._shapes[name] = tuple(read.shape[1:])
 
         with watched(self._model, self.consumers, add):
             yield
+
+    def _nothing(self, name: str, device: torch.device) -> Moments:
+        sides = self.consumers[name]
+        repeats = summed_positions(submodule(self._model, name), sides)
+        return Moments(sides[0].width, repeats, self._views, device)
+
+    def add_over_processes(self) -> None:
+        """Replace what was added here by what was added in all processes; once, at the end."""
+        if processes() == 1 or self._whole:
+            return
+        self._whole = True
+        for shapes in gathered(dict(self._shapes)):
+            self._shapes = {**shapes, **self._shapes}
+        home = device_of(self._model)
+        names = [name for name in self.consumers if name in self._shapes]
+        known = self._moments
+        self._moments = {
+            name: known[name] if name in known else self._nothing(name, home) for name in names
+        }
+        add_moments_over_processes(list(self._moments.values()))
 
     def moments(self, consumer: str) -> Moments:
         """What was added up of one consumer."""
@@ -115,6 +142,7 @@ class ConsumerSums:
         Raises:
             NumericalError: A consumer read NaN or infinite values.
         """
+        self.add_over_processes()
         return {
             name: moments.statistics(name, self._shapes[name], norms.get(name))
             for name, moments in self._moments.items()
