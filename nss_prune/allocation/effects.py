@@ -28,12 +28,11 @@ from nss_prune.allocation.changes import ConsumerChange, NormChange
 from nss_prune.allocation.elimination import Elimination
 from nss_prune.allocation.group_changes import GroupChanges
 from nss_prune.core.arguments import on_input
-from nss_prune.core.batches import as_computed, counted_batches, split_batch
+from nss_prune.core.batches import as_computed, counted_batches, has_samples
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, device_of, evaluation, run, submodule
-from nss_prune.core.nested import tensors_in
 from nss_prune.core.outputs import Outputs, outputs_of
-from nss_prune.core.processes import agreed, gathered, processes, summed
+from nss_prune.core.processes import agreed, processes, summed
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.statistics.capture import by_sample
 from nss_prune.statistics.moments import ConsumerStatistics
@@ -81,7 +80,7 @@ def measured(
     counts = {group.name: _counts(group.size) for group in groups if group.name in found}
     counts = {name: levels for name, levels in counts.items() if len(levels)}
     known = dict(found)
-    if not counts or not _suffices(data):
+    if not counts or not has_samples(data, LEAST_SAMPLES):
         return known
     outputs = outputs or outputs_of(model, data, forward=forward, progress=progress)
     changes = GroupChanges(model, groups, statistics, MOST_VALUES // 2)
@@ -131,17 +130,6 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination
     more = np.interp(np.arange(1, len(predicted) + 1), [0, *counts.tolist()], [0, *excess.tolist()])
     curve = (predicted + torch.from_numpy(more)).cummax(0).values
     return replace(found, divergence=curve.to(found.divergence))
-
-
-def _suffices(data: Iterable[Any]) -> bool:
-    """Whether there are enough samples."""
-    seen = 0
-    for batch in data:
-        tensors = tensors_in(split_batch(batch)[0])
-        seen += len(tensors[0]) if tensors else 0
-        if seen >= LEAST_SAMPLES:
-            break
-    return sum(gathered(seen)) >= LEAST_SAMPLES
 
 
 def _counts(size: int) -> Tensor:

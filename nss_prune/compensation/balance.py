@@ -24,11 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import check_inputs, first_batch, split_batch
+from nss_prune.core.batches import (
+    as_computed,
+    check_inputs,
+    first_batch,
+    labelled_batches,
+    split_batch,
+)
 from nss_prune.core.classifier import find_classifier_by_shift, shifted_bias
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
-from nss_prune.core.outputs import Outputs, resolve_outputs, scores_by_place
+from nss_prune.core.outputs import Outputs, resolve_outputs
 from nss_prune.core.processes import agreed, decided, gathered, processes
 from nss_prune.core.views import views_of
 from nss_prune.errors import ModelMismatchError, NumericalError
@@ -169,7 +175,7 @@ def _scores(
     values = 0
     first, data = first_batch(data, device_of(model)) if processes() > 1 else (None, data)
     with evaluation(model):
-        batches = scores_by_place(model, data, progress, "balance", outputs, forward)
+        batches = _scores_by_place(model, data, progress, "balance", outputs, forward)
         for by_place, inputs in batches:
             fold = _folds(inputs, views_of(data))
             folds.append(fold.repeat_interleave(len(by_place) // len(fold)))
@@ -178,7 +184,7 @@ def _scores(
             if values >= MOST_VALUES // processes():
                 break
     if not found:  # all samples are in other processes
-        by_place, _ = next(scores_by_place(model, [first], False, "balance", outputs, forward))
+        by_place, _ = next(_scores_by_place(model, [first], False, "balance", outputs, forward))
         found, folds = [by_place[:0].cpu().double()], [torch.zeros(0, dtype=torch.long)]
     together = torch.cat(found)
     if not torch.isfinite(together.sum()):
@@ -186,6 +192,30 @@ def _scores(
             "the class scores are NaN or infinite; check the data and the model's weights"
         )
     return together, torch.cat(folds)
+
+
+def _scores_by_place(
+    model: nn.Module,
+    data: Iterable[Any],
+    progress: bool | None,
+    label: str,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
+) -> Iterator[tuple[Tensor, Any]]:
+    """The class scores of every batch, ``[places, classes]`` sample by sample, and its inputs.
+
+    Args:
+        outputs: What the outputs mean; None for what the first batch says.
+
+    Raises:
+        ArgumentError: It does not say what the outputs mean.
+        DataError: There is no batch, it cannot be used, or the model gives no class scores.
+    """
+    for number, inputs, labels, _ in labelled_batches(model, data, progress, label):
+        found = run(model, inputs, number, forward)
+        outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
+        scores = as_computed(outputs.scores(found))
+        yield scores.movedim(1, -1).flatten(0, -2), inputs
 
 
 def _folds(inputs: Any, views: int) -> Tensor:

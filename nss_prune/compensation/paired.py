@@ -48,9 +48,7 @@ def paired_statistics(
         DataError, NumericalError: The data cannot be used.
     """
     module = submodule(model, name)
-    moments = Moments(
-        2 * sides[0].width, summed_positions(module, sides), device=device_of(model)
-    )
+    moments = Moments(2 * sides[0].width, summed_positions(module, sides), device=device_of(model))
     shape: tuple[int, ...] = ()
     for number, inputs, samples in counted_batches(model, data, False, ""):
         wholes = readings(model, name, inputs, number, shown.calls[name], sides, forward)

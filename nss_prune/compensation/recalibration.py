@@ -223,7 +223,7 @@ def _counting(norms: Mapping[str, Any]) -> Iterator[dict[str, int]]:
             stack.callback(norm.register_forward_pre_hook(weigh(name)).remove)
             norm.train()
             if isinstance(norm, nn.SyncBatchNorm):
-                norm.forward = types.MethodType(Norm.forward, norm)
+                vars(norm)["forward"] = types.MethodType(Norm.forward, norm)
         try:
             yield seen
         finally:

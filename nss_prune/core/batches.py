@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from nss_prune.core.models import device_of
 from nss_prune.core.nested import map_tensors, moved, tensors_in
 from nss_prune.core.processes import gathered, given_by, processes
+from nss_prune.core.shards import without_padding
 from nss_prune.errors import DataError
 
 
@@ -39,7 +40,7 @@ def labelled_batches(
     number = -1
     hidden = None if progress is None else not progress
     for number, batch in enumerate(
-        tqdm(data, desc=label, unit="batch", leave=False, disable=hidden)
+        tqdm(without_padding(data), desc=label, unit="batch", leave=False, disable=hidden)
     ):
         inputs, labels = split_batch(batch)
         yield number, inputs, labels, check_inputs(model, inputs, number)
@@ -113,6 +114,7 @@ def first_batch(
     Raises:
         DataError: There is none.
     """
+    data = without_padding(data)
     batches = iter(data)
     own = first = next(batches, None)
     if processes() > 1:
@@ -131,6 +133,17 @@ def shared_data(data: Iterable[Any]) -> Iterable[Any]:
         DataError: None of several processes has a batch.
     """
     return data if processes() == 1 else first_batch(data)[1]
+
+
+def has_samples(data: Iterable[Any], wanted: int) -> bool:
+    """Whether the data of all processes has so many; no more of it is read than that takes."""
+    seen = 0
+    for batch in data:
+        tensors = tensors_in(split_batch(batch)[0])
+        seen += len(tensors[0]) if tensors else 0
+        if seen >= wanted:
+            break
+    return sum(gathered(seen)) >= wanted
 
 
 def _shared(batch: Any, device: torch.device | str | None) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nss_prune.core.processes import gathered, processes
 
-Sums = TypeVar("Sums", "Spread", "Chances")
+Sums = TypeVar("Sums", bound="Spread | Chances")
 
 
 def over_processes(sums: Sums) -> Sums:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import (
-    as_computed,
     check_inputs,
     counted_batches,
     first_batch,
-    labelled_batches,
     split_batch,
 )
 from nss_prune.core.draws import Draws
@@ -340,7 +338,7 @@ def outputs_of(
     """What a model's outputs mean, from its first batch; units and weights from all data.
 
     With values or several parts there is a forward pass over all data for these, so that they do
-    not depend on the order of the samples, nor on the process that has them. Data that can be iterated only once loses its first
+    not depend on the order of the samples. Data that can be iterated only once loses its first
     batch, and units and weights are those of this one. The model is left as found.
 
     Args:
@@ -426,30 +424,6 @@ def cross_entropy(outputs: Any, labels: Any) -> Tensor:
         )
     check_range(labels, scores.shape[1])
     return functional.cross_entropy(scores, labels.long(), reduction="sum")
-
-
-def scores_by_place(
-    model: nn.Module,
-    data: Iterable[Any],
-    progress: bool | None,
-    label: str,
-    outputs: Outputs | None = None,
-    forward: Forward = call_model,
-) -> Iterator[tuple[Tensor, Any]]:
-    """The class scores of every batch, ``[places, classes]`` sample by sample, and its inputs.
-
-    Args:
-        outputs: What the outputs mean; None for what the first batch says.
-
-    Raises:
-        ArgumentError: It does not say what the outputs mean.
-        DataError: There is no batch, it cannot be used, or the model gives no class scores.
-    """
-    for number, inputs, labels, _ in labelled_batches(model, data, progress, label):
-        found = run(model, inputs, number, forward)
-        outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
-        scores = as_computed(outputs.scores(found))
-        yield scores.movedim(1, -1).flatten(0, -2), inputs
 
 
 def predictions(outputs: Any) -> Tensor:

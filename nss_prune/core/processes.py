@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nss_prune.errors import NSSPruneError
+from nss_prune.errors import ArgumentError, NSSPruneError
 
 Value = TypeVar("Value")
 
@@ -83,7 +83,8 @@ def decided(function: Callable[[], Value]) -> Value:
     found: Any = None
     with agreed():
         found = function() if is_first() else None
-    return given_by(0, found)
+    shared: Value = given_by(0, found)
+    return shared
 
 
 def given_by(process: int, value: Value) -> Value:
@@ -100,7 +101,11 @@ def given_by(process: int, value: Value) -> Value:
 def _meet(value: Any = None, error: Exception | None = None) -> list[Any]:
     """Exchange values, or raise in all processes what one of them has raised."""
     everywhere: list[Any] = [None] * processes()
-    dist.all_gather_object(everywhere, (value, None if error is None else _portable(error)))
+    try:
+        dist.all_gather_object(everywhere, (value, None if error is None else _portable(error)))
+    except Exception as lost:  # another process is gone: there is nobody to tell
+        setattr(lost, _MET, True)
+        raise
     for process, (_, raised) in enumerate(everywhere):
         if raised is None:
             continue
@@ -117,6 +122,25 @@ def _portable(error: Exception) -> Exception:
     except Exception:  # whatever a foreign class does when it is pickled
         return NSSPruneError(f"process {dist.get_rank()}: {type(error).__name__}: {error}")
     return error
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise where a device holds a part of a weight only.
+
+    Raises:
+        ArgumentError: A parameter is a DTensor, as of FSDP2, or the model is wrapped by FSDP.
+    """
+    kinds = {type(tensor).__name__ for tensor in model.parameters()}
+    wrappers = {type(module).__name__ for module in model.modules()}
+    found = {"DTensor"} & kinds | {"FullyShardedDataParallel"} & wrappers
+    if found:
+        raise ArgumentError(
+            f"the model's weights are sharded over devices ({found.pop()}), and removing neurons "
+            "needs whole ones; prune before fully_shard, or load the state dict of "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)) into an unsharded model, prune that in all "
+            "processes, and shard it again"
+        )
 
 
 def total_counts(counts: Mapping[int, int]) -> dict[int, int]:

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from nss_prune.core.processes import processes
+from nss_prune.core.processes import refuse_sharded
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
 from nss_prune.profiling.selection import STRATEGIES, check_theta
@@ -94,11 +94,6 @@ def find_aim(
     if theta is not None and (asked or importance is not None):
         named = ", ".join(f"{name}={share}" for name, share in asked.items()) or "importance="
         raise ArgumentError(f"theta={theta!r} has no effect with {named}; leave one of them out")
-    if "latency_budget" in given and processes() > 1:
-        raise ArgumentError(
-            "every process would time the model otherwise and keep other neurons; prune with "
-            "latency_budget in one process, or give macs_budget or params_budget"
-        )
     for name, share in given.items():
         return Aim(budget=share, cost=costs[name])
     if ratio is None and importance is None:
@@ -159,7 +154,7 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
     """Raise where a strategy is none of those that there are, or does not suit what is asked for.
 
     Args:
-        predicts: Whether there are a budget and data, in one process.
+        predicts: Whether there are a budget and data.
     """
     if not isinstance(strategy, str):
         missing = [name for name in ("observe", "select") if not hasattr(strategy, name)]
@@ -185,16 +180,11 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
 
 
 def check_repeatable(option: str, data: Iterable[Any] | None) -> None:
-    """Raise where the data cannot be read several times, by one process, as an option needs it."""
+    """Raise where the data cannot be read several times, as an option needs it."""
     if data is None or isinstance(data, Iterator):
         raise ArgumentError(
             f"{option} with {'no data' if data is None else type(data).__name__}: the data is read "
             "several times; give data= as a list of batches or a DataLoader"
-        )
-    if processes() > 1:
-        raise ArgumentError(
-            f"{option} with {processes()} processes, each of which would find values of its own; "
-            "prune in one process"
         )
 
 
@@ -254,8 +244,9 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """The model inside a wrapper for several devices, and the wrapper, or None.
 
     Raises:
-        ArgumentError: Weights are masked or parametrized.
+        ArgumentError: Weights are masked, parametrized, or sharded over devices.
     """
+    refuse_sharded(model)
     refuse_reparametrised(model)
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module, model

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nss_prune.core.processes import processes
 from nss_prune.pruner.arguments import (
     Aim,
     check_fold,
@@ -46,7 +45,7 @@ def chosen_strategy(
     Raises:
         ArgumentError: It does not suit what is asked for.
     """
-    predicts = aim.budget is not None and data is not None and processes() == 1
+    predicts = aim.budget is not None and data is not None
     if strategy is None:
         best = predicts and not plain and importance is None
         strategy = "divergence" if best else "semantic"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.core.undo import undone_on_error
 from nss_prune.pruner.planning import Plan
 from nss_prune.pruner.repair import Repair, Repaired
@@ -14,7 +15,7 @@ from nss_prune.pruner.wrapper import wrap_again
 
 
 def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None = None) -> Repaired:
-    """Remove what a plan does not keep, in place.
+    """Remove what a plan does not keep, in place; in all processes alike.
 
     Args:
         wrapper: Around the model, which follows where it refers to the parameters.
@@ -25,7 +26,7 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
     """
     subject, chosen = plan.subject, plan.slice
     seen = [repair.observe(subject, plan.evidence) for repair in repairs]
-    with undone_on_error(subject.model):
+    with undone_on_error(subject.model), agreed():
         done = [
             repair.before(subject, chosen, known)
             for repair, known in zip(repairs, seen, strict=True)
@@ -35,6 +36,7 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
             repair.after(subject, chosen, known)
             for repair, known in zip(repairs, seen, strict=True)
         ]
+    copy_from_first(subject.model)
     if isinstance(wrapper, DistributedDataParallel):
         wrap_again(wrapper)
     return Repaired(

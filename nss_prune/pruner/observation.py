@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from nss_prune.allocation.importance import NSSImportance
-from nss_prune.core.processes import processes
 from nss_prune.errors import ModelMismatchError
 from nss_prune.profiling.categories import Categories, check_categories
 from nss_prune.profiling.contributions.protocol import metric_named
@@ -75,7 +74,7 @@ class Profiling:
         if self.data is None:
             profile = self._of_example_inputs(subject)
         else:
-            keeps = self.keeps_statistics and processes() == 1
+            keeps = self.keeps_statistics
             profile = self._of(subject, self.data, keep_readers=keeps, minimum_samples=2)
         return evidence_of(profile, subject)
 

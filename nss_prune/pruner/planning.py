@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits
+from nss_prune.core.processes import decided
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.norms import least_neurons
@@ -72,6 +75,13 @@ class Planner:
             step: From 1 to ``steps``.
             whole: The first model's cost; counted here where it is None.
         """
+        kept, whole, notes = decided(lambda: self._decision(subject, evidence, step, steps, whole))
+        return Plan(subject, evidence, Slice(kept, subject.groups), whole, notes)
+
+    def _decision(
+        self, subject: Subject, evidence: Evidence, step: int, steps: int, whole: float | None
+    ) -> tuple[dict[str, Tensor], float | None, tuple[str, ...]]:
+        """What stays, the first model's cost, and the notes: by the first of several processes."""
         share = None
         if self.aim.cost is not None:
             amount = self.aim.cost.of(subject)
@@ -87,7 +97,7 @@ class Planner:
             notes = ratio_shortfall(
                 subject, chosen, self.aim.ratio * step / steps, self.first_sizes
             )
-        return Plan(subject, evidence, chosen, whole, notes)
+        return dict(chosen.kept), whole, notes
 
     def _target(self, step: int, steps: int, share: Any) -> Target:
         aim, done = self.aim, step / steps

@@ -68,8 +68,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     Args:
         model: The model, pruned in place by :meth:`step`. DataParallel and
-            DistributedDataParallel are unwrapped, and the latter wraps the smaller model again; its
-            processes must be given the same profile, or all their shards of the data.
+            DistributedDataParallel are unwrapped, and the latter wraps the smaller model again.
+            All processes of torch.distributed give their shards of the data, and get the same.
         example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict.
         importance: A torch-pruning importance that replaces semantic slicing. With a budget each
             layer keeps the same share, or one threshold serves all with ``global_pruning=True``.
@@ -84,7 +84,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             budget cannot be met within 1 %.
         latency_budget: Share of the seconds of one call to keep, in (0, 1], as predicted from
             timing the model at four widths (see :mod:`nss_prune.allocation.latency`): best on an
-            idle machine, with ``round_to`` and the batch size that count, in one process.
+            idle machine, with ``round_to`` and the batch size that count.
         budget: Share of ``cost`` to keep, in (0, 1].
         cost: A cost of your own, see :class:`nss_prune.pruner.cost.Cost`.
         metric: Contribution metric, by name or as an object.
@@ -104,7 +104,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             moved (see :mod:`nss_prune.compensation.recalibration`), in two forward passes.
         balance: Shift the class scores so that each class keeps its mean predicted probability
             (see :mod:`nss_prune.compensation.balance`), in two forward passes. These three, but
-            for ``fold=True``, need a list or a DataLoader, and one process.
+            for ``fold=True``, need a list or a DataLoader.
         repairs: Further ones of your own, see :class:`nss_prune.pruner.repair.Repair`.
         profile: A profile of this model, instead of ``data``.
         timeout: Seconds that torch-pruning may take to follow the model, and its parts.

@@ -15,7 +15,6 @@ from nss_prune.compensation.recalibration import (
     running_norms,
 )
 from nss_prune.compensation.refit import refit
-from nss_prune.core.processes import processes
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.repair import Repaired
 from nss_prune.pruner.strategy import Evidence
@@ -40,7 +39,7 @@ class Fold:
         self, subject: Subject, evidence: Evidence
     ) -> Mapping[str, ConsumerStatistics] | None:
         """What the consumers see, from the strategy's own pass where there was one."""
-        if evidence.statistics is not None or self.data is None or processes() > 1:
+        if evidence.statistics is not None or self.data is None:
             return evidence.statistics
         return consumer_statistics(
             subject.model, self.data, subject.groups, progress=self.progress, **subject.calling
