@@ -16,6 +16,7 @@ statistics when some go. What this changes is measured in the same way, at the n
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,11 +56,12 @@ def measured(
     outputs: Outputs | None = None,
     forward: Forward = call_model,
     progress: bool | None = None,
+    memory_limit: float = math.inf,
 ) -> dict[str, Elimination]:
     """Eliminations with at least the divergence measured, on at most :data:`MOST_SAMPLES` samples.
 
     It takes a forward and a backward pass, and another one for every :data:`MOST_VALUES` values
-    that the folds mix with. The model is left as found.
+    that the folds mix with, or fewer by ``memory_limit``. The model is left as found.
 
     Args:
         data: Batches that can be iterated again.
@@ -69,6 +71,7 @@ def measured(
         outputs: What the outputs mean; found from the first batch by default.
         forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
+        memory_limit: Bytes for what the folds of a pass mix with.
 
     Returns:
         What was found where there are fewer than :data:`LEAST_SAMPLES` samples.
@@ -83,14 +86,15 @@ def measured(
     if not counts or not has_samples(data, LEAST_SAMPLES):
         return known
     outputs = outputs or outputs_of(model, data, forward=forward, progress=progress)
-    changes = GroupChanges(model, groups, statistics, MOST_VALUES // 2)
+    most = int(min(MOST_VALUES, memory_limit // 8))  # as many again are inverse covariances
+    changes = GroupChanges(model, groups, statistics, most // 2)
     part = _Part(model)
     for group in groups:
         if group.name not in counts:
             continue
         order, levels = found[group.name].order.cpu(), counts[group.name].tolist()
         part.add(group, *changes.of(group, order, levels))
-        if part.values >= MOST_VALUES:
+        if part.values >= most:
             known.update(_measured(part, found, counts, data, seed, outputs, forward, progress))
             part = _Part(model)
     if part.layers:

@@ -69,7 +69,7 @@ def sensitivities(
     data = shared_data(data)
     home = device_of(model)
     found = {group.name: _nothing(group.size, views, home) for group in groups}
-    added = {} if reads is None else {g.name: name for g in groups if (name := _sole_consumer(g))}
+    added = {} if reads is None else {g.name: name for g in groups if (name := sole_consumer(g))}
     beside = alone if reads is None else reads.watching
     with evaluation(model), torch.enable_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "sensitivity"):
@@ -178,7 +178,7 @@ class _Batch:
         into.samples += samples
 
 
-def _sole_consumer(group: NeuronGroup) -> str | None:
+def sole_consumer(group: NeuronGroup) -> str | None:
     """The one layer that reads the neurons, where it reads nothing else and each as a channel."""
     if len(group.consumers) != 1:
         return None

@@ -135,6 +135,14 @@ def shared_data(data: Iterable[Any]) -> Iterable[Any]:
     return data if processes() == 1 else first_batch(data)[1]
 
 
+def length(data: Iterable[Any]) -> int | None:
+    """Number of batches, where that is known beforehand."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def has_samples(data: Iterable[Any], wanted: int) -> bool:
     """Whether the data of all processes has so many; no more of it is read than that takes."""
     seen = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,18 @@ from nss_prune.pruner.strategies import (
 )
 from nss_prune.pruner.strategy import Evidence, Importance, Strategy
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import Upkeep
+
+
+def upkeep_for(
+    progress: bool | None, memory_limit: float, checkpoint: str | os.PathLike[str] | None
+) -> Upkeep:
+    """What the passes may take, keep and show.
+
+    Raises:
+        ArgumentError: The limit is not above 0.
+    """
+    return Upkeep.of(progress, memory_limit, checkpoint)
 
 
 def chosen_strategy(
@@ -60,21 +73,21 @@ def strategy_for(
     profiling: Profiling,
     pruner: Any,
     sizes: Mapping[str, int],
-    **settings: Any,
+    outputs: Any = None,
 ) -> Strategy[Any]:
     """The object behind a name, or the object itself.
 
     Args:
         pruner: torch-pruning's, whose own ranking decides where there is a ratio.
         sizes: Layer -> neurons before the first step.
-        settings: As of :class:`nss_prune.pruner.eliminating.Eliminating`; None is left out.
+        outputs: What the outputs mean.
     """
     if not isinstance(strategy, str):
         return strategy  # type: ignore[no-any-return]
     if strategy == "divergence":
         assert profiling.data is not None
         return DivergenceStrategy(
-            Eliminating(profiling.data, profiling.keeps_statistics, **settings)
+            Eliminating(profiling.data, profiling.keeps_statistics, outputs, profiling.upkeep)
         )
     if strategy in ("category", "global"):
         return ShareStrategy(profiling, strategy)
@@ -117,7 +130,7 @@ def repairs_for(
     balance: bool,
     more: Iterable[Repair],
     outputs: Any,
-    progress: bool | None,
+    upkeep: Upkeep,
 ) -> tuple[Repair, ...]:
     """The repairs in their order.
 
@@ -128,15 +141,15 @@ def repairs_for(
     found: list[Repair] = []
     if fold == "refit":
         assert data is not None
-        found.append(Refit(data, progress))
+        found.append(Refit(data, upkeep.progress))
     elif fold:
-        found.append(Fold(data, progress))
+        found.append(Fold(data, upkeep))
     if recalibrate:
         check_repeatable("recalibrate=True", data)
         assert data is not None
-        found.append(Recalibrate(data, progress))
+        found.append(Recalibrate(data, upkeep))
     if balance:
         check_repeatable("balance=True", data)
         assert data is not None
-        found.append(Balance(data, progress, outputs))
+        found.append(Balance(data, upkeep, outputs))
     return (*found, *check_repairs(more))

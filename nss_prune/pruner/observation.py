@@ -17,6 +17,8 @@ from nss_prune.profiling.run import profile_neurons
 from nss_prune.profiling.similarity import Features, Landscape
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import DEFAULT, Upkeep
+from nss_prune.statistics.consumers import ConsumerSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,13 @@ class Profiling:
         data: Batches of (inputs, labels); None for the example inputs.
         keeps_statistics: Whether to add up what folding needs in the same pass.
         settings: Of :func:`nss_prune.profiling.run.profile_neurons`.
+        upkeep: What the pass may take, keep and show.
     """
 
     data: Iterable[Any] | None
     keeps_statistics: bool
     settings: dict[str, Any]
+    upkeep: Upkeep = DEFAULT
 
     def observe(self, subject: Subject) -> ProfileEvidence:
         """The evidence, from one pass; the model is left as found.
@@ -74,7 +78,9 @@ class Profiling:
         if self.data is None:
             profile = self._of_example_inputs(subject)
         else:
-            keeps = self.keeps_statistics
+            sizes = ConsumerSums(subject.model, subject.groups).bytes
+            # Otherwise the fold takes passes of its own.
+            keeps = self.keeps_statistics and sum(sizes.values()) <= self.upkeep.memory_limit
             profile = self._of(subject, self.data, keep_readers=keeps, minimum_samples=2)
         return evidence_of(profile, subject)
 
@@ -93,7 +99,8 @@ class Profiling:
         return profile
 
     def _of(self, subject: Subject, data: Iterable[Any], **own: Any) -> Profile:
-        settings = {**self.settings, **subject.calling, **own}
+        upkeep = {"progress": self.upkeep.progress, "memory_limit": int(self.upkeep.memory_limit)}
+        settings = {**self.settings, **subject.calling, **upkeep, **own}
         return profile_neurons(
             subject.model, data, subject.neurons, subject.example_inputs, **settings
         )
@@ -107,6 +114,7 @@ def profiling_for(
     features: Features,
     ranking: str,
     settings: Mapping[str, Any],
+    upkeep: Upkeep,
 ) -> Profiling:
     """How the model is profiled.
 
@@ -126,7 +134,7 @@ def profiling_for(
     }
     if ranking != "magnitude":
         own["ranking"] = ranking
-    return Profiling(data, bool(fold) and data is not None, own)
+    return Profiling(data, bool(fold) and data is not None, own, upkeep)
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

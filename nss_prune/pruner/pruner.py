@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from nss_prune.pruner.assembly import (
     observed,
     repairs_for,
     strategy_for,
+    upkeep_for,
 )
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
@@ -111,6 +113,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
+        memory_limit: Bytes for the sums of a pass over the data; where all take more there are
+            several passes. 4 GiB by default.
+        checkpoint: A folder for the sums of finished passes. A run that was broken off goes on
+            from them, with the same model, arguments and data; they go when all steps are done.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
             model's output are left alone without being named. Attention is pruned by whole heads
@@ -165,6 +171,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         timeout: float = TIMEOUT,
         adapters: Sequence[Adapter] = ADAPTERS,
         progress: bool | None = None,
+        memory_limit: float = 2**32,
+        checkpoint: str | os.PathLike[str] | None = None,
         **torch_pruning_arguments: Any,
     ) -> None:
         kept = (params_budget, macs_budget, latency_budget)
@@ -172,10 +180,10 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         plain = profile is not None or loss is not None
         self.theta = aim.theta
         self.strategy = chosen_strategy(strategy, aim, importance, data, plain)
-        self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, progress)
-        common = {"outputs": outputs, "progress": progress}
-        own = {"loss": loss, **common}
-        self._profiling = profiling_for(data, fold, metric, categories, features, ranking, own)
+        upkeep = self._upkeep = upkeep_for(progress, memory_limit, checkpoint)
+        self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, upkeep)
+        own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
+        self._profiling = profiling_for(data, bool(fold), *named, own, upkeep)
         model, self.wrapper = unwrapped(model)
         settings = own_arguments(model, torch_pruning_arguments, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
@@ -183,7 +191,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._subject = self._first_subject(model, importance, tracer, settings)
         sizes = {group.name: group.size for group in self._subject.groups}
         self._strategy = strategy_for(
-            self.strategy, aim, importance, self._profiling, self, sizes, **common
+            self.strategy, aim, importance, self._profiling, self, sizes, outputs
         )
         limits = (self.max_pruning_ratio, self.round_to)
         self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings))
@@ -324,6 +332,8 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
         self._stale = True
         self._history += map(list, history(plan.slice))
+        if self._upkeep.checkpoint and self.current_step == self.iterative_steps:
+            self._upkeep.checkpoint.clear()
         count_heads(self.num_heads, self.model, plan.slice)
 
     def _groups(self, plan: Plan) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nss_prune.compensation.folding import Folded, fold
@@ -19,6 +20,7 @@ from nss_prune.graph.slices import Slice
 from nss_prune.pruner.repair import Repaired
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import DEFAULT, Records, Upkeep
 from nss_prune.statistics.consumers import consumer_statistics
 from nss_prune.statistics.moments import ConsumerStatistics
 
@@ -29,11 +31,11 @@ class Fold:
 
     Attributes:
         data: Batches; None where there are none.
-        progress: Show a progress bar; None for only on a terminal.
+        upkeep: What the passes may take, keep and show.
     """
 
     data: Iterable[Any] | None
-    progress: bool | None = None
+    upkeep: Upkeep = DEFAULT
 
     def observe(
         self, subject: Subject, evidence: Evidence
@@ -41,9 +43,22 @@ class Fold:
         """What the consumers see, from the strategy's own pass where there was one."""
         if evidence.statistics is not None or self.data is None:
             return evidence.statistics
-        return consumer_statistics(
-            subject.model, self.data, subject.groups, progress=self.progress, **subject.calling
+        kinds, make = {"statistics": ConsumerStatistics}, partial(self._seen, subject, self.data)
+        found = self.upkeep.recalled(
+            "consumers", subject.model, self.data, subject.layers, kinds, make
         )
+        return found["statistics"]
+
+    def _seen(self, subject: Subject, data: Iterable[Any]) -> Records:
+        found = consumer_statistics(
+            subject.model,
+            data,
+            subject.groups,
+            progress=self.upkeep.progress,
+            memory_limit=self.upkeep.memory_limit,
+            **subject.calling,
+        )
+        return {"statistics": found}
 
     def before(
         self, subject: Subject, chosen: Slice, seen: Mapping[str, ConsumerStatistics] | None
@@ -96,15 +111,22 @@ class Recalibrate:
 
     Attributes:
         data: Batches that can be iterated again.
-        progress: Show a progress bar; None for only on a terminal.
+        upkeep: What the passes may take, keep and show.
     """
 
     data: Iterable[Any]
-    progress: bool | None = None
+    upkeep: Upkeep = DEFAULT
 
     def observe(self, subject: Subject, evidence: Evidence) -> dict[str, NormStatistics]:
         """What the BatchNorms see in the whole model."""
-        return norm_statistics(subject.model, self.data, progress=self.progress, **subject.calling)
+        kinds, asked = {"norms": NormStatistics}, subject.layers
+        make = partial(self._seen, subject)
+        return self.upkeep.recalled("norms", subject.model, self.data, asked, kinds, make)["norms"]
+
+    def _seen(self, subject: Subject) -> Records:
+        progress = self.upkeep.progress
+        found = norm_statistics(subject.model, self.data, progress=progress, **subject.calling)
+        return {"norms": found}
 
     def before(self, subject: Subject, chosen: Slice, seen: Any) -> Repaired:
         """Nothing yet."""
@@ -115,7 +137,11 @@ class Recalibrate:
         if seen:
             kept = kept_statistics(seen, chosen)
             recalibrate(
-                subject.model, self.data, whole=kept, progress=self.progress, **subject.calling
+                subject.model,
+                self.data,
+                whole=kept,
+                progress=self.upkeep.progress,
+                **subject.calling,
             )
         if running_norms(subject.model):
             return Repaired()

@@ -77,6 +77,11 @@ class Subject:
         return self.neurons.groups
 
     @property
+    def layers(self) -> dict[str, int]:
+        """Layer -> neurons that may be removed."""
+        return {group.name: group.size for group in self.groups}
+
+    @property
     def calling(self) -> dict[str, Any]:
         """``forward=`` for what runs the model, where it is not called as usual."""
         return {} if self.forward is call_model else {"forward": self.forward}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nss_prune.core.processes import agreed, gathered, processes
 from nss_prune.graph.axes import check_fits, input_axis, map_positions, sides_by_consumer
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.statistics.capture import by_sample, map_shape, watched
+from nss_prune.statistics.memory import BYTES, MEMORY_LIMIT, check_passes, mapped, parts_within
 from nss_prune.statistics.moments import (
     ConsumerStatistics,
     Moments,
@@ -34,15 +36,18 @@ def consumer_statistics(
     *,
     forward: Forward = call_model,
     progress: bool | None = None,
+    memory_limit: float = MEMORY_LIMIT,
 ) -> dict[str, ConsumerStatistics]:
     """Mean and covariance of what every consumer of the groups reads, in one forward-only pass.
 
-    Takes 8 C² bytes for a consumer of C channels. The model is left as found.
+    Takes 12 C² bytes for a consumer of C channels. The model is left as found.
 
     Args:
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used.
         forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
+        memory_limit: Bytes for the sums of a pass. Where all take more there are several passes,
+            and what is returned is in files that are mapped into memory.
 
     Returns:
         Consumer -> its statistics; a consumer that is never called is missing.
@@ -54,7 +59,32 @@ def consumer_statistics(
     """
     check_fits(groups, model)
     data = shared_data(data)
-    sums = ConsumerSums(model, groups)
+    sizes = ConsumerSums(model, groups).bytes
+    parts = parts_within(sizes, sizes.__getitem__, memory_limit)
+    check_passes(data, len(parts), memory_limit)
+    found: dict[str, ConsumerStatistics] = {}
+    for names in parts:
+        sums = ConsumerSums(model, groups, names=names)
+        part = _one_pass(model, data, sums, forward, progress)
+        found.update(in_files(part) if len(parts) > 1 else part)
+    return found
+
+
+def in_files(found: Mapping[str, ConsumerStatistics]) -> dict[str, ConsumerStatistics]:
+    """The same with covariances in files that are mapped into memory."""
+    return {
+        name: replace(one, covariance=mapped(one.covariance), mean=one.mean.cpu())
+        for name, one in found.items()
+    }
+
+
+def _one_pass(
+    model: nn.Module,
+    data: Iterable[Any],
+    sums: ConsumerSums,
+    forward: Forward,
+    progress: bool | None,
+) -> dict[str, ConsumerStatistics]:
     norms: dict[str, str] = {}
     with evaluation(model), torch.no_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "folding"):
@@ -70,14 +100,26 @@ class ConsumerSums:
     """Adds up what the consumers of a model read, whoever runs it.
 
     Args:
+        groups: All groups of the model.
+        names: The consumers, where others are left out.
         views: Of each sample, see :class:`nss_prune.core.views.Views`.
 
     Attributes:
         consumers: Consumer -> its sides, one for each group that it reads.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], views: int = 1) -> None:
-        self.consumers = sides_by_consumer(groups)
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[NeuronGroup],
+        views: int = 1,
+        names: Collection[str] | None = None,
+    ) -> None:
+        self.consumers = {
+            name: sides
+            for name, sides in sides_by_consumer(groups).items()
+            if names is None or name in names
+        }
         self._model = model
         self._views = views
         self._moments: dict[str, Moments] = {}
@@ -118,6 +160,15 @@ class ConsumerSums:
             name: known[name] if name in known else self._nothing(name, home) for name in names
         }
         add_moments_over_processes(list(self._moments.values()))
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Consumer -> what its sums take."""
+        units = {
+            name: sides[0].width // summed_positions(submodule(self._model, name), sides)
+            for name, sides in self.consumers.items()
+        }
+        return {name: BYTES * count**2 for name, count in units.items()}
 
     def moments(self, consumer: str) -> Moments:
         """What was added up of one consumer."""
