@@ -136,6 +136,27 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor) -> Elimination
     return replace(found, divergence=curve.to(found.divergence))
 
 
+def effect_passes(
+    groups: Sequence[NeuronGroup], consumers: Mapping[str, int], memory_limit: float = math.inf
+) -> tuple[int, int]:
+    """How many passes :func:`measured` takes, and the bytes that the folds of one mix with.
+
+    Args:
+        consumers: Consumer -> values of the covariance of its input; empty where nothing is folded.
+    """
+    most = min(MOST_VALUES, memory_limit // 8)
+    parts = [0]
+    for group in groups:
+        if parts[-1] >= most:
+            parts.append(0)
+        shares = _counts(group.size).double() / group.size
+        mixed = float((shares * (1 - shares)).sum())
+        names = {member.name for member in group.consumers}
+        pairs = sum(consumers.get(name, 0) for name in names)
+        parts[-1] += int(mixed * pairs)
+    return len(parts), 4 * max(parts)
+
+
 def _counts(size: int) -> Tensor:
     """Numbers of neurons that go, up to all but one."""
     counts: Tensor = torch.linspace(0, size - 1, LEVELS + 1).round().long().unique()

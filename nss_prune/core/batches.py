@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nss_prune.core.models import device_of
 from nss_prune.core.nested import map_tensors, moved, tensors_in
 from nss_prune.core.processes import gathered, given_by, processes
 from nss_prune.core.shards import without_padding
+from nss_prune.core.stages import shown as shown
 from nss_prune.errors import DataError
 
 
@@ -38,10 +38,7 @@ def labelled_batches(
         DataError: There is none, or it cannot be used.
     """
     number = -1
-    hidden = None if progress is None else not progress
-    for number, batch in enumerate(
-        tqdm(without_padding(data), desc=label, unit="batch", leave=False, disable=hidden)
-    ):
+    for number, batch in enumerate(shown(without_padding(data), progress, label)):
         inputs, labels = split_batch(batch)
         yield number, inputs, labels, check_inputs(model, inputs, number)
     if number < 0 and processes() == 1:  # the first batch of all processes is checked elsewhere

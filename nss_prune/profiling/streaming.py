@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from tqdm.auto import tqdm
 
 from nss_prune.core.batches import check_inputs, pick_samples, split_batch
 from nss_prune.core.processes import gathered, processes, total_counts
+from nss_prune.core.stages import shown
 from nss_prune.errors import DataError
 from nss_prune.profiling.accumulation import Collector
 from nss_prune.profiling.categories import IGNORED, joined, members
@@ -106,9 +106,7 @@ def dataset_labels(dataset: Dataset[Any]) -> list[int] | None:
 
 def bar(data: Iterable[Any], progress: bool | None) -> Iterable[Any]:
     """``data`` with a progress bar, by default only where stderr is a terminal."""
-    hidden = None if progress is None else not progress
-    shown: Iterable[Any] = tqdm(data, desc="profile", unit="batch", leave=False, disable=hidden)
-    return shown
+    return shown(data, progress, "profile")
 
 
 def _in_order(

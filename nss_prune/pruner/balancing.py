@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from nss_prune.core.outputs import Outputs, OutputsSpec
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.meaning import outputs_for
 from nss_prune.pruner.repair import Repaired
+from nss_prune.pruner.schedule import FORWARD, Stage
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.upkeep import DEFAULT, Records, Upkeep
@@ -45,6 +46,10 @@ class Balance:
             self._whole = found["shares"][""]
         assert self._whole is not None
         return self._whole
+
+    def stages(self, subject: Subject, before: Sequence[Stage]) -> list[Stage]:
+        """A pass before the removal, and one after it."""
+        return [Stage("balance", 2, FORWARD)]
 
     def _seen(self, subject: Subject) -> Records:
         found = class_shares(

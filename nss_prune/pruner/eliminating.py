@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nss_prune.allocation.effects import measured
+from nss_prune.allocation.effects import effect_passes, measured
 from nss_prune.allocation.elimination import Elimination, eliminations
 from nss_prune.allocation.parts import GroupPart, parts_of
 from nss_prune.core.outputs import OutputsSpec
@@ -15,9 +15,9 @@ from nss_prune.core.views import views_of
 from nss_prune.pruner.meaning import outputs_for
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
-from nss_prune.pruner.upkeep import DEFAULT, Records, Upkeep
+from nss_prune.pruner.upkeep import BACKWARD, DEFAULT, Records, Stage, Upkeep
 from nss_prune.statistics.consumers import ConsumerSums, in_files
-from nss_prune.statistics.memory import check_passes
+from nss_prune.statistics.memory import BYTES, check_passes
 from nss_prune.statistics.moments import ConsumerStatistics
 
 KINDS = {"eliminations": Elimination, "statistics": ConsumerStatistics}
@@ -82,6 +82,18 @@ class Eliminating:
             notes=(outputs.describe(), *outputs.notes),
             eliminations=found,
         )
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        """The passes: of the eliminations, and of what is measured of them."""
+        parts = self.parts(subject)
+        most = max(part.bytes for part in parts)
+        found = [Stage("sensitivity", len(parts), 2 * BACKWARD, most)]
+        if isinstance(self.data, Iterator):
+            return found
+        sizes = ConsumerSums(subject.model, subject.groups).bytes if self.folds else {}
+        values = {name: size // BYTES for name, size in sizes.items()}
+        passes, kept = effect_passes(subject.groups, values, self.upkeep.memory_limit)
+        return [*found, Stage("effects", passes, 2 * BACKWARD, kept)]
 
     def parts(self, subject: Subject) -> list[GroupPart]:
         """What each pass of the first kind adds up."""

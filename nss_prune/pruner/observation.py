@@ -17,8 +17,9 @@ from nss_prune.profiling.run import profile_neurons
 from nss_prune.profiling.similarity import Features, Landscape
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
-from nss_prune.pruner.upkeep import DEFAULT, Upkeep
+from nss_prune.pruner.upkeep import BACKWARD, DEFAULT, Stage, Upkeep
 from nss_prune.statistics.consumers import ConsumerSums
+from nss_prune.statistics.memory import group_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,19 @@ class Profiling:
         if self.data is None:
             profile = self._of_example_inputs(subject)
         else:
-            sizes = ConsumerSums(subject.model, subject.groups).bytes
-            # Otherwise the fold takes passes of its own.
-            keeps = self.keeps_statistics and sum(sizes.values()) <= self.upkeep.memory_limit
+            keeps = self.keeps_consumers(subject)
             profile = self._of(subject, self.data, keep_readers=keeps, minimum_samples=2)
         return evidence_of(profile, subject)
+
+    def keeps_consumers(self, subject: Subject) -> bool:
+        """Whether the pass sums up what the consumers read; else the fold takes its own."""
+        sizes = ConsumerSums(subject.model, subject.groups).bytes
+        return self.keeps_statistics and sum(sizes.values()) <= self.upkeep.memory_limit
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        """The pass, more of them where the categories take more than the limit."""
+        sums = sum(group_bytes(group) for group in subject.groups)
+        return [Stage("profile", 1, BACKWARD, sums)]
 
     def _of_example_inputs(self, subject: Subject) -> Profile:
         inputs = subject.example_inputs

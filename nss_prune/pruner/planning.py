@@ -17,6 +17,9 @@ from nss_prune.graph.norms import least_neurons
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.cost import everything, shares
+from nss_prune.pruner.schedule import Schedule as Schedule
+from nss_prune.pruner.schedule import schedule as schedule
+from nss_prune.pruner.schedule import showing as showing
 from nss_prune.pruner.strategy import Evidence, Strategy, Target
 from nss_prune.pruner.subject import Subject
 

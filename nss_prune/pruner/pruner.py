@@ -31,7 +31,7 @@ from nss_prune.pruner.assembly import (
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.observation import evidence_of, profiling_for
-from nss_prune.pruner.planning import Plan, Planner
+from nss_prune.pruner.planning import Plan, Planner, Schedule, schedule, showing
 from nss_prune.pruner.report import Report, report_of
 from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph
 from nss_prune.pruner.subject import Subject
@@ -113,8 +113,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
-        memory_limit: Bytes for the sums of a pass over the data; where all take more there are
-            several passes. 4 GiB by default.
+        memory_limit: Bytes for the sums of a pass; where all take more there are several passes.
         checkpoint: A folder for the sums of finished passes. A run that was broken off goes on
             from them, with the same model, arguments and data; they go when all steps are done.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
@@ -296,7 +295,9 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if interactive:
                 return self._groups(self._verified())
             before = self._subject.cost()
-            plan, repaired = self._pruned()
+            progress = self._upkeep.progress
+            with showing(self._strategy, self.repairs, self._subject, progress):
+                plan, repaired = self._pruned()
             self._finish(plan)
         self.folded = repaired.changed
         self.report = report_of(plan, before, repaired.notes)
@@ -345,6 +346,11 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
 
         return groups()
+
+    def plan(self) -> Schedule:
+        """The passes of the next step, with seconds by one timed batch; nothing is changed."""
+        data = self._profiling.data
+        return schedule(self._strategy, self.repairs, self._subject, data)
 
     def pruning_history(self) -> list[Any]:
         """What all steps removed, for ``load_pruning_history`` on a fresh model."""

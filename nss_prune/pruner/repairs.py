@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from nss_prune.compensation.recalibration import (
 from nss_prune.compensation.refit import refit
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.repair import Repaired
+from nss_prune.pruner.schedule import FORWARD, Stage, kept_bytes
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.upkeep import DEFAULT, Records, Upkeep
-from nss_prune.statistics.consumers import consumer_statistics
+from nss_prune.statistics.consumers import ConsumerSums, consumer_statistics
+from nss_prune.statistics.memory import parts_within
 from nss_prune.statistics.moments import ConsumerStatistics
 
 
@@ -48,6 +50,17 @@ class Fold:
             "consumers", subject.model, self.data, subject.layers, kinds, make
         )
         return found["statistics"]
+
+    def stages(self, subject: Subject, before: Sequence[Stage]) -> list[Stage]:
+        """Passes of its own, where the strategy's have no room for what it needs."""
+        sizes = list(ConsumerSums(subject.model, subject.groups).bytes.values())
+        limit = self.upkeep.memory_limit
+        shared = any(stage.name == "sensitivity" for stage in before)
+        profiled = any(stage.name == "profile" for stage in before) and sum(sizes) <= limit
+        if self.data is None or shared or profiled:
+            return []
+        passes = len(parts_within(sizes, int, limit))
+        return [Stage("folding", passes, 2 * FORWARD, kept_bytes(sizes, limit))]
 
     def _seen(self, subject: Subject, data: Iterable[Any]) -> Records:
         found = consumer_statistics(
@@ -88,6 +101,11 @@ class Refit:
     def observe(self, subject: Subject, evidence: Evidence) -> None:
         """Nothing: what the consumers see depends on those before them."""
 
+    def stages(self, subject: Subject, before: Sequence[Stage]) -> list[Stage]:
+        """A pass for every consumer, in which both models run up to it."""
+        sizes = ConsumerSums(subject.model, subject.groups).bytes.values()
+        return [Stage("refit", 1, 2 * FORWARD * len(sizes), 4 * max(sizes, default=0))]
+
     def before(self, subject: Subject, chosen: Slice, seen: None) -> Repaired:
         """Refit."""
         return _as_repaired(
@@ -122,6 +140,11 @@ class Recalibrate:
         kinds, asked = {"norms": NormStatistics}, subject.layers
         make = partial(self._seen, subject)
         return self.upkeep.recalled("norms", subject.model, self.data, asked, kinds, make)["norms"]
+
+    def stages(self, subject: Subject, before: Sequence[Stage]) -> list[Stage]:
+        """A pass before the removal, and one after it."""
+        norms = len(running_norms(subject.model))
+        return [Stage("recalibration", 2, FORWARD)] if norms else []
 
     def _seen(self, subject: Subject) -> Records:
         progress = self.upkeep.progress

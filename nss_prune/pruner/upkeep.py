@@ -13,6 +13,8 @@ from nss_prune.core.batches import length
 from nss_prune.core.checkpoint import Checkpoint
 from nss_prune.core.checkpoint import Records as Records
 from nss_prune.errors import ArgumentError
+from nss_prune.pruner.schedule import BACKWARD as BACKWARD
+from nss_prune.pruner.schedule import Stage as Stage
 from nss_prune.statistics.memory import MEMORY_LIMIT
 
 
