@@ -87,13 +87,13 @@ class Eliminating:
         """The passes: of the eliminations, and of what is measured of them."""
         parts = self.parts(subject)
         most = max(part.bytes for part in parts)
-        found = [Stage("sensitivity", len(parts), 2 * BACKWARD, most)]
+        found = [Stage("sensitivity", len(parts), 1.5 * BACKWARD, most)]
         if isinstance(self.data, Iterator):
             return found
         sizes = ConsumerSums(subject.model, subject.groups).bytes if self.folds else {}
         values = {name: size // BYTES for name, size in sizes.items()}
         passes, kept = effect_passes(subject.groups, values, self.upkeep.memory_limit)
-        return [*found, Stage("effects", passes, 2 * BACKWARD, kept)]
+        return [*found, Stage("effects", passes, 1.5 * BACKWARD, kept)]
 
     def parts(self, subject: Subject) -> list[GroupPart]:
         """What each pass of the first kind adds up."""
