@@ -28,9 +28,9 @@ if __name__ == "__main__":  # a script imports from the repository, as the tests
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common import results, tables
@@ -156,7 +156,7 @@ def one_case(side: str, case: Case) -> str:
     if case.processes == 1:
         return " ".join(map(str, measured(side, case)))
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(member, args=(side, case, folder), nprocs=case.processes)
+        spawn(member, args=(side, case, folder), nprocs=case.processes)
         return Path(folder, "found").read_text()
 
 
@@ -174,7 +174,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
         return None
     mean = [sum(axis) / len(logs) for axis in zip(*logs, strict=True)]
     above = sum((x - mean[0]) * (y - mean[1]) for x, y in logs)
-    return above / sum((x - mean[0]) ** 2 for x, _ in logs)
+    return float(above / sum((x - mean[0]) ** 2 for x, _ in logs))
 
 
 def slopes(rows: Rows) -> Rows:
