@@ -46,6 +46,7 @@ from nss_prune import NSSPruner, accuracy_on
 from nss_prune.allocation.divergence import predicted
 from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.strategies import DivergenceStrategy
+from nss_prune.pruner.upkeep import Upkeep
 
 DROP = 1.0
 SWEEP, DEEP_SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.3, 0.2, 0.1, 0.05)
@@ -96,7 +97,7 @@ def measure_predictions(
     whole = log_probabilities(model, test.batches(board.batch))
     for by in [name for name in ("new", "training") if name in parts]:
         batches = list(parts[by].batches(board.batch))
-        strategy = ObservedOnce(DivergenceStrategy(Eliminating(batches, True, progress=False)))
+        strategy = ObservedOnce(DivergenceStrategy(Eliminating(batches, True, upkeep=Upkeep(progress=False))))
         for level in board.levels:
             smaller = copy.deepcopy(model)
             pruner = pruned(smaller, batches, strategy=strategy, **{BUDGETS[level.of]: level.kept})

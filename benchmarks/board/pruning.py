@@ -30,6 +30,7 @@ from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategies import DivergenceStrategy
 from nss_prune.pruner.strategy import Strategy, Target
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import Upkeep
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -185,7 +186,7 @@ class Calibration:
         key = (variant, folds and variant.criterion == DIVERGENCE)
         if key not in self._strategies:
             if variant.criterion == DIVERGENCE:
-                eliminating = Eliminating(self.batches, folds, progress=False)
+                eliminating = Eliminating(self.batches, folds, upkeep=Upkeep(progress=False))
                 strategy: Strategy[Any] = DivergenceStrategy(eliminating)
             else:
                 ranked, _ = OWN[variant.criterion]

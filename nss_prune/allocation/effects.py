@@ -19,6 +19,7 @@ statistics when some go. What this changes is measured in the same way, at the n
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,8 +35,9 @@ from nss_prune.allocation.interactions import Interactions
 from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.batches import as_computed, counted_batches, has_samples
 from nss_prune.core.draws import Draws
-from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run, submodule
 from nss_prune.core.outputs import Outputs, outputs_of
+from nss_prune.core.processes import agreed, processes, summed
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.statistics.capture import by_sample
 from nss_prune.statistics.moments import ConsumerStatistics
@@ -46,6 +48,7 @@ MOST_SAMPLES = 2000  # more of them cost time and change little
 MOST_VALUES = 2**28  # of folds that are kept at once, 1 GiB
 
 
+@agreed()
 def measured(
     model: nn.Module,
     data: Iterable[Any],
@@ -58,11 +61,12 @@ def measured(
     forward: Forward = call_model,
     progress: bool | None = None,
     interactions: Interactions | None = None,
+    memory_limit: float = math.inf,
 ) -> dict[str, Elimination]:
     """Eliminations with at least the divergence measured, on at most :data:`MOST_SAMPLES` samples.
 
     It takes a forward and a backward pass, and another one for every :data:`MOST_VALUES` values
-    that the folds mix with. The model is left as found.
+    that the folds mix with, or fewer by ``memory_limit``. The model is left as found.
 
     Args:
         data: Batches that can be iterated again.
@@ -73,6 +77,7 @@ def measured(
         forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
         interactions: To add what the layers do together to, in the same pass.
+        memory_limit: Bytes for what the folds of a pass mix with.
 
     Returns:
         What was found where there are fewer than :data:`LEAST_SAMPLES` samples.
@@ -87,7 +92,8 @@ def measured(
     if not counts or not has_samples(data, LEAST_SAMPLES):
         return known
     outputs = outputs or outputs_of(model, data, forward=forward, progress=progress)
-    changes = GroupChanges(model, groups, statistics, MOST_VALUES // 2)
+    most = int(min(MOST_VALUES, memory_limit // 8))  # as many again are inverse covariances
+    changes = GroupChanges(model, groups, statistics, most // 2)
     watched = Interactions() if interactions is None else interactions
     part = _Part(model)
     for group in groups:
@@ -95,7 +101,7 @@ def measured(
             continue
         order, levels = found[group.name].order.cpu(), counts[group.name].tolist()
         part.add(group, *changes.of(group, order, levels))
-        if part.values >= MOST_VALUES:
+        if part.values >= most:
             products = part.products_of_effects(data, seed, outputs, forward, progress)
             known.update(_measured(part, found, counts, products, watched))
             part = _Part(model)
@@ -136,6 +142,27 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor, by_channel: bo
     more = np.interp(np.arange(1, len(predicted) + 1), [0, *counts.tolist()], [0, *excess.tolist()])
     curve = (predicted + torch.from_numpy(more)).cummax(0).values
     return replace(found, divergence=curve.to(found.divergence))
+
+
+def effect_passes(
+    groups: Sequence[NeuronGroup], consumers: Mapping[str, int], memory_limit: float = math.inf
+) -> tuple[int, int]:
+    """How many passes :func:`measured` takes, and the bytes that the folds of one mix with.
+
+    Args:
+        consumers: Consumer -> values of the covariance of its input; empty where nothing is folded.
+    """
+    most = min(MOST_VALUES, memory_limit // 8)
+    parts = [0]
+    for group in groups:
+        if parts[-1] >= most:
+            parts.append(0)
+        shares = _counts(group.size).double() / group.size
+        mixed = float((shares * (1 - shares)).sum())
+        names = {member.name for member in group.consumers}
+        pairs = sum(consumers.get(name, 0) for name in names)
+        parts[-1] += int(mixed * pairs)
+    return len(parts), 4 * max(parts)
 
 
 def _counts(size: int) -> Tensor:
@@ -209,9 +236,12 @@ class _Part:
                     outputs.drawn_loss(given, Draws(inputs, seed)).backward()
                 total += effects @ effects.T
                 seen += samples
-                if seen >= MOST_SAMPLES:
+                if seen >= MOST_SAMPLES / processes():
                     break
-        return total / seen
+        counts = torch.tensor([float(seen)], dtype=torch.float64)
+        sums = [total.to(device_of(self.model)), counts.to(device_of(self.model))]
+        summed(sums)
+        return (sums[0] / sums[1]).cpu()
 
     @contextlib.contextmanager
     def _watched(self, effects: Tensor) -> Iterator[None]:

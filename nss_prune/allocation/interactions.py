@@ -11,6 +11,7 @@ measurement: the correlations are those measured, and the prediction is never be
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,23 @@ from nss_prune.allocation.elimination import Elimination
 from nss_prune.graph.slices import Slice
 
 BATCH = 4096  # slices that are predicted at a time
+
+
+@dataclass(frozen=True)
+class Products:
+    """E[e_a e_b] of all levels that were measured in one pass.
+
+    Attributes:
+        layers: In their order.
+        levels: How many each layer has.
+        counts: Neurons gone at each level, ``[levels]``.
+        products: Float64 ``[levels, levels]``.
+    """
+
+    layers: tuple[str, ...]
+    levels: tuple[int, ...]
+    counts: Tensor
+    products: Tensor
 
 
 class Interactions:
@@ -36,6 +54,27 @@ class Interactions:
     def add(self, counts: Mapping[str, Tensor], products: Tensor) -> None:
         """Add those of a pass; products of layers of different passes count as 0."""
         self.parts.append((dict(counts), products))
+
+    def records(self) -> dict[str, Products]:
+        """Number of the pass -> what it measured, to keep in a file."""
+        return {
+            str(number): Products(
+                tuple(counts),
+                tuple(len(own) for own in counts.values()),
+                torch.cat(list(counts.values())),
+                products,
+            )
+            for number, (counts, products) in enumerate(self.parts)
+        }
+
+    @staticmethod
+    def of(records: Mapping[str, Products]) -> Interactions:
+        """What :meth:`records` gave."""
+        made = Interactions()
+        for record in records.values():
+            counts = record.counts.split(list(record.levels))
+            made.add(dict(zip(record.layers, counts, strict=True)), record.products)
+        return made
 
 
 class Predictor:

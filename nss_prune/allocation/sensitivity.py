@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import as_computed, counted_batches, first_batch
+from nss_prune.core.batches import as_computed, counted_batches, first_batch, shared_data
 from nss_prune.core.draws import Draws
-from nss_prune.core.models import Forward, call_model, evaluation, run
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
 from nss_prune.core.outputs import Outputs, outputs_of
+from nss_prune.core.processes import agreed, summed, total_counts
 from nss_prune.core.views import views_of
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.profiling.accumulation import alone
 from nss_prune.statistics.capture import Reading, Watcher
 from nss_prune.statistics.consumers import ConsumerSums
-from nss_prune.statistics.moments import Moments
+from nss_prune.statistics.moments import Moments, add_moments_over_processes
 from nss_prune.statistics.positions import by_size
 
 
@@ -47,6 +48,7 @@ class Sensitivity:
         return self.read.samples / self.samples
 
 
+@agreed()
 def sensitivities(
     model: nn.Module,
     data: Iterable[Any],
@@ -64,8 +66,10 @@ def sensitivities(
         first, data = first_batch(data)
         shown = [first] if isinstance(data, Iterator) else data
         outputs = outputs_of(model, shown, forward=forward, progress=progress)
-    found = {group.name: _nothing(group.size, views) for group in groups}
-    added = {} if reads is None else {g.name: name for g in groups if (name := _sole_consumer(g))}
+    data = shared_data(data)
+    home = device_of(model)
+    found = {group.name: _nothing(group.size, views, home) for group in groups}
+    added = {} if reads is None else {g.name: name for g in groups if (name := sole_consumer(g))}
     beside = alone if reads is None else reads.watching
     with evaluation(model), torch.enable_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "sensitivity"):
@@ -78,17 +82,32 @@ def sensitivities(
                 outputs.drawn_loss(given, draws).backward()
             for name in batch.reached:
                 batch.pour(name, found[name], samples, add_read=name not in added)
+    _add_over_processes(found, added)
     found = {name: sums for name, sums in found.items() if sums.samples}
     if reads is not None:
+        reads.add_over_processes()
         for name, consumer in added.items():
             if name in found:
                 found[name].read = reads.moments(consumer)
     return found
 
 
-def _nothing(neurons: int, views: int) -> Sensitivity:
-    zeros = torch.zeros(neurons + 3, neurons, dtype=torch.float64)
-    return Sensitivity(Moments(views=views), zeros[3:], zeros[:3])
+def _nothing(neurons: int, views: int, device: torch.device) -> Sensitivity:
+    zeros = torch.zeros(neurons + 3, neurons, dtype=torch.float64, device=device)
+    return Sensitivity(Moments(neurons, 1, views, device), zeros[3:], zeros[:3])
+
+
+def _add_over_processes(found: Mapping[str, Sensitivity], added: Collection[str]) -> None:
+    """Replace what was added here by what was added in all processes.
+
+    Args:
+        added: Groups whose consumers' inputs are summed elsewhere.
+    """
+    samples = total_counts({number: sums.samples for number, sums in enumerate(found.values())})
+    for count, sums in zip(samples.values(), found.values(), strict=True):
+        sums.samples = count
+    summed([sums for each in found.values() for sums in (each.information, each.effects)])
+    add_moments_over_processes([sums.read for name, sums in found.items() if name not in added])
 
 
 class _Batch:
@@ -149,8 +168,6 @@ class _Batch:
     def pour(self, name: str, into: Sensitivity, samples: int, *, add_read: bool) -> None:
         """Add the batch to the sums of a group."""
         effect, total = torch.stack(self.reached[name]).sum(0)
-        into.effects = into.effects.to(effect.device)
-        into.information = into.information.to(effect.device)
         into.effects += torch.stack([effect**2, effect * total, total**2]).sum(1)
         for rows in self._rows.pop(name):
             into.information += rows @ rows.T
@@ -161,7 +178,7 @@ class _Batch:
         into.samples += samples
 
 
-def _sole_consumer(group: NeuronGroup) -> str | None:
+def sole_consumer(group: NeuronGroup) -> str | None:
     """The one layer that reads the neurons, where it reads nothing else and each as a channel."""
     if len(group.consumers) != 1:
         return None

@@ -24,11 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import labelled_batches
+from nss_prune.core.batches import (
+    as_computed,
+    check_inputs,
+    first_batch,
+    labelled_batches,
+    split_batch,
+)
 from nss_prune.core.classifier import find_classifier_by_shift, shifted_bias
 from nss_prune.core.draws import Draws
-from nss_prune.core.models import Forward, call_model, evaluation, run
-from nss_prune.core.outputs import Outputs, resolve_outputs, scores_by_place
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
+from nss_prune.core.outputs import Outputs, resolve_outputs
+from nss_prune.core.processes import agreed, decided, gathered, processes
 from nss_prune.core.views import views_of
 from nss_prune.errors import ModelMismatchError, NumericalError
 
@@ -75,6 +82,7 @@ class Balanced:
     note: str = ""
 
 
+@agreed()
 def class_shares(
     model: nn.Module,
     data: Iterable[Any],
@@ -99,9 +107,12 @@ def class_shares(
         NumericalError: Scores are NaN or infinite.
     """
     scores, folds = _scores(model, data, outputs, forward, progress)
-    return _shares(scores.softmax(1), folds)
+    shares = _shares(scores.softmax(1), folds)
+    everywhere = gathered((shares.sums, shares.counts))
+    return ClassShares(*(sum(parts[1:], parts[0]) for parts in zip(*everywhere, strict=True)))
 
 
+@agreed()
 def balance(
     model: nn.Module,
     data: Iterable[Any],
@@ -139,7 +150,9 @@ def balance(
     if head is None:
         why = "no layer's bias alone moves the class scores"
         return Balanced(None, none, f"the classes are not balanced: {why}")
-    shift = _fitted(scores, folds, whole)
+    everywhere = gathered((scores, folds))
+    together = [torch.cat(parts) for parts in zip(*everywhere, strict=True)]
+    shift = decided(lambda: _fitted(together[0], together[1], whole))
     if shift is None:
         why = "no shift of their scores helps on samples left out"
         return Balanced(None, none, f"the classes are not balanced: {why}")
@@ -160,21 +173,49 @@ def _scores(
     found: list[Tensor] = []
     folds: list[Tensor] = []
     values = 0
+    first, data = first_batch(data, device_of(model)) if processes() > 1 else (None, data)
     with evaluation(model):
-        batches = scores_by_place(model, data, progress, "balance", outputs, forward)
+        batches = _scores_by_place(model, data, progress, "balance", outputs, forward)
         for by_place, inputs in batches:
             fold = _folds(inputs, views_of(data))
             folds.append(fold.repeat_interleave(len(by_place) // len(fold)))
             found.append(by_place.cpu().double())
             values += by_place.numel()
-            if values >= MOST_VALUES:
+            if values >= MOST_VALUES // processes():
                 break
+    if not found:  # all samples are in other processes
+        by_place, _ = next(_scores_by_place(model, [first], False, "balance", outputs, forward))
+        found, folds = [by_place[:0].cpu().double()], [torch.zeros(0, dtype=torch.long)]
     together = torch.cat(found)
     if not torch.isfinite(together.sum()):
         raise NumericalError(
             "the class scores are NaN or infinite; check the data and the model's weights"
         )
     return together, torch.cat(folds)
+
+
+def _scores_by_place(
+    model: nn.Module,
+    data: Iterable[Any],
+    progress: bool | None,
+    label: str,
+    outputs: Outputs | None = None,
+    forward: Forward = call_model,
+) -> Iterator[tuple[Tensor, Any]]:
+    """The class scores of every batch, ``[places, classes]`` sample by sample, and its inputs.
+
+    Args:
+        outputs: What the outputs mean; None for what the first batch says.
+
+    Raises:
+        ArgumentError: It does not say what the outputs mean.
+        DataError: There is no batch, it cannot be used, or the model gives no class scores.
+    """
+    for number, inputs, labels, _ in labelled_batches(model, data, progress, label):
+        found = run(model, inputs, number, forward)
+        outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
+        scores = as_computed(outputs.scores(found))
+        yield scores.movedim(1, -1).flatten(0, -2), inputs
 
 
 def _folds(inputs: Any, views: int) -> Tensor:
@@ -248,7 +289,8 @@ def _head(
 ) -> str | None:
     """The last layer whose bias moves the scores by as much, or None."""
     with evaluation(model), torch.no_grad():
-        number, inputs, labels, _ = next(labelled_batches(model, data, False, "balance"))
+        inputs, labels = split_batch(first_batch(data, device_of(model))[0])
+        check_inputs(model, inputs, 0)
         if outputs is None:
-            outputs = resolve_outputs(None, run(model, inputs, number, forward), labels)
-    return find_classifier_by_shift(model, inputs, number, scores=outputs.scores, forward=forward)
+            outputs = resolve_outputs(None, run(model, inputs, 0, forward), labels)
+    return find_classifier_by_shift(model, inputs, 0, scores=outputs.scores, forward=forward)

@@ -17,8 +17,8 @@ reads is seen by :func:`refit` alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ def fold(model: nn.Module, critical: Slice, statistics: Mapping[str, ConsumerSta
     Raises:
         ModelMismatchError: The slice or the statistics are of another model.
     """
-    return apply(model, folding(model, critical, statistics))
+    folds = _folds(model, critical, statistics)
+    # Without B, which takes as much memory as the statistics.
+    return apply(model, {name: replace(found, mixing=None) for name, found in folds})
 
 
 def folding(
@@ -79,10 +81,16 @@ def folding(
     Raises:
         ModelMismatchError: The slice or the statistics are of another model.
     """
+    return dict(_folds(model, critical, statistics))
+
+
+def _folds(
+    model: nn.Module, critical: Slice, statistics: Mapping[str, ConsumerStatistics]
+) -> Iterator[tuple[str, ConsumerFold]]:
+    """:func:`folding`, consumer by consumer."""
     check_fits(critical.groups, model)
     consumers = sides_by_consumer(critical.groups)
     shared = shared_weights(model)
-    folds = {}
     for (name, side), (member, channels) in critical.removed_channels().items():
         if side != "in" or member.axis is not None:
             continue
@@ -92,7 +100,7 @@ def folding(
         found = statistics[name].to(device_of(model)) if name in statistics else None
         reason = reason_to_leave(module, found, shared)
         if found is None or reason:
-            folds[name] = ConsumerFold(note=f"{name} is left unfolded: {reason}")
+            yield name, ConsumerFold(note=f"{name} is left unfolded: {reason}")
             continue
         if len(found.mean) != member.width:
             raise ModelMismatchError(
@@ -100,8 +108,7 @@ def folding(
                 f"{member.width}; take them of this model before anything is removed"
             )
         found = resolved(found, map_positions(module, consumers[name]), int((~removed).sum()))
-        folds[name] = solved(name, module, missing_channels(found, removed))
-    return folds
+        yield name, solved(name, module, missing_channels(found, removed))
 
 
 def apply(model: nn.Module, folds: Mapping[str, ConsumerFold]) -> Folded:

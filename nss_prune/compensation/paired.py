@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import Forward, submodule
+from nss_prune.core.models import Forward, device_of, submodule
+from nss_prune.core.processes import gathered
 from nss_prune.graph.neurons import Member
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.capture import by_sample, readings
 from nss_prune.statistics.consumers import summed_positions
-from nss_prune.statistics.moments import ConsumerStatistics, Moments
+from nss_prune.statistics.moments import (
+    ConsumerStatistics,
+    Moments,
+    add_moments_over_processes,
+)
 from nss_prune.statistics.survey import Survey
 
 
@@ -43,7 +48,7 @@ def paired_statistics(
         DataError, NumericalError: The data cannot be used.
     """
     module = submodule(model, name)
-    moments = Moments(summed_positions(module, sides))
+    moments = Moments(2 * sides[0].width, summed_positions(module, sides), device=device_of(model))
     shape: tuple[int, ...] = ()
     for number, inputs, samples in counted_batches(model, data, False, ""):
         wholes = readings(model, name, inputs, number, shown.calls[name], sides, forward)
@@ -53,4 +58,6 @@ def paired_statistics(
             values = [by_sample(name, read, module, samples) for read in (whole, part)]
             moments.add(torch.cat(values, dim=1))
             shape = tuple(whole.shape[1:])
+    add_moments_over_processes([moments])
+    shape = next((found for found in gathered(shape) if found), ())
     return moments.statistics(name, shape, shown.norms.get(name))

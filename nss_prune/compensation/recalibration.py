@@ -16,6 +16,7 @@ variance by the same factor. A model of which nothing was removed then stays as 
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import counted_batches
+from nss_prune.core.batches import counted_batches, shared_data
 from nss_prune.core.models import Forward, call_model, evaluation, run
+from nss_prune.core.processes import agreed, processes, summed
 from nss_prune.errors import ArgumentError, ModelMismatchError, NumericalError
 from nss_prune.graph.slices import Slice
 
@@ -46,6 +48,7 @@ class NormStatistics:
         return NormStatistics(*(value[channels.to(value.device)] for value in values))
 
 
+@agreed()
 def recalibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -92,6 +95,7 @@ def recalibrate(
     return tuple(called)
 
 
+@agreed()
 def norm_statistics(
     model: nn.Module,
     data: Iterable[Any],
@@ -136,9 +140,11 @@ def _measured(
     forward: Forward,
 ) -> dict[str, Any]:
     """The BatchNorms that were called; each has the statistics of the data."""
-    with evaluation(model), _counting(norms):
-        for number, inputs, _ in counted_batches(model, data, progress, "recalibration"):
+    with evaluation(model), _counting(norms) as seen:
+        batches = counted_batches(model, shared_data(data), progress, "recalibration")
+        for number, inputs, _ in batches:
             run(model, inputs, number, forward)
+    _average_over_processes(norms, seen)
     called = {name: norm for name, norm in norms.items() if int(norm.num_batches_tracked)}
     for name, norm in called.items():
         _check_finite(name, norm)
@@ -193,8 +199,14 @@ def _fresh_statistics(norms: Mapping[str, Any], *, keep: bool) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _counting(norms: Mapping[str, Any]) -> Iterator[None]:
-    """The BatchNorms in training mode, and the momentum of each such that values count alike."""
+def _counting(norms: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """The BatchNorms in training mode, and the momentum of each such that values count alike.
+
+    Those of several processes count apart, also the kind that would wait for the others' batches.
+
+    Yields:
+        BatchNorm -> values of a channel that it has seen.
+    """
     momenta = {name: norm.momentum for name, norm in norms.items()}
     seen = dict.fromkeys(norms, 0)
 
@@ -210,11 +222,30 @@ def _counting(norms: Mapping[str, Any]) -> Iterator[None]:
         for name, norm in norms.items():
             stack.callback(norm.register_forward_pre_hook(weigh(name)).remove)
             norm.train()
+            if isinstance(norm, nn.SyncBatchNorm):
+                vars(norm)["forward"] = types.MethodType(Norm.forward, norm)
         try:
-            yield
+            yield seen
         finally:
             for name, norm in norms.items():
                 norm.momentum = momenta[name]
+                vars(norm).pop("forward", None)
+
+
+def _average_over_processes(norms: Mapping[str, Any], seen: Mapping[str, int]) -> None:
+    """Give the BatchNorms the statistics of all processes, each by the values that it has seen."""
+    if processes() == 1:
+        return
+    for name, norm in norms.items():
+        values = [norm.running_mean, norm.running_var, norm.running_mean.new_ones(1)]
+        sums = [value.double() * seen[name] for value in values]
+        batches = norm.num_batches_tracked.clone()
+        summed([*sums, batches])
+        count = float(sums[2])
+        if count:
+            norm.running_mean.copy_(sums[0] / count)
+            norm.running_var.copy_(sums[1] / count)
+            norm.num_batches_tracked.copy_(batches)
 
 
 def _check_finite(name: str, norm: Any) -> None:

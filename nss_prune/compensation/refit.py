@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nss_prune.compensation.eligible import reason_to_leave, shared_weights
 from nss_prune.compensation.folding import Folded, apply
 from nss_prune.compensation.paired import paired_statistics
 from nss_prune.compensation.problem import changed_channels, resolved
 from nss_prune.compensation.solve import ConsumerFold, solved
-from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import Forward, call_model, evaluation, submodule
+from nss_prune.core.batches import check_inputs, first_batch, shown, split_batch
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, submodule
+from nss_prune.core.processes import agreed
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import check_fits, map_positions, sides_by_consumer
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.survey import survey
 
 
+@agreed()
 def refit(
     model: nn.Module,
     critical: Slice,
@@ -65,13 +66,13 @@ def refit(
     sliced = copy.deepcopy(model)
     folds: dict[str, ConsumerFold] = {}
     with evaluation(model), evaluation(sliced), torch.no_grad():
-        _, inputs, _ = next(counted_batches(model, data, False, ""))
-        shown = survey(model, consumers, inputs, forward)
-        hidden = None if progress is None else not progress
-        for name in tqdm(shown.calls, desc="refit", unit="consumer", leave=False, disable=hidden):
+        inputs, _ = split_batch(first_batch(data, device_of(model))[0])
+        check_inputs(model, inputs, 0)
+        found = survey(model, consumers, inputs, forward)
+        for name in shown(found.calls, progress, "refit", "consumer"):
             module = submodule(model, name)
             both = paired_statistics(
-                model, sliced, critical, name, data, shown, consumers[name], forward
+                model, sliced, critical, name, data, found, consumers[name], forward
             )
             reason = reason_to_leave(module, both, shared)
             if reason:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nss_prune.core.models import device_of
 from nss_prune.core.nested import map_tensors, moved, tensors_in
+from nss_prune.core.processes import gathered, given_by, processes
+from nss_prune.core.shards import without_padding
+from nss_prune.core.stages import shown as shown
 from nss_prune.errors import DataError
 
 
@@ -36,12 +38,9 @@ def labelled_batches(
         DataError: There is none, or it cannot be used.
     """
     number = -1
-    hidden = None if progress is None else not progress
-    for number, batch in enumerate(
-        tqdm(data, desc=label, unit="batch", leave=False, disable=hidden)
-    ):
+    for number, batch in enumerate(shown(without_padding(data), progress, label)):
         yield number, *entered(model, batch, number)
-    if number < 0:
+    if number < 0 and processes() == 1:  # the first batch of all processes is checked elsewhere
         raise DataError("the data has no batches; give at least one batch of (inputs, labels)")
 
 
@@ -104,21 +103,65 @@ def samples_in(inputs: Any, number: int) -> int:
     return int(tensors[0].shape[0])
 
 
-def has_samples(data: Iterable[Any], least: int) -> bool:
-    """Whether there are at least so many samples."""
-    batches = (tensors_in(split_batch(batch)[0]) for batch in data)
-    samples = itertools.accumulate(len(tensors[0]) if tensors else 0 for tensors in batches)
-    return any(seen >= least for seen in samples)
-
-
-def first_batch(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def first_batch(
+    data: Iterable[Any], device: torch.device | str | None = None
+) -> tuple[Any, Iterable[Any]]:
     """The first batch, and data that still has it.
+
+    In several processes it is that of the first which has one; some may have none.
+
+    Args:
+        device: Where the batch of another process goes; its own by default.
 
     Raises:
         DataError: There is none.
     """
+    data = without_padding(data)
     batches = iter(data)
-    first = next(batches, None)
+    own = first = next(batches, None)
+    if processes() > 1:
+        first = _shared(own, device)
     if first is None:
         raise DataError("the data has no batch; give an iterable of (inputs, labels) batches")
-    return first, itertools.chain([first], batches) if batches is data else data
+    if own is None or batches is not data:
+        return first, data
+    return first, itertools.chain([own], batches)
+
+
+def shared_data(data: Iterable[Any]) -> Iterable[Any]:
+    """The data of a pass in which every process reads its own, and some may have none.
+
+    Raises:
+        DataError: None of several processes has a batch.
+    """
+    return data if processes() == 1 else first_batch(data)[1]
+
+
+def length(data: Iterable[Any]) -> int | None:
+    """Number of batches, where that is known beforehand."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def has_samples(data: Iterable[Any], wanted: int) -> bool:
+    """Whether the data of all processes has so many; no more of it is read than that takes."""
+    seen = 0
+    for batch in data:
+        tensors = tensors_in(split_batch(batch)[0])
+        seen += len(tensors[0]) if tensors else 0
+        if seen >= wanted:
+            break
+    return sum(gathered(seen)) >= wanted
+
+
+def _shared(batch: Any, device: torch.device | str | None) -> Any:
+    """The batch of the first process that has one; None where none has."""
+    present = gathered(batch is not None)
+    if not any(present):
+        return None
+    sent = given_by(present.index(True), moved(batch, "cpu"))
+    if device is None:
+        device = next((tensor.device for tensor in tensors_in(batch)), torch.device("cpu"))
+    return moved(sent, device)

@@ -7,8 +7,28 @@ by it: nats of a confident head, of an undecided one and of a thousand pixels ar
 
 from __future__ import annotations
 
+import copy
+import functools
+import operator
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+from nss_prune.core.processes import gathered, processes
+
+Sums = TypeVar("Sums", bound="Spread | Chances")
+
+
+def over_processes(sums: Sums) -> Sums:
+    """What the outputs in all processes add up to."""
+    if processes() == 1:
+        return sums
+    local = copy.copy(sums)
+    vars(local).update(
+        (name, value.cpu()) for name, value in vars(sums).items() if isinstance(value, Tensor)
+    )
+    return functools.reduce(operator.add, gathered(local))
 
 
 class Spread:
@@ -31,6 +51,19 @@ class Spread:
         self.count += len(values)
         self.total = self.total + centred.sum(0)
         self.squares = self.squares + centred.square().sum(0)
+
+    def __add__(self, other: Spread) -> Spread:
+        if not self.count or not other.count:
+            return self if self.count else other
+        found = copy.copy(self)
+        offset = other.shift - self.shift
+        found.total = self.total + other.total + other.count * offset
+        moved = other.squares + 2 * offset * other.total + other.count * offset**2
+        found.squares = self.squares + moved
+        found.samples = self.samples + other.samples
+        found.count = self.count + other.count
+        found.epsilon = max(self.epsilon, other.epsilon)
+        return found
 
     def is_finite(self) -> bool:
         """Whether no value was NaN or infinite."""
@@ -72,6 +105,12 @@ class Chances:
         self.count += entries.shape[0] * entries.shape[1]
         self.total = self.total + chances.sum((0, 1))
         self.entropy = self.entropy + self._entropy(chances)
+
+    def __add__(self, other: Chances) -> Chances:
+        found = copy.copy(self)
+        for name in ("samples", "count", "total", "entropy"):
+            setattr(found, name, getattr(self, name) + getattr(other, name))
+        return found
 
     def is_finite(self) -> bool:
         """Whether no score was NaN."""

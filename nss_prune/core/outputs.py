@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.batches import as_computed, counted_batches, labelled_batches
+from nss_prune.core.batches import (
+    check_inputs,
+    counted_batches,
+    first_batch,
+    split_batch,
+)
 from nss_prune.core.draws import Draws
-from nss_prune.core.models import Forward, call_model, evaluation, run
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
 from nss_prune.core.output_inference import Found, Labels, found_in, parts_of, weighted
 from nss_prune.core.output_parts import Part, check_range
+from nss_prune.core.output_units import Chances, Spread, over_processes
+from nss_prune.core.processes import agreed
 from nss_prune.errors import ArgumentError, DataError
 
 LEAST_SAMPLES = 8
@@ -180,21 +187,23 @@ class Outputs:
         assert part.axis is not None
         return part.find(self._selected(outputs)).movedim(part.axis, 1)
 
-    def with_variance(self, outputs: Iterable[Any]) -> Outputs:
+    def with_variance(self, outputs: Iterable[Any], *, shared: bool = False) -> Outputs:
         """The same in units of the variance of all outputs given, and with weights from them.
 
         Values in units of the variance of each channel over samples and positions (1 where it does
         not vary). Parts that count alike get weights by which losing any of them wholly, with the
         average over the data in its place, costs as much as losing the first.
 
+        Args:
+            shared: Whether the outputs of all processes count, which must all call it.
+
         Raises:
             DataError: The outputs are not those described.
             NumericalError: They are NaN or infinite.
         """
-        sums = [part.sums() for part in self.parts]
-        for nest in outputs:
-            for part, tensor, found in zip(self.parts, self.tensors(nest), sums, strict=True):
-                found.add(part.arranged(tensor.detach()))
+        sums = self._sums(outputs)
+        if shared:
+            sums = [over_processes(found) for found in sums]
         parts = [part.measured(found) for part, found in zip(self.parts, sums, strict=True)]
         if self.alike:
             told = [found.information() for found in sums]
@@ -203,6 +212,14 @@ class Outputs:
             pairs = zip(parts, weights, strict=True)
             parts = [replace(part, weight=weight) for part, weight in pairs]
         return replace(self, parts=tuple(parts), samples=sums[0].samples)
+
+    def _sums(self, outputs: Iterable[Any]) -> list[Spread | Chances]:
+        """What the outputs given add up to, of each part."""
+        sums = [part.sums() for part in self.parts]
+        for nest in outputs:
+            for part, tensor, found in zip(self.parts, self.tensors(nest), sums, strict=True):
+                found.add(part.arranged(tensor.detach()))
+        return sums
 
     def describe(self) -> str:
         """One line for reports."""
@@ -309,6 +326,7 @@ def _doubts(found: Sequence[Found], parts: Iterable[Part]) -> Iterator[str]:
             )
 
 
+@agreed()
 def outputs_of(
     model: nn.Module,
     data: Iterable[Any],
@@ -333,9 +351,9 @@ def outputs_of(
         ArgumentError, DataError, NumericalError: As :func:`resolve_outputs`; or there is no batch.
     """
     with evaluation(model), torch.no_grad():
-        for number, inputs, labels, _ in labelled_batches(model, data, False, "outputs"):
-            found = resolve_outputs(spec, run(model, inputs, number, forward), labels)
-            break
+        inputs, labels = split_batch(first_batch(data, device_of(model))[0])
+        check_inputs(model, inputs, 0)
+        found = resolve_outputs(spec, run(model, inputs, 0, forward), labels)
     return with_units(found, spec, model, data, forward, progress)
 
 
@@ -359,7 +377,7 @@ def with_units(
     with evaluation(model), torch.no_grad():
         batches = counted_batches(model, data, progress, "outputs")
         return found.with_variance(
-            run(model, inputs, number, forward) for number, inputs, _ in batches
+            (run(model, inputs, number, forward) for number, inputs, _ in batches), shared=True
         )
 
 
@@ -406,30 +424,6 @@ def cross_entropy(outputs: Any, labels: Any) -> Tensor:
         )
     check_range(labels, scores.shape[1])
     return functional.cross_entropy(scores, labels.long(), reduction="sum")
-
-
-def scores_by_place(
-    model: nn.Module,
-    data: Iterable[Any],
-    progress: bool | None,
-    label: str,
-    outputs: Outputs | None = None,
-    forward: Forward = call_model,
-) -> Iterator[tuple[Tensor, Any]]:
-    """The class scores of every batch, ``[places, classes]`` sample by sample, and its inputs.
-
-    Args:
-        outputs: What the outputs mean; None for what the first batch says.
-
-    Raises:
-        ArgumentError: It does not say what the outputs mean.
-        DataError: There is no batch, it cannot be used, or the model gives no class scores.
-    """
-    for number, inputs, labels, _ in labelled_batches(model, data, progress, label):
-        found = run(model, inputs, number, forward)
-        outputs = resolve_outputs(None, found, labels) if outputs is None else outputs
-        scores = as_computed(outputs.scores(found))
-        yield scores.movedim(1, -1).flatten(0, -2), inputs
 
 
 def predictions(outputs: Any) -> Tensor:

@@ -1,17 +1,29 @@
 """Processes of torch.distributed that share the data: sums over them, and equal models.
 
 Without torch.distributed, or before its init_process_group, there is one process.
+
+Where one process fails, the others wait for it in vain. So all that is exchanged starts with a
+meeting, where each process says whether it has failed: :func:`agreed` sends there whoever raised.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import pickle
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from nss_prune.errors import ArgumentError, NSSPruneError
+
+Value = TypeVar("Value")
+
+_MET = "_nss_prune_known_to_all"
 
 
 def processes() -> int:
@@ -30,14 +42,111 @@ def wait() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """All processes get through the body, or all raise what the first that failed raised.
+
+    Every process must enter, and exchange inside by :func:`gathered`, :func:`summed` and
+    :func:`decided` alone, in the same order. It may be nested, and used as a decorator.
+    """
+    try:
+        yield
+    except Exception as error:
+        if processes() > 1 and not hasattr(error, _MET):
+            _meet(error=error)
+        raise
+    gathered(None)
+
+
+def gathered(value: Value) -> list[Value]:
+    """What each process gives, in their order.
+
+    Raises:
+        Exception: What another process raised within :func:`agreed`.
+    """
+    return [value] if processes() == 1 else _meet(value)
+
+
+def summed(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over all processes, in place; contiguous ones."""
+    if processes() == 1:
+        return
+    gathered(None)
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+
+
+def decided(function: Callable[[], Value]) -> Value:
+    """What a function returns in the first process, the only one that calls it."""
+    if processes() == 1:
+        return function()
+    found: Any = None
+    with agreed():
+        found = function() if is_first() else None
+    shared: Value = given_by(0, found)
+    return shared
+
+
+def given_by(process: int, value: Value) -> Value:
+    """What one of the processes gives, for all."""
+    if processes() == 1:
+        return value
+    sent = [pickle.dumps(value) if dist.get_rank() == process else b""]
+    gathered(None)
+    dist.broadcast_object_list(sent, src=process)
+    received: Value = pickle.loads(sent[0])
+    return received
+
+
+def _meet(value: Any = None, error: Exception | None = None) -> list[Any]:
+    """Exchange values, or raise in all processes what one of them has raised."""
+    everywhere: list[Any] = [None] * processes()
+    try:
+        dist.all_gather_object(everywhere, (value, None if error is None else _portable(error)))
+    except Exception as lost:  # another process is gone: there is nobody to tell
+        setattr(lost, _MET, True)
+        raise
+    for process, (_, raised) in enumerate(everywhere):
+        if raised is None:
+            continue
+        found = error if error is not None and process == dist.get_rank() else raised
+        setattr(found, _MET, True)
+        raise found
+    return [found for found, _ in everywhere]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent to another process: its cause and traceback stay behind."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a foreign class does when it is pickled
+        return NSSPruneError(f"process {dist.get_rank()}: {type(error).__name__}: {error}")
+    return error
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise where a device holds a part of a weight only.
+
+    Raises:
+        ArgumentError: A parameter is a DTensor, as of FSDP2, or the model is wrapped by FSDP.
+    """
+    kinds = {type(tensor).__name__ for tensor in model.parameters()}
+    wrappers = {type(module).__name__ for module in model.modules()}
+    found = {"DTensor"} & kinds | {"FullyShardedDataParallel"} & wrappers
+    if found:
+        raise ArgumentError(
+            f"the model's weights are sharded over devices ({found.pop()}), and removing neurons "
+            "needs whole ones; prune before fully_shard, or load the state dict of "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)) into an unsharded model, prune that in all "
+            "processes, and shard it again"
+        )
+
+
 def total_counts(counts: Mapping[int, int]) -> dict[int, int]:
     """Category -> samples over all processes."""
-    if processes() == 1:
-        return dict(counts)
-    everywhere: list[Mapping[int, int]] = [{}] * processes()
-    dist.all_gather_object(everywhere, dict(counts))
     total: Counter[int] = Counter()
-    for local in everywhere:
+    for local in gathered(dict(counts)):
         total.update(local)
     return dict(total)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nss_prune.core.batches import split_batch
 from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.core.shards import without_padding
 from nss_prune.errors import ArgumentError, DataError
 
 
@@ -50,7 +51,7 @@ class Views:
         self.views = 1 + len(transforms)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for batch in self.data:
+        for batch in without_padding(self.data):
             inputs, labels = split_batch(batch)
             views = [inputs, *(transform(inputs) for transform in self.transforms)]
             repeated = map_tensors(lambda part: part.repeat_interleave(self.views, 0), labels)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from nss_prune.core.models import device_of, evaluation
-from nss_prune.core.processes import processes, total_counts
-from nss_prune.errors import ArgumentError
+from nss_prune.core.processes import agreed, processes, refuse_sharded, total_counts
+from nss_prune.core.shards import without_padding
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.profiling.accumulation import Collector, alone
 from nss_prune.profiling.notes import notes_on_rule
@@ -23,6 +23,7 @@ from nss_prune.statistics.consumers import ConsumerSums
 BYTES = 12  # for each pair of neurons: a sum in float64, and observations that wait in float32
 
 
+@agreed()
 def one_pass(
     model: nn.Module,
     data: Iterable[Any],
@@ -36,14 +37,11 @@ def one_pass(
     """The profile of known neurons. See :func:`nss_prune.profiling.run.profile_neurons`."""
     landscape, keep_statistics = comparison.landscape, upkeep.keep_statistics
     metrics, groups = comparison.chosen, neurons.groups
+    refuse_sharded(model)
+    data, meaning = objective.meaning(model, without_padding(data), metrics, comparison.categories)
     scores = Scores(groups, metrics, landscape, keep_statistics, ranking=comparison.ranking)
     baseline = objective.reference(data, metrics)
     consumers = ConsumerSums(model, groups)
-    if upkeep.keep_readers and processes() > 1:
-        raise ArgumentError(
-            "keep_readers=True is for one process: the consumers' inputs is not summed over "
-            "several; profile in one of them"
-        )
     # Activations of "flat" features take half of the memory.
     limit = upkeep.memory_limit // 2 if landscape.features == "flat" else upkeep.memory_limit
     collector = Collector(
@@ -55,7 +53,7 @@ def one_pass(
         device_of(model),
         baseline,
         consumers.watching if upkeep.keep_readers else alone,
-        objective.meaning(model, data),
+        meaning,
         objective.forward,
         limit / processes(),
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from nss_prune.core.models import Forward
-from nss_prune.core.outputs import OutputsSpec
+from nss_prune.core.batches import first_batch
+from nss_prune.core.models import Forward, device_of
+from nss_prune.core.outputs import OutputsSpec, outputs_of
+from nss_prune.core.processes import processes
 from nss_prune.errors import ArgumentError
 from nss_prune.profiling.baseline import mean_inputs
 from nss_prune.profiling.categories import Categories, check_categories
@@ -82,9 +84,25 @@ class Objective:
     forward: Forward
     baseline: Any
 
-    def meaning(self, model: nn.Module, data: Iterable[Any]) -> Meaning:
-        """What the outputs mean by one batch of the data."""
-        return by_batch(model, data, self.outputs, self.forward)
+    def meaning(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        metrics: Iterable[Contribution],
+        categories: Categories,
+    ) -> tuple[Iterable[Any], Meaning]:
+        """The data with all of its batches, and what the outputs mean by one of them.
+
+        Several processes find that out together before the pass, where it matters.
+        """
+        gradients = any(metric.needs_gradient for metric in metrics)
+        matters = self.loss is None and (gradients or categories == "predicted")
+        if processes() == 1 or not matters:
+            return data, by_batch(model, data, self.outputs, self.forward)
+        first, data = first_batch(data, device_of(model))
+        shown = [first] if isinstance(data, Iterator) else data
+        found = outputs_of(model, shown, self.outputs, forward=self.forward)
+        return data, lambda outputs, labels: found
 
     def reference(self, data: Iterable[Any], metrics: Iterable[Contribution]) -> Any:
         """The baseline that the metrics need, computed of the data where it is their mean."""

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from tqdm.auto import tqdm
 
 from nss_prune.core.batches import entered, pick_samples
-from nss_prune.core.processes import processes, total_counts
+from nss_prune.core.processes import gathered, processes, total_counts
+from nss_prune.core.stages import shown
 from nss_prune.errors import DataError
 from nss_prune.profiling.accumulation import Collector
 from nss_prune.profiling.categories import IGNORED, joined, members
@@ -54,6 +54,8 @@ def stream_parts(
     """
     if collector.categories == "labels" and isinstance(data, DataLoader):
         drawn = labelled_draw(data, room)
+        if processes() > 1:
+            drawn = _drawn_by_all(data, drawn, room)
         if drawn is not None:
             used = [pair for pair in drawn if pair[0] != IGNORED]
             collector.unused += len(drawn) - len(used)
@@ -70,6 +72,18 @@ def labelled_draw(loader: DataLoader[Any], room: int) -> list[tuple[int, int]] |
     if labels is None or len(set(labels)) <= room or loader.batch_sampler is None:
         return None
     return [(labels[index], index) for batch in loader.batch_sampler for index in batch]
+
+
+def _drawn_by_all(
+    loader: DataLoader[Any], drawn: list[tuple[int, int]] | None, room: int
+) -> list[tuple[int, int]] | None:
+    """What :func:`labelled_draw` gives where the labels of all processes are more than ``room``."""
+    labels = dataset_labels(loader.dataset)
+    everywhere = gathered(None if labels is None else set(labels))
+    known = [found for found in everywhere if found is not None]
+    if len(known) < processes() or len(set().union(*known)) <= room:
+        return None
+    return labelled_draw(loader, 0) or [] if drawn is None else drawn
 
 
 def dataset_labels(dataset: Dataset[Any]) -> list[int] | None:
@@ -92,9 +106,7 @@ def dataset_labels(dataset: Dataset[Any]) -> list[int] | None:
 
 def bar(data: Iterable[Any], progress: bool | None) -> Iterable[Any]:
     """``data`` with a progress bar, by default only where stderr is a terminal."""
-    hidden = None if progress is None else not progress
-    shown: Iterable[Any] = tqdm(data, desc="profile", unit="batch", leave=False, disable=hidden)
-    return shown
+    return shown(data, progress, "profile")
 
 
 def _in_order(

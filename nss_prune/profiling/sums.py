@@ -7,15 +7,12 @@ import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from nss_prune.core.processes import processes, total_counts
+from nss_prune.core.processes import gathered, processes, summed, total_counts
 from nss_prune.errors import DataError
-from nss_prune.profiling.flat import DrawnSamples
 from nss_prune.profiling.similarity import LandscapeSums
-from nss_prune.statistics.covariance import Covariance
+from nss_prune.statistics.covariance import add_over_processes
 
 
 @dataclass
@@ -100,41 +97,17 @@ def total_sums(sums: CategorySums) -> CategorySums:
         return sums
     sums.samples = total_counts({0: sums.samples})[0]
     groups = list(sums.groups.values())
-    values = [value for group in groups for value in group.statistics.values()]
-    for value, total in zip(values, _reduced(values), strict=True):
-        value.copy_(total)
-    _total_covariances([group.landscape.covariance for group in groups])
+    summed([value for group in groups for value in group.statistics.values()])
+    add_over_processes([group.landscape.covariance for group in groups])
     _gather_drawn([group.landscape for group in groups])
     return sums
-
-
-def _total_covariances(covariances: Sequence[Covariance]) -> None:
-    counts = _reduced([each.mean.new_tensor(each.rows) for each in covariances])
-    rows = [int(count.round()) for count in counts]
-    totals = _reduced([each.mean * each.rows for each in covariances])
-    # Around the mean of all, the scatters of the processes add up.
-    for each, count, total in zip(covariances, rows, totals, strict=True):
-        each.move(total / max(1, count))
-    scatters = _reduced([each.scatter for each in covariances])
-    for each, count, scatter in zip(covariances, rows, scatters, strict=True):
-        each.assign(count, each.mean, scatter)
 
 
 def _gather_drawn(landscapes: Sequence[LandscapeSums]) -> None:
     """Give every process the activations that all of them kept."""
     local = [each.drawn and each.drawn.to("cpu") for each in landscapes]
-    everywhere: list[list[DrawnSamples | None]] = [[]] * processes()
-    dist.all_gather_object(everywhere, local)
-    for landscape, found in zip(landscapes, zip(*everywhere, strict=True), strict=True):
+    for landscape, found in zip(landscapes, zip(*gathered(local), strict=True), strict=True):
         present = [drawn for drawn in found if drawn is not None]
         if present:
             home = landscape.covariance.mean.device
             landscape.drawn = functools.reduce(operator.add, present).to(home)
-
-
-def _reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of the tensors over all processes."""
-    packed = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(packed)
-    pieces = packed.split([tensor.numel() for tensor in tensors])
-    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

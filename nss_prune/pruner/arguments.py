@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from nss_prune.core.models import Forward, evaluation
-from nss_prune.core.processes import processes
+from nss_prune.core.processes import processes, refuse_sharded
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
 from nss_prune.profiling.selection import STRATEGIES, check_theta
@@ -136,12 +136,6 @@ def _budgets(
     for name, (share, _) in found.items():
         if not 0 < share <= 1:
             raise ArgumentError(f"{name} is {share!r}; it is the share to keep, in (0, 1]")
-    timed = "latency_budget" in given or cost == "latency"
-    if timed and processes() > 1:
-        raise ArgumentError(
-            "every process would time the model otherwise and keep other neurons; prune with "
-            "latency_budget in one process, or give macs_budget or params_budget"
-        )
     return found
 
 
@@ -225,7 +219,7 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
     """Raise where a strategy is none of those that there are, or does not suit what is asked for.
 
     Args:
-        predicts: Whether there are a budget or a quality, and data, in one process.
+        predicts: Whether there are a budget or a quality.
     """
     if aim.quality is not None:
         _check_quality(strategy, importance, predicts)
@@ -253,7 +247,7 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
 
 
 def _check_quality(strategy: Any, importance: Any, predicts: bool) -> None:
-    if importance is not None or not predicts:
+    if importance is not None or not predicts or processes() > 1:
         raise ArgumentError(
             "max_divergence= and score= choose the size from what data predicts: give data=, in "
             "one process, and no importance="
@@ -266,16 +260,11 @@ def _check_quality(strategy: Any, importance: Any, predicts: bool) -> None:
 
 
 def check_repeatable(option: str, data: Iterable[Any] | None) -> None:
-    """Raise where the data cannot be read several times, by one process, as an option needs it."""
+    """Raise where the data cannot be read several times, as an option needs it."""
     if data is None or isinstance(data, Iterator):
         raise ArgumentError(
             f"{option} with {'no data' if data is None else type(data).__name__}: the data is read "
             "several times; give data= as a list of batches or a DataLoader"
-        )
-    if processes() > 1:
-        raise ArgumentError(
-            f"{option} with {processes()} processes, each of which would find values of its own; "
-            "prune in one process"
         )
 
 
@@ -343,8 +332,9 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """The model inside a wrapper for several devices, and the wrapper, or None.
 
     Raises:
-        ArgumentError: Weights are masked or parametrized.
+        ArgumentError: Weights are masked, parametrized, or sharded over devices.
     """
+    refuse_sharded(model)
     refuse_reparametrised(model)
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module, model

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nss_prune.core.processes import processes
 from nss_prune.pruner.arguments import (
     Aim,
     check_fold,
@@ -33,6 +33,18 @@ from nss_prune.pruner.strategies import (
 )
 from nss_prune.pruner.strategy import Evidence, Importance, Strategy
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import Upkeep
+
+
+def upkeep_for(
+    progress: bool | None, memory_limit: float, checkpoint: str | os.PathLike[str] | None
+) -> Upkeep:
+    """What the passes may take, keep and show.
+
+    Raises:
+        ArgumentError: The limit is not above 0.
+    """
+    return Upkeep.of(progress, memory_limit, checkpoint)
 
 
 def chosen_strategy(strategy: Any, aim: Aim, importance: Importance | None, plain: bool) -> Any:
@@ -45,8 +57,7 @@ def chosen_strategy(strategy: Any, aim: Aim, importance: Importance | None, plai
     Raises:
         ArgumentError: It does not suit what is asked for.
     """
-    allocates = bool(aim.budgets) or aim.quality is not None
-    predicts = allocates and processes() == 1
+    predicts = bool(aim.budgets) or aim.quality is not None
     if strategy is None:
         best = predicts and not plain and importance is None
         strategy = "divergence" if best else "semantic"
@@ -102,7 +113,7 @@ def strategy_for(
     sizes: Mapping[str, int],
     inside_heads: bool = True,
     repairs: Sequence[Repair] = (),
-    **settings: Any,
+    outputs: Any = None,
 ) -> Strategy[Any]:
     """The object behind a name, or the object itself.
 
@@ -111,7 +122,7 @@ def strategy_for(
         sizes: Layer -> neurons before the first step.
         inside_heads: Whether dimensions inside heads may go.
         repairs: Around a removal, for a score that is measured with them.
-        settings: As of :class:`nss_prune.pruner.eliminating.Eliminating`; None is left out.
+        outputs: What the outputs mean.
     """
     if not isinstance(strategy, str):
         return strategy  # type: ignore[no-any-return]
@@ -119,7 +130,7 @@ def strategy_for(
         # The slices that a quality tries are masked in the model's own coordinates.
         inside_heads = inside_heads and aim.quality is None
         eliminating = Eliminating(
-            profiling.data, profiling.keeps_statistics, inside_heads=inside_heads, **settings
+            profiling.data, profiling.keeps_statistics, outputs, profiling.upkeep, inside_heads
         )
         if aim.quality is not None:
             return aim.quality.strategy(eliminating, repairs)
@@ -165,7 +176,7 @@ def repairs_for(
     balance: bool,
     more: Iterable[Repair],
     outputs: Any,
-    progress: bool | None,
+    upkeep: Upkeep,
 ) -> tuple[Repair, ...]:
     """The repairs in their order.
 
@@ -176,15 +187,15 @@ def repairs_for(
     found: list[Repair] = []
     if fold == "refit":
         assert data is not None
-        found.append(Refit(data, progress))
+        found.append(Refit(data, upkeep.progress))
     elif fold:
-        found.append(Fold(data, progress))
+        found.append(Fold(data, upkeep))
     if recalibrate:
         check_repeatable("recalibrate=True", data)
         assert data is not None
-        found.append(Recalibrate(data, progress))
+        found.append(Recalibrate(data, upkeep))
     if balance:
         check_repeatable("balance=True", data)
         assert data is not None
-        found.append(Balance(data, progress, outputs))
+        found.append(Balance(data, upkeep, outputs))
     return (*found, *check_repairs(more))

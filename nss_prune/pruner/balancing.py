@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nss_prune.compensation.balance import ClassShares, balance, class_shares
@@ -11,8 +12,10 @@ from nss_prune.core.outputs import Outputs, OutputsSpec
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.meaning import outputs_for
 from nss_prune.pruner.repair import Repaired
+from nss_prune.pruner.schedule import FORWARD, Stage
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import DEFAULT, Records, Upkeep
 
 
 @dataclass
@@ -23,12 +26,12 @@ class Balance:
 
     Attributes:
         data: Batches that can be iterated again.
-        progress: Show a progress bar; None for only on a terminal.
+        upkeep: What the passes may take, keep and show.
         outputs: What the outputs mean, see :data:`nss_prune.core.outputs.OutputsSpec`.
     """
 
     data: Iterable[Any]
-    progress: bool | None = None
+    upkeep: Upkeep = DEFAULT
     outputs: OutputsSpec = None
     _meaning: Outputs | None = None
     _whole: ClassShares | None = None
@@ -37,14 +40,26 @@ class Balance:
         """What the model gives each class before the first removal."""
         if self._whole is None:
             self._meaning, _ = outputs_for(subject, self.data, self.outputs)
-            self._whole = class_shares(
-                subject.model,
-                self.data,
-                progress=self.progress,
-                outputs=self._meaning,
-                **subject.calling,
-            )
+            asked, kinds = self._meaning.describe(), {"shares": ClassShares}
+            make = partial(self._seen, subject)
+            found = self.upkeep.recalled("classes", subject.model, self.data, asked, kinds, make)
+            self._whole = found["shares"][""]
+        assert self._whole is not None
         return self._whole
+
+    def stages(self, subject: Subject, before: Sequence[Stage]) -> list[Stage]:
+        """A pass before the removal, and one after it."""
+        return [Stage("balance", 2, FORWARD)]
+
+    def _seen(self, subject: Subject) -> Records:
+        found = class_shares(
+            subject.model,
+            self.data,
+            progress=self.upkeep.progress,
+            outputs=self._meaning,
+            **subject.calling,
+        )
+        return {"shares": {"": found}}
 
     def before(self, subject: Subject, chosen: Slice, seen: Any) -> Repaired:
         """Nothing yet."""
@@ -56,7 +71,7 @@ class Balance:
             subject.model,
             self.data,
             seen,
-            progress=self.progress,
+            progress=self.upkeep.progress,
             outputs=self._meaning,
             **subject.calling,
         )

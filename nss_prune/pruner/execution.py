@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.core.undo import undone_on_error
 from nss_prune.graph.bases import change_basis
 from nss_prune.pruner.configuration import follow_configuration
@@ -17,7 +18,7 @@ from nss_prune.pruner.wrapper import wrap_again
 
 
 def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None = None) -> Repaired:
-    """Remove what a plan does not keep, in place.
+    """Remove what a plan does not keep, in place; in all processes alike.
 
     Args:
         wrapper: Around the model, which follows where it refers to the parameters.
@@ -28,7 +29,7 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
     """
     subject, chosen = plan.subject, replace(plan.slice, bases=())
     seen = [repair.observe(subject, plan.evidence) for repair in repairs]
-    with undone_on_error(subject.model):
+    with undone_on_error(subject.model), agreed():
         change_basis(subject.model, plan.slice.bases)
         done = [
             repair.before(subject, chosen, known)
@@ -40,6 +41,7 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
             for repair, known in zip(repairs, seen, strict=True)
         ]
     limits = follow_configuration(subject.model, chosen)
+    copy_from_first(subject.model)
     if isinstance(wrapper, DistributedDataParallel):
         wrap_again(wrapper)
     return Repaired(

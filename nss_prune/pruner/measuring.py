@@ -46,7 +46,9 @@ class Measuring:
     def possible(self) -> bool:
         """Whether the data can be read again, and has enough samples."""
         data = self._eliminating.data
-        return not isinstance(data, Iterator) and has_samples(data, LEAST_SAMPLES)
+        if data is None or isinstance(data, Iterator):
+            return False
+        return has_samples(data, LEAST_SAMPLES)
 
     def divergence(self, critical: Slice) -> float:
         """Of the masked and repaired model's outputs from the whole model's, nats a sample."""
@@ -56,7 +58,7 @@ class Measuring:
         for repair, seen in self._repairs:
             repair.before(smaller, critical, seen)
         total, samples = 0.0, 0
-        progress: Any = self._eliminating.progress
+        progress: Any = self._eliminating.upkeep.progress
         both = (subject.model, smaller.model)
         with (
             evaluation(both[0]), evaluation(both[1]), torch.no_grad(), critical.masked(both[1]),

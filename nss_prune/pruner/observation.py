@@ -10,7 +10,6 @@ from typing import Any
 
 from nss_prune.allocation.importance import NSSImportance
 from nss_prune.core.nested import tensors_in
-from nss_prune.core.processes import processes
 from nss_prune.errors import ModelMismatchError
 from nss_prune.profiling.categories import Categories, check_categories
 from nss_prune.profiling.contributions.protocol import metric_named
@@ -19,6 +18,9 @@ from nss_prune.profiling.run import profile_neurons
 from nss_prune.profiling.similarity import Features, Landscape
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import BACKWARD, DEFAULT, Stage, Upkeep
+from nss_prune.statistics.consumers import ConsumerSums
+from nss_prune.statistics.memory import group_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,13 @@ class Profiling:
         data: Batches of (inputs, labels); None for the example inputs.
         keeps_statistics: Whether to add up what folding needs in the same pass.
         settings: Of :func:`nss_prune.profiling.run.profile_neurons`.
+        upkeep: What the pass may take, keep and show.
     """
 
     data: Iterable[Any] | None
     keeps_statistics: bool
     settings: dict[str, Any]
+    upkeep: Upkeep = DEFAULT
 
     def observe(self, subject: Subject) -> ProfileEvidence:
         """The evidence, from one pass; the model is left as found.
@@ -76,9 +80,19 @@ class Profiling:
         if self.data is None:
             profile = self._of_example_inputs(subject)
         else:
-            keeps = self.keeps_statistics and processes() == 1
+            keeps = self.keeps_consumers(subject)
             profile = self._of(subject, self.data, keep_readers=keeps, minimum_samples=2)
         return evidence_of(profile, subject)
+
+    def keeps_consumers(self, subject: Subject) -> bool:
+        """Whether the pass sums up what the consumers read; else the fold takes its own."""
+        sizes = ConsumerSums(subject.model, subject.groups).bytes
+        return self.keeps_statistics and sum(sizes.values()) <= self.upkeep.memory_limit
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        """The pass, more of them where the categories take more than the limit."""
+        sums = sum(group_bytes(group) for group in subject.groups)
+        return [Stage("profile", 1, BACKWARD, sums)]
 
     def _of_example_inputs(self, subject: Subject) -> Profile:
         own = {"categories": "predicted"} if self.settings["categories"] == "labels" else {}
@@ -86,7 +100,8 @@ class Profiling:
         return self._of(subject, data, minimum_samples=1, **own)
 
     def _of(self, subject: Subject, data: Iterable[Any], **own: Any) -> Profile:
-        settings = {**self.settings, **subject.calling, **own}
+        upkeep = {"progress": self.upkeep.progress, "memory_limit": int(self.upkeep.memory_limit)}
+        settings = {**self.settings, **subject.calling, **upkeep, **own}
         return profile_neurons(
             subject.model, data, subject.neurons, subject.example_inputs, **settings
         )
@@ -117,6 +132,7 @@ def profiling_for(
     features: Features,
     ranking: str,
     settings: Mapping[str, Any],
+    upkeep: Upkeep,
 ) -> Profiling:
     """How the model is profiled.
 
@@ -136,7 +152,7 @@ def profiling_for(
     }
     if ranking != "magnitude":
         own["ranking"] = ranking
-    return Profiling(data, bool(fold) and data is not None, own)
+    return Profiling(data, bool(fold) and data is not None, own, upkeep)
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

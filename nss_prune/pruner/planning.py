@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits, ShareOf
+from nss_prune.core.processes import decided
 from nss_prune.graph.bases import BasisChange
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.neurons import NeuronGroup
@@ -20,6 +23,9 @@ from nss_prune.pruner.eliminating import EliminationEvidence
 from nss_prune.pruner.figures import Figures
 from nss_prune.pruner.plan_figures import figures_of
 from nss_prune.pruner.rounding import RoundTo, roundings
+from nss_prune.pruner.schedule import Schedule as Schedule
+from nss_prune.pruner.schedule import schedule as schedule
+from nss_prune.pruner.schedule import showing as showing
 from nss_prune.pruner.sensitivity import SensitivityTable, sensitivity_of
 from nss_prune.pruner.strategy import Evidence, Strategy, Target
 from nss_prune.pruner.subject import Subject
@@ -47,6 +53,25 @@ class Plan:
     notes: tuple[str, ...]
     figures: Figures = field(default_factory=Figures)
     classes: Mapping[int, int] = field(default_factory=dict)
+    sensitivity: SensitivityTable | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the first of several processes decides for all.
+
+    Attributes:
+        kept: Layer -> True where a neuron stays, ``[neurons]``.
+        rule: By which the slice was chosen.
+        whole, notes, sensitivity: Those of the plan.
+        reached: Name of the cost that is limited, and the share of it that is kept.
+    """
+
+    kept: dict[str, Tensor]
+    rule: str
+    whole: tuple[float, ...]
+    notes: tuple[str, ...]
+    reached: tuple[str, float | None] = ("", None)
     sensitivity: SensitivityTable | None = None
 
 
@@ -88,21 +113,38 @@ class Planner:
             step: From 1 to ``steps``.
             whole: The first model's costs; counted here where there are none.
         """
+        decision = decided(lambda: self._decision(subject, evidence, step, steps, whole))
+        chosen = Slice(decision.kept, subject.groups, decision.rule)
+        chosen = replace(chosen, bases=bases_of(chosen, evidence.bases))
+        notes, classes = decision.notes, {}
+        if self.head is not None:
+            notes, classes = (*notes, self.head.note), dict(self.head.outputs)
+        figures = figures_of(evidence, chosen, decision.sensitivity, *decision.reached)
+        return Plan(
+            subject, evidence, chosen, decision.whole, notes, figures, classes, decision.sensitivity
+        )
+
+    def _decision(
+        self,
+        subject: Subject,
+        evidence: Evidence,
+        step: int,
+        steps: int,
+        whole: tuple[float, ...],
+    ) -> Decision:
+        """What the first of several processes decides."""
         whole, kept = self._shares(subject, whole)
         target = self._target(step, steps, kept)
         chosen, limits = self._selected(subject, evidence, target)
-        chosen = replace(chosen, bases=bases_of(chosen, evidence.bases))
         notes = self._shortfall(subject, chosen, kept, step, steps)
-        sensitivity, reached, name = None, None, ""
-        if kept:
-            reached, name = kept[0](chosen), self.aim.costs[0].name
-            if isinstance(evidence, EliminationEvidence):
-                sensitivity = sensitivity_of(evidence, chosen, kept[0], name, limits)
-        figures = figures_of(evidence, chosen, sensitivity, name, reached)
-        classes: Mapping[int, int] = {}
-        if self.head is not None:
-            notes, classes = (*notes, self.head.note), self.head.outputs
-        return Plan(subject, evidence, chosen, whole, notes, figures, classes, sensitivity)
+        if not kept:
+            return Decision(dict(chosen.kept), chosen.rule, whole, notes)
+        share, cost = kept[0], self.aim.costs[0].name
+        sensitivity = None
+        if isinstance(evidence, EliminationEvidence):
+            sensitivity = sensitivity_of(evidence, chosen, share, cost, limits)
+        reached = cost, share(chosen)
+        return Decision(dict(chosen.kept), chosen.rule, whole, notes, reached, sensitivity)
 
     def _selected(
         self, subject: Subject, evidence: Evidence, target: Target

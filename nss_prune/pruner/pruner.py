@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -26,11 +27,12 @@ from nss_prune.pruner.assembly import (
     chosen_strategy,
     repairs_for,
     strategy_for,
+    upkeep_for,
 )
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.journal import Journal, Report
 from nss_prune.pruner.observation import evidence_of, profiling_for
-from nss_prune.pruner.planning import Plan, Planner
+from nss_prune.pruner.planning import Plan, Planner, Schedule, schedule, showing
 from nss_prune.pruner.stages import Stages
 from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph
 from nss_prune.pruner.subject import Subject
@@ -68,8 +70,8 @@ class NSSPruner(Stages, WithoutRegularizer):
 
     Args:
         model: The model, pruned in place by :meth:`step`. DataParallel and
-            DistributedDataParallel are unwrapped, and the latter wraps the smaller model again; its
-            processes must be given the same profile, or all their shards of the data.
+            DistributedDataParallel are unwrapped, and the latter wraps the smaller model again.
+            All processes of torch.distributed give their shards of the data, and get the same.
         example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict; or a list of
             pictures, where the model takes one.
         importance: A torch-pruning importance that replaces semantic slicing. With a budget each
@@ -85,7 +87,7 @@ class NSSPruner(Stages, WithoutRegularizer):
             budget cannot be met within 1 %. Of several budgets all hold.
         latency_budget: Share of the seconds of one call to keep, in (0, 1], as predicted from
             timing the model at four widths (see :mod:`nss_prune.allocation.latency`): best on an
-            idle machine, with ``round_to`` and the batch size that count, in one process.
+            idle machine, with ``round_to`` and the batch size that count.
         budget: Share of ``cost`` to keep, in (0, 1].
         cost: "macs", "parameters", "latency", a function of the slice that is kept, or an object,
             see :class:`nss_prune.pruner.cost.Cost`.
@@ -114,13 +116,16 @@ class NSSPruner(Stages, WithoutRegularizer):
             moved (see :mod:`nss_prune.compensation.recalibration`), in two forward passes.
         balance: Shift the class scores so that each class keeps its mean predicted probability
             (see :mod:`nss_prune.compensation.balance`), in two forward passes. These three, but
-            for ``fold=True``, need a list or a DataLoader, and one process.
+            for ``fold=True``, need a list or a DataLoader.
         repairs: Further ones of your own, see :class:`nss_prune.pruner.repair.Repair`.
         profile: A profile of this model, instead of ``data``.
         timeout: Seconds that torch-pruning may take to follow the model, and its parts.
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.
+        memory_limit: Bytes for the sums of a pass; where all take more there are several passes.
+        checkpoint: A folder for the sums of finished passes. A run that was broken off goes on
+            from them, with the same model, arguments and data; they go when all steps are done.
         *positional: torch-pruning's arguments after ``importance``, in its order.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
@@ -186,6 +191,8 @@ class NSSPruner(Stages, WithoutRegularizer):
         timeout: float = TIMEOUT,
         adapters: Sequence[Adapter] = ADAPTERS,
         progress: bool | None = None,
+        memory_limit: float = 2**32,
+        checkpoint: str | os.PathLike[str] | None = None,
         **torch_pruning_arguments: Any,
     ) -> None:
         given = by_position(positional, torch_pruning_arguments)
@@ -198,22 +205,20 @@ class NSSPruner(Stages, WithoutRegularizer):
         self.strategy = chosen_strategy(strategy, aim, importance, plain)
         subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
         data, outputs = subset.data, subset.outputs
-        common = {"outputs": outputs, "progress": progress}
-        own = {"loss": loss, **common}
-        self._profiling = profiling_for(data, fold, metric, categories, features, ranking, own)
-        self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, progress)
+        upkeep = self._upkeep = upkeep_for(progress, memory_limit, checkpoint)
+        self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, upkeep)
+        own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
+        self._profiling = profiling_for(data, bool(fold), *named, own, upkeep)
         model, self.wrapper = unwrapped(model)
         example_inputs = as_called(model, example_inputs, given.get("forward_fn"))
         settings = own_arguments(model, given, aim)
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
         tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
         self._subject = self._first_subject(model, importance, tracer, settings)
-        self._arrange(aim, importance, subset, settings, common)
-        self._given = None if profile is None else evidence_of(profile, self._subject)
+        self._arrange(aim, importance, subset, settings, outputs)
         check_steps(self.iterative_steps, importance, data, profile, aim)
+        self._given = None if profile is None else evidence_of(profile, self._subject)
         self._profiled = self._given
-        self._history: list[Any] = []
-        self._journal = Journal()
         share_history(self)
 
     def _arrange(
@@ -222,9 +227,11 @@ class NSSPruner(Stages, WithoutRegularizer):
         importance: Importance | None,
         given: Given,
         settings: dict[str, Any],
-        common: dict[str, Any],
+        outputs: Any,
     ) -> None:
         """Set the strategy, the repairs and the planner, once the neurons are known."""
+        self._history: list[Any] = []
+        self._journal = Journal()
         sizes = self._subject.sizes
         head = given.head(self._subject)
         self.repairs = (*self.repairs, *([head] if head else []))
@@ -237,7 +244,7 @@ class NSSPruner(Stages, WithoutRegularizer):
             sizes,
             settings.get("prune_head_dims", True),
             self.repairs,
-            **common,
+            outputs,
         )
         limits = (self.max_pruning_ratio, self.round_to)
         self._planner = Planner(self._strategy, aim, sizes, *limits, is_uniform(settings), head)
@@ -306,9 +313,10 @@ class NSSPruner(Stages, WithoutRegularizer):
             self._journal.begin(self._subject)
             if interactive:
                 return self._groups(self._verified(inside_heads=False))
-            plan = self._next()
-            with self._journal.stage("removing"):
-                plan, repaired = self._pruned(plan)
+            with showing(self._strategy, self.repairs, self._subject, self._upkeep.progress):
+                plan = self._next()
+                with self._journal.stage("removing"):
+                    plan, repaired = self._pruned(plan)
             self._finish(plan)
         self.folded = repaired.changed
         self.report = self._journal.end(plan, repaired.notes)
@@ -329,6 +337,8 @@ class NSSPruner(Stages, WithoutRegularizer):
         self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
         self._stale = True
         self._history += map(list, history(plan.slice))
+        if self._upkeep.checkpoint and self.current_step == self.iterative_steps:
+            self._upkeep.checkpoint.clear()
         count_heads(self.num_heads, self.model, plan.slice)
 
     def _groups(self, plan: Plan) -> Iterator[Any]:
@@ -342,6 +352,11 @@ class NSSPruner(Stages, WithoutRegularizer):
             self.report = self._journal.end(plan, planned=False)
 
         return groups()
+
+    def plan(self) -> Schedule:
+        """The passes of the next step, with seconds by one timed batch; nothing is changed."""
+        data = self._profiling.data
+        return schedule(self._strategy, self.repairs, self._subject, data)
 
     def pruning_history(self) -> list[Any]:
         """What all steps removed, for ``load_pruning_history`` on a fresh model."""

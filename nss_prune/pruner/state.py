@@ -7,18 +7,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from nss_prune.core.processes import agreed
+
 TRACED = "to be traced"
 
 
 @contextlib.contextmanager
 def restored_on_error(owner: Any) -> Iterator[None]:
-    """If the body raises, an object gets back the attributes that it had, and their contents."""
+    """If the body raises, an object gets back the attributes that it had, and their contents.
+
+    Of several processes, all raise what one of them does.
+    """
     before = dict(vars(owner))
     contents = [
         (value, value.copy()) for value in before.values() if isinstance(value, (dict, list, set))
     ]
     try:
-        yield
+        with agreed():
+            yield
     except BaseException:
         vars(owner).clear()
         vars(owner).update(before)

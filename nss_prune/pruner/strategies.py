@@ -15,6 +15,7 @@ from nss_prune.graph.slices import Slice
 from nss_prune.pruner.eliminating import Eliminating, EliminationEvidence
 from nss_prune.pruner.observation import ProfileEvidence, Profiling
 from nss_prune.pruner.ranking import Asked, Ranking, importance_of
+from nss_prune.pruner.schedule import Stage
 from nss_prune.pruner.strategy import Evidence, Importance, Target
 from nss_prune.pruner.subject import Subject
 
@@ -32,6 +33,10 @@ class ByProfile:
     def observe(self, subject: Subject) -> ProfileEvidence:
         """The profile, from one pass over the data."""
         return self.profiling.observe(subject)
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        """The pass of the profile."""
+        return self.profiling.stages(subject)
 
 
 class ThetaStrategy(ByProfile):
@@ -191,6 +196,10 @@ class DivergenceStrategy:
     def observe(self, subject: Subject) -> EliminationEvidence:
         """The eliminations, from one or two passes over the data."""
         return self.eliminating.observe(subject)
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        """The passes of the eliminations."""
+        return self.eliminating.stages(subject)
 
     def select(
         self, subject: Subject, evidence: EliminationEvidence, target: Target, limits: Limits

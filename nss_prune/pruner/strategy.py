@@ -90,6 +90,8 @@ class Strategy(Protocol[Observed]):
     def select(self, subject: Subject, evidence: Observed, target: Target, limits: Limits) -> Slice:
         """The neurons that stay, of all of ``subject.groups``.
 
+        Of several processes the first is asked, and all follow it.
+
         Args:
             subject: With the neurons of the evidence, or fewer where some cannot be removed.
             evidence: By :meth:`observe`, of the same model.

@@ -83,6 +83,10 @@ class Subject:
         """Layer -> neurons, those inside the heads of each attention module included."""
         return {group.name: group.size for group in self.groups} | head_widths(self.model)
 
+    def layers(self) -> dict[str, int]:
+        """Layer -> neurons that may be removed."""
+        return {group.name: group.size for group in self.groups}
+
     @property
     def calling(self) -> dict[str, Any]:
         """``forward=`` for what runs the model, where it is not called as usual."""

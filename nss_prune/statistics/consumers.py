@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nss_prune.core.batches import counted_batches
-from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
+from nss_prune.core.batches import counted_batches, shared_data
+from nss_prune.core.models import Forward, call_model, device_of, evaluation, run, submodule
+from nss_prune.core.processes import agreed, gathered, processes
 from nss_prune.graph.axes import check_fits, input_axis, map_positions, sides_by_consumer
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.statistics.capture import by_sample, map_shape, watched
-from nss_prune.statistics.moments import ConsumerStatistics, Moments
+from nss_prune.statistics.memory import BYTES, MEMORY_LIMIT, check_passes, mapped, parts_within
+from nss_prune.statistics.moments import (
+    ConsumerStatistics,
+    Moments,
+    add_moments_over_processes,
+)
 from nss_prune.statistics.survey import survey
 
 WIDEST_MAP = 2048  # channels of a flattened map with a full covariance, which takes 32 MiB then
 
 
+@agreed()
 def consumer_statistics(
     model: nn.Module,
     data: Iterable[Any],
@@ -28,15 +36,18 @@ def consumer_statistics(
     *,
     forward: Forward = call_model,
     progress: bool | None = None,
+    memory_limit: float = MEMORY_LIMIT,
 ) -> dict[str, ConsumerStatistics]:
     """Mean and covariance of what every consumer of the groups reads, in one forward-only pass.
 
-    Takes 8 C² bytes for a consumer of C channels. The model is left as found.
+    Takes 12 C² bytes for a consumer of C channels. The model is left as found.
 
     Args:
         data: Batches as :func:`nss_prune.profile` takes them; labels are not used.
         forward: Calls the model on the inputs of a batch.
         progress: Show a progress bar; None for only on a terminal.
+        memory_limit: Bytes for the sums of a pass. Where all take more there are several passes,
+            and what is returned is in files that are mapped into memory.
 
     Returns:
         Consumer -> its statistics; a consumer that is never called is missing.
@@ -47,7 +58,33 @@ def consumer_statistics(
         ModelMismatchError: The model does not have the groups.
     """
     check_fits(groups, model)
-    sums = ConsumerSums(model, groups)
+    data = shared_data(data)
+    sizes = ConsumerSums(model, groups).bytes
+    parts = parts_within(sizes, sizes.__getitem__, memory_limit)
+    check_passes(data, len(parts), memory_limit)
+    found: dict[str, ConsumerStatistics] = {}
+    for names in parts:
+        sums = ConsumerSums(model, groups, names=names)
+        part = _one_pass(model, data, sums, forward, progress)
+        found.update(in_files(part) if len(parts) > 1 else part)
+    return found
+
+
+def in_files(found: Mapping[str, ConsumerStatistics]) -> dict[str, ConsumerStatistics]:
+    """The same with covariances in files that are mapped into memory."""
+    return {
+        name: replace(one, covariance=mapped(one.covariance), mean=one.mean.cpu())
+        for name, one in found.items()
+    }
+
+
+def _one_pass(
+    model: nn.Module,
+    data: Iterable[Any],
+    sums: ConsumerSums,
+    forward: Forward,
+    progress: bool | None,
+) -> dict[str, ConsumerStatistics]:
     norms: dict[str, str] = {}
     with evaluation(model), torch.no_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "folding"):
@@ -56,25 +93,38 @@ def consumer_statistics(
                     norms = survey(model, sums.consumers, inputs, forward).norms
                 else:
                     run(model, inputs, number, forward)
-    return sums.statistics(norms)
+    return sums.statistics(next((found for found in gathered(norms) if found), {}))
 
 
 class ConsumerSums:
     """Adds up what the consumers of a model read, whoever runs it.
 
     Args:
+        groups: All groups of the model.
+        names: The consumers, where others are left out.
         views: Of each sample, see :class:`nss_prune.core.views.Views`.
 
     Attributes:
         consumers: Consumer -> its sides, one for each group that it reads.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], views: int = 1) -> None:
-        self.consumers = sides_by_consumer(groups)
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[NeuronGroup],
+        views: int = 1,
+        names: Collection[str] | None = None,
+    ) -> None:
+        self.consumers = {
+            name: sides
+            for name, sides in sides_by_consumer(groups).items()
+            if names is None or name in names
+        }
         self._model = model
         self._views = views
         self._moments: dict[str, Moments] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._whole = False
 
     @contextlib.contextmanager
     def watching(self, samples: int) -> Iterator[None]:
@@ -83,14 +133,42 @@ class ConsumerSums:
         def add(name: str, read: Tensor) -> None:
             module = submodule(self._model, name)
             if name not in self._moments:
-                repeats = summed_positions(module, self.consumers[name])
-                self._moments[name] = Moments(repeats, self._views)
+                self._moments[name] = self._nothing(name, read.device)
             shape = map_shape(read, input_axis(module), samples)
             self._moments[name].add(by_sample(name, read, module, samples), shape)
             self._shapes[name] = tuple(read.shape[1:])
 
         with watched(self._model, self.consumers, add):
             yield
+
+    def _nothing(self, name: str, device: torch.device) -> Moments:
+        sides = self.consumers[name]
+        repeats = summed_positions(submodule(self._model, name), sides)
+        return Moments(sides[0].width, repeats, self._views, device)
+
+    def add_over_processes(self) -> None:
+        """Replace what was added here by what was added in all processes; once, at the end."""
+        if processes() == 1 or self._whole:
+            return
+        self._whole = True
+        for shapes in gathered(dict(self._shapes)):
+            self._shapes = {**shapes, **self._shapes}
+        home = device_of(self._model)
+        names = [name for name in self.consumers if name in self._shapes]
+        known = self._moments
+        self._moments = {
+            name: known[name] if name in known else self._nothing(name, home) for name in names
+        }
+        add_moments_over_processes(list(self._moments.values()))
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Consumer -> what its sums take."""
+        units = {
+            name: sides[0].width // summed_positions(submodule(self._model, name), sides)
+            for name, sides in self.consumers.items()
+        }
+        return {name: BYTES * count**2 for name, count in units.items()}
 
     def moments(self, consumer: str) -> Moments:
         """What was added up of one consumer."""
@@ -115,6 +193,7 @@ class ConsumerSums:
         Raises:
             NumericalError: A consumer read NaN or infinite values.
         """
+        self.add_over_processes()
         return {
             name: moments.statistics(name, self._shapes[name], norms.get(name))
             for name, moments in self._moments.items()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from nss_prune.core.processes import summed
 
 FEW = 256  # rows whose products are summed in the precision of the values
 
@@ -24,12 +28,20 @@ class Covariance:
         repeats: Values of a channel in each row, each with a mean of its own; the scatter is
             their sum.
         device: Where the sums are.
+        precision: In which rows are multiplied; their own by default.
 
     Attributes:
         rows: Number of rows added.
     """
 
-    def __init__(self, channels: int, repeats: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        channels: int,
+        repeats: int = 1,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self.precision = precision
         self.rows = 0
         self._settled = 0  # of these rows, those that are in the mean and the scatter
         self._mean = torch.zeros(channels, repeats, dtype=torch.float64, device=device)
@@ -102,6 +114,7 @@ class Covariance:
             return
         block = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, dim=1)
         self._waiting.clear()
+        block = block if self.precision is None else block.to(self.precision)
         rows = block.shape[1]
         # Rounded to the values' precision, so that values near it are shifted without an error.
         shift = block.mean(1, keepdim=True)
@@ -120,3 +133,17 @@ class Covariance:
         self._scatter.addmm_(offset, offset.T, alpha=self._settled * rows / total)
         self._mean += offset * (rows / total)
         self._settled = total
+
+
+def add_over_processes(covariances: Sequence[Covariance]) -> None:
+    """Replace each by that of the rows of all processes, in place."""
+    counts = [each.mean.new_tensor(each.rows) for each in covariances]
+    totals = [each.mean * each.rows for each in covariances]
+    summed([*counts, *totals])
+    rows = [int(count.round()) for count in counts]
+    # Around the mean of all, the scatters of the processes add up.
+    for each, count, total in zip(covariances, rows, totals, strict=True):
+        each.move(total / max(1, count))
+    summed([each.scatter for each in covariances])
+    for each, count in zip(covariances, rows, strict=True):
+        each.assign(count, each.mean, each.scatter)

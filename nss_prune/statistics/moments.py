@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nss_prune.core.processes import processes, summed
 from nss_prune.errors import NumericalError
-from nss_prune.statistics.positions import spaced
+from nss_prune.statistics.covariance import Covariance, add_over_processes
+from nss_prune.statistics.positions import positions, spaced
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,36 @@ class ConsumerStatistics:
 
 
 class Moments:
-    """Mean and covariance of a stream, in float64 around the mean of its first batch.
+    """Mean and covariance of a stream, in float64, and how much its rows resemble each other.
 
     Args:
+        channels: Of the stream.
         repeats: Channels that each row of the covariance stands for.
         views: Of each sample, one after the other.
+        device: Where the sums are.
+
+    Attributes:
+        samples: Number of samples, each of their views counted.
+        rows: Number of (sample, position) pairs.
     """
 
-    def __init__(self, repeats: int = 1, views: int = 1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        repeats: int = 1,
+        views: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.repeats = repeats
         self.views = views
-        self.samples = 0
-        self.rows = 0
-        self._shift: Tensor | None = None
+        self.samples = self.rows = 0
+        units = channels // repeats
+        self._picked = positions((repeats,))
+        self._total = torch.zeros(units, repeats, dtype=torch.float64, device=device)
+        self._rows = Covariance(units, len(self._picked), device, torch.float64)
+        # Σ of the units' variances: a scatter of one channel that has them as repeats.
+        self._by_view = Covariance(1, units, device, torch.float64)
+        self._by_sample = Covariance(1, units, device, torch.float64)
         self._found: ConsumerStatistics | None = None
 
     def add(self, values: Tensor, shape: Sequence[int] | None = None) -> None:
@@ -83,26 +102,19 @@ class Moments:
         Args:
             shape: Of the map whose positions these are; one axis where it is not known.
         """
-        seen = spaced(values, 2, shape).double()
-        samples, channels, positions = seen.shape
-        seen = seen.reshape(samples, channels // self.repeats, self.repeats, positions)
-        if self._shift is None:
-            self._shift = seen.mean((0, 3))
-            units = len(self._shift)
-            self._total = torch.zeros_like(self._shift)
-            self._matrix = seen.new_zeros(units, units)
-            self._by_view, self._by_sample = seen.new_zeros(2, 2, units)
-        centred = seen - self._shift[:, :, None]
-        self._total += centred.sum((0, 3))
-        picked = spaced(centred, 2)
-        by_unit = picked.transpose(0, 1).flatten(1)
-        self._matrix += by_unit @ by_unit.T
-        by_view = picked.mean((2, 3))
-        by_sample = by_view.unflatten(0, (-1, self.views)).mean(1)
-        self._by_view += torch.stack([by_view.sum(0), by_view.square().sum(0)])
-        self._by_sample += torch.stack([by_sample.sum(0), by_sample.square().sum(0)])
+        seen = spaced(values, 2, shape)
+        samples, channels, count = seen.shape
+        seen = seen.reshape(samples, channels // self.repeats, self.repeats, count)
+        self._total += seen.sum((0, 3), dtype=torch.float64)
+        picked = spaced(seen, 2)
+        # A copy: the rows wait for others, and what follows may write to them.
+        rows = picked.permute(1, 0, 3, 2).clone(memory_format=torch.contiguous_format)
+        self._rows.add(rows.flatten(1, 2))
+        by_view = picked.double().mean((2, 3))
+        self._by_view.add(by_view[None])
+        self._by_sample.add(by_view.unflatten(0, (-1, self.views)).mean(1)[None])
         self.samples += samples
-        self.rows += samples * positions
+        self.rows += samples * count
         self._found = None
 
     def statistics(self, name: str, shape: tuple[int, ...], norm: str | None) -> ConsumerStatistics:
@@ -122,24 +134,20 @@ class Moments:
         """
         found = self.statistics(name, (), None)
         samples = self.samples / self.views
-        between = _variance(self._by_sample / samples)
+        between = _variance(self._by_sample)
         return independent(samples, found.rows, float(found.covariance.trace()), between)
 
     def _statistics(self, name: str) -> ConsumerStatistics:
-        assert self._shift is not None
-        offset = self._total / self.rows
-        if not torch.isfinite(self._matrix.sum() + offset.sum()):
+        mean, scatter = (self._total / self.rows).flatten(), self._rows.scatter
+        if not torch.isfinite(scatter.sum() + mean.sum()):
             raise NumericalError(
                 f"{name} reads NaN or infinite values; check the data and the model's weights"
             )
-        picked = spaced(offset, 1)
-        rows = self.rows * picked.shape[1]
-        covariance = self._matrix / rows
-        covariance.addmm_(picked, picked.T, alpha=-1 / picked.shape[1])
-        covariance = covariance.add_(covariance.T.clone()).div_(2)
-        between = _variance(self._by_view / self.samples)
+        rows = self.rows * len(self._picked)
+        covariance = (scatter + scatter.T).div_(2 * rows)
+        between = _variance(self._by_view)
         return ConsumerStatistics(
-            mean=(self._shift + offset).flatten(),
+            mean=mean,
             covariance=covariance,
             rows=rows,
             samples=self.samples,
@@ -148,10 +156,23 @@ class Moments:
         )
 
 
-def _variance(averages: Tensor) -> float:
-    """Σ of the variances, from averages of values and of their squares, ``[2, units]``."""
-    mean, square = averages
-    return float((square - mean.square()).sum())
+def add_moments_over_processes(moments: Sequence[Moments]) -> None:
+    """Replace each by that of the samples of all processes, in place."""
+    if processes() == 1:
+        return
+    totals = [each._total for each in moments]
+    counts = [each._total.new_tensor([each.samples, each.rows]) for each in moments]
+    summed([*totals, *counts])
+    for each, count in zip(moments, counts, strict=True):
+        each.samples, each.rows = (int(number) for number in count.round())
+        each._found = None
+    parts = [[each._rows, each._by_view, each._by_sample] for each in moments]
+    add_over_processes([part for each in parts for part in each])
+
+
+def _variance(averages: Covariance) -> float:
+    """Σ of the variances of all units."""
+    return float(averages.scatter) / max(1, averages.rows)
 
 
 def independent(samples: float, rows: int, variance: float, between: float) -> float:

@@ -15,10 +15,8 @@ from nss_prune import NSSPruner
 from nss_prune.allocation import latency
 from nss_prune.allocation.latency import WIDTHS, Latency, evenly, seconds_by_layer
 from nss_prune.discovery.whole import discover
-from nss_prune.errors import ArgumentError
 from nss_prune.graph.costs import macs_by_module
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner import arguments
 from nss_prune.surgery.removal import remove
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3)).double()
@@ -105,12 +103,6 @@ def test_several_steps_share_the_seconds_of_the_first_model(model, monkeypatch) 
         pruner.step()
         shares.append(counted(model, IMAGES, lambda m, x: m(x))[""] / whole)
     assert shares == pytest.approx([0.8, 0.6], abs=0.04)
-
-
-def test_processes_that_would_differ_are_refused(model, monkeypatch) -> None:
-    monkeypatch.setattr(arguments, "processes", lambda: 2)
-    with pytest.raises(ArgumentError, match="one process"):
-        NSSPruner(model, IMAGES, latency_budget=0.6)
 
 
 def test_every_leaf_is_timed_by_the_clock_and_the_model_is_left_as_found(monkeypatch) -> None:

@@ -1,0 +1,259 @@
+"""Seconds and memory of a budget over samples, widths, categories and processes.
+
+A whole step of NSSPruner at half of the MACs, beside bare forward and backward passes over the same
+samples, and beside torch-pruning's Taylor and Hessian criteria, each in a process of its own. One
+axis at a time; the others are at the first of their values. The slopes are those of a line through
+the logarithms: 1 where twice as much takes twice as long.
+
+    python benchmarks/scale.py                                       # a minute or two
+    python benchmarks/scale.py --models vit_base_patch16_224,vit_large_patch16_224 --depth 0 \\
+        --size 224 --samples 128,512,4096 --categories 10,100,1000 --processes 1,2,4
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import timm
+import torch
+import torch.distributed as dist
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.common import results, tables
+from benchmarks.common.options import run
+from benchmarks.common.tables import Cell, Column
+from benchmarks.common.timing import printed_by, resident_peak, seconds, show
+from benchmarks.rivals.ranking import GRADIENTS, set_gradients
+from nss_prune import NSSPruner
+from nss_prune.errors import ArgumentError
+
+SIDES = ("bare", "ours", "taylor", "hessian")
+AXES = ("samples", "model", "categories", "processes")
+COLUMNS = (
+    Column("axis", "axis"), Column("model", "model"), Column("samples", "samples", 0),
+    Column("categories", "categories", 0), Column("processes", "processes", 0),
+    Column("side", "side"), Column("seconds", "seconds", 2), Column("megabytes", "memory, MB", 0),
+    Column("times", "x bare passes", 2),
+)  # fmt: skip
+SLOPES = (
+    Column("axis", "axis"), Column("side", "side"),
+    Column("seconds", "slope of seconds"), Column("megabytes", "slope of memory"),
+)  # fmt: skip
+
+Batches = list[tuple[Tensor, Tensor]]
+Rows = list[dict[str, Cell]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures.
+
+    Attributes:
+        depth: Blocks that are left of the model; 0 for all.
+        size: Of the pictures, in pixels.
+    """
+
+    model: str
+    samples: int
+    categories: int
+    processes: int
+    depth: int
+    size: int
+
+    @classmethod
+    def of(cls, words: str) -> Case:
+        """The inverse of ``str``."""
+        model, *numbers = words.split(",")
+        return cls(model, *map(int, numbers))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, asdict(self).values()))
+
+    def made(self) -> nn.Module:
+        """The model, not trained: neither time nor memory depend on its weights."""
+        torch.manual_seed(0)
+        cut: dict[str, Any] = {}
+        if self.model.startswith("vit"):
+            cut = {"img_size": self.size, **({"depth": self.depth} if self.depth else {})}
+        elif self.model.startswith("convnext") and self.depth:
+            cut = {"depths": (self.depth,) * 4}
+        elif self.depth:
+            raise ArgumentError(f"--depth cuts vit and convnext models, not {self.model}; give 0")
+        return timm.create_model(self.model, num_classes=self.categories, **cut).eval()
+
+    def data(self, rank: int = 0) -> Batches:
+        """The batches of a process."""
+        torch.manual_seed(1)
+        inputs = torch.randn(self.samples, 3, self.size, self.size)
+        labels = torch.arange(self.samples) % self.categories
+        batches = list(zip(inputs.split(16), labels.split(16), strict=True))
+        return batches[rank :: self.processes]
+
+
+def bare(model: nn.Module, data: Batches) -> None:
+    """Forward and backward passes."""
+    for inputs, labels in data:
+        cross_entropy(model(inputs), labels).backward()
+        model.zero_grad()
+
+
+def ours(model: nn.Module, data: Batches) -> None:
+    """Half of the MACs, with all that NSSPruner does by default."""
+    NSSPruner(model, data[0][0][:1], data=data, macs_budget=0.5, progress=False).step()
+
+
+def ranked(kind: str, model: nn.Module, data: Batches) -> None:
+    """Half of the channels by one of torch-pruning's criteria, gradients included."""
+    set_gradients(model, GRADIENTS[kind](model, data))
+    criterion = {
+        "taylor": tp.importance.GroupTaylorImportance,
+        "hessian": tp.importance.GroupHessianImportance,
+    }[kind]()
+    NSSPruner(model, data[0][0][:1], criterion, pruning_ratio=0.5, fold=False).step()
+
+
+def measured(side: str, case: Case, rank: int = 0) -> tuple[float, float]:
+    """Seconds, and MB beyond the model and its data."""
+    model, data = case.made(), case.data(rank)
+    with torch.no_grad():
+        model(data[0][0][:1])
+    sides: dict[str, Callable[[nn.Module, Batches], None]] = {"bare": bare, "ours": ours}
+    before = resident_peak()
+    taken = seconds(
+        lambda: sides[side](model, data) if side in sides else ranked(side, model, data)
+    )
+    return taken, resident_peak() - before
+
+
+def member(rank: int, side: str, case: Case, folder: str) -> None:
+    """One of several processes; the first writes what it measured."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    method = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=case.processes)
+    found = measured(side, case, rank)
+    if rank == 0:
+        Path(folder, "found").write_text(" ".join(map(str, found)))
+    dist.destroy_process_group()
+
+
+def one_case(side: str, case: Case) -> str:
+    """What :func:`measured` gives, in as many processes as the case says."""
+    if case.processes == 1:
+        return " ".join(map(str, measured(side, case)))
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(member, args=(side, case, folder), nprocs=case.processes)
+        return Path(folder, "found").read_text()
+
+
+def cases(first: Case, values: dict[str, list[Any]]) -> Iterator[tuple[str, Case]]:
+    """Axis and case, one axis at a time."""
+    for axis, along in values.items():
+        for value in along if len(along) > 1 else ():
+            yield axis, replace(first, **{axis: value})
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Of the line through the logarithms, by least squares; None of fewer than two."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
+    if len({x for x, _ in logs}) < 2:
+        return None
+    mean = [sum(axis) / len(logs) for axis in zip(*logs, strict=True)]
+    above = sum((x - mean[0]) * (y - mean[1]) for x, y in logs)
+    return float(above / sum((x - mean[0]) ** 2 for x, _ in logs))
+
+
+def slopes(rows: Rows) -> Rows:
+    """For every axis and side; widths are the numbers of parameters."""
+    found: Rows = []
+    for axis, side in dict.fromkeys((row["axis"], row["side"]) for row in rows):
+        own = [row for row in rows if (row["axis"], row["side"]) == (axis, side)]
+        key = "parameters" if axis == "model" else str(axis)
+        values = {
+            what: slope([(float(row[key]), float(row[what])) for row in own])  # type: ignore[arg-type]
+            for what in ("seconds", "megabytes")
+        }
+        found.append({"axis": axis, "side": side, **values})
+    return found
+
+
+def rows_of(sides: Sequence[str], first: Case, values: dict[str, list[Any]]) -> Rows:
+    """A row for each side of each case; what two axes share is measured once."""
+    rows: Rows = []
+    known: dict[tuple[str, Case], list[float]] = {}
+    for axis, case in cases(first, values):
+        parameters = sum(parameter.numel() for parameter in case.made().parameters())
+        alone = 0.0
+        for side in sides:
+            if (side, case) not in known:
+                known[side, case] = printed_by("benchmarks.scale", "--case", f"{side},{case}")
+            taken, megabytes = known[side, case]
+            alone = taken if side == "bare" else alone
+            rows.append({
+                "axis": axis, **asdict(case), "side": side, "seconds": taken,
+                "megabytes": megabytes, "times": taken / alone if alone else None,
+                "parameters": parameters,
+            })  # fmt: skip
+            show({column.key: rows[-1][column.key] for column in COLUMNS})
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", default="vit_tiny_patch16_224,vit_small_patch16_224",
+        help="comma list of timm's (default: %(default)s)")  # fmt: skip
+    add("--samples", default="32,64,128", help="comma list (default: %(default)s)")
+    add("--categories", default="10,100", help="comma list (default: %(default)s)")
+    add("--processes", default="1,2", help="comma list (default: %(default)s)")
+    add("--sides", default=",".join(SIDES), help="comma list (default: %(default)s)")
+    add("--depth", type=int, default=2, help="blocks, 0 for all (default: %(default)s)")
+    add("--size", type=int, default=64, help="pixels of the pictures (default: %(default)s)")
+    add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
+        help="folder of the result files (default: %(default)s)")  # fmt: skip
+    add("--case", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    asked = parser().parse_args(words)
+    if asked.case:
+        side, _, case = asked.case.partition(",")
+        print(one_case(side, Case.of(case)))
+        return
+    sides = asked.sides.split(",")
+    if unknown := sorted(set(sides) - set(SIDES)):
+        raise ArgumentError(f"There is no side {unknown[0]!r}; there are: {', '.join(SIDES)}.")
+    values: dict[str, list[Any]] = {"model": asked.models.split(",")}
+    for axis in ("samples", "categories", "processes"):
+        values[axis] = [int(number) for number in getattr(asked, axis).split(",")]
+    values = {axis: values[axis] for axis in AXES}
+    first = Case(**{axis: along[0] for axis, along in values.items()}, depth=asked.depth,
+                 size=asked.size)  # fmt: skip
+    rows = rows_of(sides, first, values)
+    for name, columns, table in (("scale", COLUMNS, rows), ("scale-slopes", SLOPES, slopes(rows))):
+        path = asked.output / f"{name}.json"
+        title = "Scale: a budget beside bare passes"
+        results.write(path, title, columns, table, seeds=[0], depth=asked.depth, size=asked.size)
+        print(f"\n{tables.text_table(columns, table)}\n\n{path} written")
+
+
+if __name__ == "__main__":
+    run(main)
