@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nss_prune.adaptation.accuracies import AccuracyMatrix
 from nss_prune.adaptation.freezing import Freezing
 from nss_prune.adaptation.protection import (
     all_needed_entries,
@@ -21,6 +21,7 @@ from nss_prune.adaptation.protection import (
 )
 from nss_prune.adaptation.task_weights import check_weights
 from nss_prune.adaptation.tasks import Task, least_uncertain
+from nss_prune.adaptation.validation import Validation, accuracy_of_task
 from nss_prune.core.classifier import find_classifier, outputs_of
 from nss_prune.core.models import run, submodule
 from nss_prune.core.outputs import class_scores
@@ -38,6 +39,9 @@ class LearnedTasks:
             Linear layer, or the last convolution where there is none.
         tasks: At least one.
 
+    Attributes:
+        accuracies: Of all tasks with validation batches after each one learned.
+
     Raises:
         ArgumentError: A task slices the layer that makes the outputs.
         ModelMismatchError: A task is of another model.
@@ -51,6 +55,8 @@ class LearnedTasks:
         self.tasks = tuple(tasks)
         for task in self.tasks:
             self._check(task)
+        self.accuracies = AccuracyMatrix()
+        self._validations: dict[str, Validation | None] = {}
 
     @contextlib.contextmanager
     def task(self, task: int | str = -1, *, masked: bool | None = None) -> Iterator[nn.Module]:
@@ -172,10 +178,16 @@ class LearnedTasks:
         trainable = {name: entries & ~frozen[name] for name, entries in needed.items()}
         return Freezing(self.model, trainable, needed_channels(isolated, self.model))
 
-    def settling(self, inputs: Any) -> Freezing:
-        """Deprecated name of :meth:`masked_freezing`."""
-        warnings.warn("settling() is now masked_freezing()", DeprecationWarning, stacklevel=2)
-        return self.masked_freezing(inputs)
+    def _add_accuracies(self) -> None:
+        """A row of the accuracies of all tasks as they are now, where any can be measured."""
+        given = [self._validations.get(task.name) for task in self.tasks]
+        if all(validation is None for validation in given):
+            return
+        found = []
+        for position, validation in enumerate(given):
+            with self.task(position) as model:
+                found.append(accuracy_of_task(model, validation))
+        self.accuracies = self.accuracies.with_row([task.name for task in self.tasks], found)
 
     def _frozen(self, tasks: Sequence[Task], slices: Sequence[Slice]) -> dict[str, Tensor]:
         """Parameter -> True for entries that tasks need, or that require no gradient anyway."""

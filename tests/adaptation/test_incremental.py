@@ -220,7 +220,7 @@ def slower(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("name", MODELS)
 def test_finetuning_changes_what_the_last_task_needs_alone(name: str, optimizer: str) -> None:
     model, first, inputs = started(name)
-    trainer = IncrementalTrainer(model, data=first, share=0.5, progress=False)
+    trainer = IncrementalTrainer(model, data=first, keep=0.5, progress=False)
     for mask in trainer.tasks[0].slice.kept.values():
         assert int(mask.sum()) == round(0.5 * len(mask))
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
@@ -229,7 +229,7 @@ def test_finetuning_changes_what_the_last_task_needs_alone(name: str, optimizer:
     assert (model.eval()(inputs) - before).abs().max() > 0
     known = [scores(trainer, 0, inputs)]
     for classes in ((2, 3), (4, 5)):
-        trainer.share = None
+        trainer.keep = None
         trainer.theta = 0.9
         trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
         trainer.finetune_masked(**arguments)
@@ -242,7 +242,7 @@ def test_finetuning_changes_what_the_last_task_needs_alone(name: str, optimizer:
 def test_a_small_slice_is_finetuned_to_do_the_task_alone() -> None:
     data = pictures((0, 1), samples=400, deviation=5.0)
     model = trained(small_mlp(), data)
-    trainer = IncrementalTrainer(model, data=data, share=0.1, progress=False)
+    trainer = IncrementalTrainer(model, data=data, keep=0.1, progress=False)
     with trainer.task_a() as masked:
         before = accuracy(masked, data)
     trainer.finetune_masked(epochs=10, learning_rate=0.01)
@@ -251,7 +251,7 @@ def test_a_small_slice_is_finetuned_to_do_the_task_alone() -> None:
 
 
 def test_a_task_that_is_finetuned_answers_with_its_mask(tmp_path: Path) -> None:
-    trainer = trainer_of(trained_mlp(), weights=0.1)
+    trainer = trainer_of(trained_mlp(), keep_weights=0.1)
     trainer.fit(pictures((2, 3)), epochs=2)
     inputs = torch.randn(9, 3, 4, 4)
     masked = scores(trainer, 1, inputs)
@@ -304,7 +304,7 @@ def test_the_names_before_still_work() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_tasks_in_a_share_of_the_weights_keep_their_logits(name: str, optimizer: str) -> None:
     model, first, inputs = started(name)
-    trainer = IncrementalTrainer(model, data=first, share=0.8, weights=0.2, progress=False)
+    trainer = IncrementalTrainer(model, data=first, keep=0.8, keep_weights=0.2, progress=False)
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
     trainer.finetune_masked(**arguments)
     known = [scores(trainer, 0, inputs)]
@@ -342,7 +342,7 @@ def weights_by_hand(trainer: IncrementalTrainer) -> dict[str, Tensor]:
 def test_a_task_keeps_the_best_of_its_weights_and_the_others_train() -> None:
     model = trained_mlp()
     before = copy.deepcopy(model)
-    trainer = trainer_of(model, 0.95, weights=0.2)
+    trainer = trainer_of(model, 0.95, keep_weights=0.2)
     expected = weights_by_hand(trainer)
     kept = trainer.tasks[0].weights
     assert kept.keys() == expected.keys()
@@ -360,7 +360,7 @@ def test_a_task_keeps_the_best_of_its_weights_and_the_others_train() -> None:
 
 def test_a_task_of_a_share_of_the_weights_computes_with_no_others() -> None:
     model = trained_mlp()
-    trainer = trainer_of(model, weights=0.1)
+    trainer = trainer_of(model, keep_weights=0.1)
     (task,) = trainer.tasks
     before = fingerprint(model)
     smaller = copy.deepcopy(model).eval()
@@ -377,7 +377,7 @@ def test_a_task_of_a_share_of_the_weights_computes_with_no_others() -> None:
 
 def test_free_weights_are_enough_for_another_task() -> None:
     trainer = IncrementalTrainer(
-        trained_mlp(), data=pictures((0, 1)), share=1.0, weights=0.5, progress=False
+        trained_mlp(), data=pictures((0, 1)), keep=1.0, keep_weights=0.5, progress=False
     )
     inputs = torch.randn(9, 3, 4, 4)
     known = scores(trainer, 0, inputs)
@@ -389,7 +389,7 @@ def test_free_weights_are_enough_for_another_task() -> None:
 
 
 def test_tasks_with_weights_are_saved(tmp_path: Path) -> None:
-    trainer = trainer_of(trained_mlp(), weights=0.2)
+    trainer = trainer_of(trained_mlp(), keep_weights=0.2)
     (task,) = trainer.tasks
     task.save(tmp_path / "task")
     loaded = Task.load(tmp_path / "task")
@@ -403,7 +403,10 @@ def test_tasks_with_weights_are_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"weights": 0.0}, "weights is 0"), ({"weights": 0.5, "method": "best"}, "method is 'best'")],
+    [
+        ({"keep_weights": 0.0}, "keep_weights is 0"),
+        ({"keep_weights": 0.5, "method": "best"}, "method is 'best'"),
+    ],
 )
 def test_shares_of_weights_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -562,7 +565,7 @@ def test_after_a_loader_raised_the_model_is_as_before_and_training_goes_on(
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert len(trainer.tasks) == 1
     assert path.exists()
-    trainer.fit(data, epochs=3, optimizer=OPTIMIZERS["sgd"], checkpoint=path)
+    trainer.fit(data, epochs=3, optimizer=OPTIMIZERS["sgd"], checkpoint=path, resume=True)
     for one, other in zip(trainer.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -571,13 +574,13 @@ def test_after_a_loader_raised_the_model_is_as_before_and_training_goes_on(
 def test_finetuning_goes_on_after_a_loader_raised(weights: float | None, tmp_path: Path) -> None:
     data, path = pictures((0, 1)), tmp_path / "checkpoint"
     arguments = {"epochs": 3, "optimizer": OPTIMIZERS["sgd"]}
-    straight, trainer = (trainer_of(trained_mlp(), weights=weights) for _ in range(2))
+    straight, trainer = (trainer_of(trained_mlp(), keep_weights=weights) for _ in range(2))
     straight.finetune_masked(data, **arguments)
     before = fingerprint(trainer.model)
     with pytest.raises(OSError, match="disk"):
         trainer.finetune_masked(Raising(data, 1), checkpoint=path, **arguments)
     assert_unchanged(trainer.model, before)
-    trainer.finetune_masked(data, checkpoint=path, **arguments)
+    trainer.finetune_masked(data, checkpoint=path, resume=True, **arguments)
     for one, other in zip(trainer.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -589,7 +592,7 @@ def test_a_checkpoint_of_another_model_or_task_is_refused(tmp_path: Path) -> Non
         trainer = trainer_of(other)
         before = fingerprint(other)
         with pytest.raises(ModelMismatchError, match="frozen entries|another training"):
-            trainer.fit(pictures(classes), checkpoint=path)
+            trainer.fit(pictures(classes), checkpoint=path, resume=True)
         assert_unchanged(other, before)
 
 
@@ -707,7 +710,7 @@ def test_replay_teaches_the_whole_network_earlier_tasks(form: str) -> None:
         "sampler": SubsetRandomSampler(range(16)),
         "batches": pictures((0, 1))[:2],
     }[form]
-    trainer.fit(pictures((2, 3)), replay, epochs=20, loss="all", learning_rate=0.01)
+    trainer.fit(pictures((2, 3)), replay=replay, epochs=20, loss="all", learning_rate=0.01)
     assert torch.equal(scores(trainer, 0, inputs), before)
     model.eval()
     assert accuracy(model, pictures((0, 1))) > 0.9
@@ -723,14 +726,14 @@ def test_a_batch_has_its_own_samples_and_replayed_ones() -> None:
         return functional.cross_entropy(outputs, labels, reduction="none")
 
     replay = [(torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 1]))]
-    trainer.fit(pictures((2, 3), samples=16), replay, epochs=1, loss=loss)
+    trainer.fit(pictures((2, 3), samples=16), replay=replay, epochs=1, loss=loss)
     assert seen[:4] == [[2, 3] * 4, [0, 1, 1], [2, 3] * 4, [0, 1, 1]]
 
 
 def test_nothing_to_replay() -> None:
     trainer = trainer_of(trained_mlp())
     with pytest.raises(DataError, match="replay"):
-        trainer.fit(pictures((2, 3)), [])
+        trainer.fit(pictures((2, 3)), replay=[])
 
 
 def test_parts_of_a_loader_are_of_its_sampler_and_the_same_in_every_pass() -> None:
