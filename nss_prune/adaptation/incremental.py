@@ -165,8 +165,8 @@ class IncrementalTrainer(LearnedTasks, OldNames):
                 gives a score, larger for better.
             replay: Samples of earlier tasks for the whole network to learn again: a share in
                 (0, 1] of all data seen by this trainer, a sampler over the data set of ``data``,
-                or batches. Each batch of the task gets one of them, starting over when they end.
-                What is critical to earlier tasks stays frozen all the same.
+                or batches. Each batch of the task gets one of them, over and over. What is
+                critical to earlier tasks stays frozen all the same.
             name: Of the task; "task 2" and so on by default.
             **training: ``epochs``, ``optimizer``, ``learning_rate``, ``patience``, ``checkpoint``,
                 ``on_epoch`` and others, see :class:`nss_prune.training.settings.TrainingSettings`.
@@ -175,8 +175,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
                 far; or a function of (outputs, labels) that gives one value for each sample or
                 their mean.
 
-        Returns:
-            The task, now the last of ``tasks``.
+        Returns: The task, now the last of ``tasks``.
 
         Raises:
             ArgumentError, DataError: The arguments, several processes, or other labels.
