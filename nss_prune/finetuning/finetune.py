@@ -65,9 +65,7 @@ def finetune(
     progress: bool | None = None,
     **arguments: Unpack[FinetuneArguments],
 ) -> FinetuneResult:
-    """Train a smaller model on, by the labels and by the model that it was made from.
-
-    ::
+    """Train a smaller model on, by the labels and by the model that it was made from::
 
         whole = copy.deepcopy(model)
         NSSPruner(model, example_inputs, macs_budget=0.6, data=loader).step()
@@ -84,8 +82,7 @@ def finetune(
         validation: Other batches, on which the accuracy is measured after each epoch; or a
             function of the model that gives a score, larger for better, or metrics by name. The
             model has the values of its best epoch in the end.
-        metrics: Name -> metric of torchmetrics (or with its update, compute and reset), measured
-            on the validation batches besides the accuracy.
+        metrics: Name -> metric of torchmetrics, for the validation batches.
         monitor: Name of the metric that says which epoch is best; "-name" where less is better.
         log: Folder for history.csv, and for TensorBoard's events where that is installed.
         progress: Whether to show a bar; by default in a terminal.
@@ -103,21 +100,14 @@ def finetune(
         NumericalError: The loss or the weights became NaN or infinite. Whatever is raised, the
             model is as it was before the call.
     """
-    options: dict[str, Any] = dict(arguments)
-    recipe = Recipe.taken_from(options)
-    settings = _settings(options, validation, log)
+    recipe, others = Recipe.taken_from(arguments)
+    settings = _settings(others, validation, log)
     taught = recipe.taught_by(teacher, model)
     batches = Placed(model, data)
     learner = FinetuneLearner(
-        train_all(model),
-        settings,
-        distillation=taught,
-        mixing=recipe.mixing(batches.classes),
-        decay=recipe.ema,
+        train_all(model), settings, taught, recipe.mixing(batches.classes), recipe.ema
     )
-    validate = None
-    if validation is not None:
-        validate = Validating(model, validation, metrics or {}, monitor)
+    validate = Validating.of(model, validation, metrics or {}, monitor)
     copy_from_first(model)
     with restored_on_error(model, values=True, optimizer=learner.optimizer):
         done = learner.run(batches, recipe.identity(taught), validate, progress)

@@ -70,7 +70,6 @@ class FinetuneLearner(Learner):
         self,
         freezing: Freezing,
         settings: TrainingSettings,
-        *,
         distillation: Distillation | None,
         mixing: Mixing | None,
         decay: float | None,

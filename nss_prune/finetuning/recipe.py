@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -57,10 +57,11 @@ class Recipe:
             raise ArgumentError(f"ema is {self.ema}; give a decay in (0, 1), such as 0.999")
 
     @staticmethod
-    def taken_from(arguments: dict[str, Any]) -> Recipe:
-        """The recipe in some keywords, which are removed from them."""
-        names = [field.name for field in fields(Recipe)]
-        return Recipe(**{name: arguments.pop(name) for name in names if name in arguments})
+    def taken_from(arguments: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+        """The recipe in some keywords, and the other ones."""
+        others = dict(arguments)
+        names = [field.name for field in fields(Recipe) if field.name in others]
+        return Recipe(**{name: others.pop(name) for name in names}), others
 
     def taught_by(self, teacher: nn.Module | None, model: nn.Module) -> Distillation | None:
         """How the model learns from a teacher; None without one.

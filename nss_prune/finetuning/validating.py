@@ -50,6 +50,16 @@ class Validating:
     metrics: Mapping[str, Metric]
     monitor: str = "accuracy"
 
+    @staticmethod
+    def of(
+        model: nn.Module,
+        validation: Validation | None,
+        metrics: Mapping[str, Metric],
+        monitor: str,
+    ) -> Validating | None:
+        """What measures a model; None without a validation."""
+        return None if validation is None else Validating(model, validation, metrics, monitor)
+
     def __call__(self) -> dict[str, float]:
         """The metrics, "score" among them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,18 +34,16 @@ class Learner:
         """What :meth:`loss` takes, made of a batch on the model's device, in full precision."""
         return batch
 
-    @contextlib.contextmanager
-    def attach(self) -> Iterator[None]:
+    def attach(self) -> contextlib.AbstractContextManager[None]:
         """Within the context, the training takes place."""
-        yield
+        return contextlib.nullcontext()
 
     def begin(self) -> None:
         """Called before each epoch: a checkpoint or the validation may have changed the model."""
 
-    @contextlib.contextmanager
-    def gradients(self) -> Iterator[None]:
+    def gradients(self) -> contextlib.AbstractContextManager[None]:
         """Within the context, a batch goes forward and backward."""
-        yield
+        return contextlib.nullcontext()
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """All whose gradients count."""
@@ -54,10 +52,9 @@ class Learner:
     def stepped(self) -> None:
         """Called after each step of the optimiser."""
 
-    @contextlib.contextmanager
-    def result(self) -> Iterator[None]:
+    def result(self) -> contextlib.AbstractContextManager[None]:
         """Within the context, the model has the values that count, for its validation."""
-        yield
+        return contextlib.nullcontext()
 
     def finish(self) -> None:
         """Give the model the values that count."""

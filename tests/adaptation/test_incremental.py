@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from networks import assert_unchanged, fingerprint, mlp
+from nss_prune.adaptation.accuracies import AccuracyMatrix
 from nss_prune.adaptation.datasets import parts
 from nss_prune.adaptation.incremental import THETAS, IncrementalTrainer
 from nss_prune.adaptation.isolation import isolated_part
@@ -35,6 +36,7 @@ from nss_prune.errors import (
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.profiling.run import profile
+from processes import in_processes
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -888,3 +890,95 @@ def test_fit_is_a_loop_in_which_gradients_of_frozen_entries_are_zero(optimizer: 
         trained(by_hand, data, 3, updates)
     for name, value in by_hand.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_the_accuracy_matrix_and_forgetting_are_those_on_paper() -> None:
+    matrix = AccuracyMatrix()
+    matrix = matrix.with_row(["a"], [0.9])
+    matrix = matrix.with_row(["a", "b"], [0.5, 0.7])
+    matrix = matrix.with_row(["a", "b"], [0.6, 0.8])  # b was trained on
+    matrix = matrix.with_row(["a", "b", "c"], [0.7, 0.9, 0.4])
+    assert matrix.rows == ((0.9,), (0.6, 0.8), (0.7, 0.9, 0.4))
+    assert matrix.average == pytest.approx(2 / 3)
+    assert matrix.forgetting == pytest.approx((0.2, -0.1))
+    assert matrix.average_forgetting == pytest.approx(0.05)
+    assert repr(matrix).splitlines()[-1].split() == ["forgot", "20.00", "-10.00"]
+    assert math.isnan(AccuracyMatrix().average)
+
+
+def test_validation_history_and_accuracies_of_tasks() -> None:
+    told: list[dict[str, float]] = []
+    first, second = pictures((0, 1), samples=24), pictures((2, 3), samples=24)
+    trainer = trainer_of(trained_mlp(), validation=first)
+    with trainer.task_a() as model:
+        assert trainer.accuracies.rows == ((accuracy(model, first),),)
+    trainer.fit(
+        pictures((2, 3)), second, epochs=6, learning_rate=0.01, scheduler="cosine",
+        patience=6, on_epoch=told.append, amp=torch.bfloat16, clip_norm=1.0,
+    )  # fmt: skip
+    assert tuple(told) == trainer.history
+    assert len(told) == 6
+    assert told[0]["learning_rate"] > told[-1]["learning_rate"]
+    rows = trainer.accuracies.rows
+    assert len(rows) == 2
+    with trainer.task_a() as model:
+        assert rows[1][0] == accuracy(model, first)
+    with trainer.task_b() as model:
+        assert rows[1][1] == accuracy(model, second) == max(metrics["score"] for metrics in told)
+    assert trainer.accuracies.forgetting == (0.0,)  # bit-identical under its mask
+    trainer.finetune_masked(epochs=1)
+    assert len(trainer.accuracies.rows) == 2
+
+
+def test_a_task_stops_early_and_its_best_values_come_back() -> None:
+    trainer = trainer_of(trained_mlp())
+    seen: list[dict[str, Tensor]] = []
+    given = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+
+    def validate(model: nn.Module) -> float:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return next(given)
+
+    trainer.fit(pictures((2, 3)), validate, epochs=9, patience=2)
+    assert [metrics["score"] for metrics in trainer.history] == [0.1, 0.5, 0.4, 0.3]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, seen[1][name])
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.1}, {"weight_decay": 0.1}, {"optimizer": "sgd"}, {"loss": "all"}]
+)
+def test_a_checkpoint_of_other_hyper_parameters_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    trainer_of(trained_mlp()).fit(pictures((2, 3)), epochs=1, checkpoint=path)
+    trainer = trainer_of(trained_mlp())
+    before = fingerprint(trainer.model)
+    with pytest.raises(ModelMismatchError, match="another training: it has .*, this one"):
+        trainer.fit(pictures((2, 3)), epochs=2, checkpoint=path, resume=True, **change)
+    assert_unchanged(trainer.model, before)
+
+
+def test_old_names_work_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="share= is now keep="):
+        trainer = trainer_of(trained_mlp(), theta="auto", share=0.5)
+    with pytest.warns(DeprecationWarning, match="weights= is now keep_weights="):
+        assert trainer_of(trained_mlp(), weights=0.2).keep_weights == 0.2
+    assert trainer.keep == 0.5
+    with pytest.warns(DeprecationWarning, match="share is now keep"):
+        assert trainer.share == 0.5
+    with pytest.warns(DeprecationWarning, match="finetune_masked"):
+        trainer.settle(epochs=1)
+    with pytest.raises(ArgumentError, match="old name"):
+        trainer_of(trained_mlp(), share=0.5, keep=0.5)
+
+
+def several(rank: int, folder: str) -> None:
+    trainer = trainer_of(trained_mlp())
+    with pytest.raises(ArgumentError, match="one process"):
+        trainer.fit(pictures((2, 3)), epochs=1)
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    in_processes(several, tmp_path)

@@ -413,3 +413,57 @@ def test_processes_stay_equal_and_learn_from_all_samples(tmp_path: Path) -> None
     layer = linear()
     ReadaptTrainer(layer, None, None, train="all").fit([samples()], epochs=1, **SGD)
     torch.testing.assert_close(layer.weight.detach(), first["linear"], rtol=1e-6, atol=1e-7)
+
+
+def test_trainings_are_told_of_and_have_a_history() -> None:
+    model, critical = learned()
+    told: list[dict[str, float]] = []
+    result = ReadaptTrainer(model, critical, "fgsm", 0.1).fit(
+        stripes(), stripes(seed=2), epochs=3, on_epoch=told.append
+    )
+    assert tuple(told) == result.history
+    assert [metrics["score"] for metrics in told] == list(result.scores)
+    for metrics in told:
+        assert metrics["score"] == pytest.approx((metrics["accuracy"] + metrics["attacked"]) / 2)
+    assert result.accuracy == evaluate_attack(model, stripes(seed=2), None)
+    assert result.seconds == sum(metrics["seconds"] for metrics in told)
+    assert result.notes == ()
+
+
+def test_a_slice_that_leaves_nothing_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    groups = discover(model, stripes()[0][0]).groups
+    everything = Slice({g.name: torch.ones(g.size, dtype=torch.bool) for g in groups}, groups)
+    trainer = ReadaptTrainer(model, everything, None)
+    assert "100.0% of the parameters train" in caplog.text
+    result = trainer.fit(stripes(), epochs=1)
+    assert "leaves next to nothing out" in result.notes[0]
+    assert result.accuracy == result.ra
+
+
+def test_arguments_of_a_training_still_go_to_the_constructor_with_a_warning() -> None:
+    model, critical = learned()
+    other, _ = learned()
+    with pytest.warns(DeprecationWarning, match="give epochs=, optimizer= to fit"):
+        trainer = ReadaptTrainer(model, critical, None, epochs=2, optimizer="sgd")
+    trainer.fit(stripes())
+    ReadaptTrainer(other, critical, None).fit(stripes(), epochs=2, optimizer="sgd")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.1}, {"momentum": 0.5}, {"clip_norm": 1.0}, {"attack": "pgd"}]
+)
+def test_a_checkpoint_of_other_hyper_parameters_is_refused(change, tmp_path: Path) -> None:
+    path = tmp_path / "training.safetensors"
+    model, critical = learned()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    ReadaptTrainer(model, critical).fit(stripes(), epochs=1, checkpoint=path, **SGD)
+    model.load_state_dict(start)
+    attack = change.pop("attack", "fgsm")
+    settings = {**SGD, **change, "epochs": 2, "checkpoint": path, "resume": True}
+    with pytest.raises(ModelMismatchError, match="another training: it has .*, this one"):
+        ReadaptTrainer(model, critical, attack).fit(stripes(), **settings)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, start[name])
