@@ -143,6 +143,9 @@ class TrainingSettings:
             optimizer: The one that trains.
         """
         found = {"optimizer": type(optimizer).__name__, **_numbers(optimizer.defaults)}
+        # timm gives the decay to a group of its own, and none to the others.
+        decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
+        found["weight_decay"] = max(decays)
         found |= {
             name: described(getattr(self, name))
             for name in ("scheduler", "loss", "amp", "clip_norm")
