@@ -97,7 +97,9 @@ def measure_predictions(
     whole = log_probabilities(model, test.batches(board.batch))
     for by in [name for name in ("new", "training") if name in parts]:
         batches = list(parts[by].batches(board.batch))
-        strategy = ObservedOnce(DivergenceStrategy(Eliminating(batches, True, upkeep=Upkeep(progress=False))))
+        strategy = ObservedOnce(
+            DivergenceStrategy(Eliminating(batches, True, upkeep=Upkeep(progress=False)))
+        )
         for level in board.levels:
             smaller = copy.deepcopy(model)
             pruner = pruned(smaller, batches, strategy=strategy, **{BUDGETS[level.of]: level.kept})

@@ -50,7 +50,7 @@ if __name__ == "__main__":  # a script imports from the repository, as the tests
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import results
 from benchmarks.common.data import Data, load
@@ -100,6 +100,7 @@ from benchmarks.reports.rq3 import (
 )
 from nss_prune.adaptation import (
     Freezing,
+    ReadaptResult,
     ReadaptTrainer,
     evaluate_attack,
 )
@@ -126,13 +127,17 @@ def precision(model: nn.Module) -> torch.dtype | None:
         return torch.bfloat16 if torch.is_autocast_enabled(device) else None
 
 
-def trainer(
-    model: nn.Module, attack: Attack, train: Literal["all"] | Freezing, course: Course
-) -> ReadaptTrainer:
-    """One that trains a part of the model as the course says."""
-    return ReadaptTrainer(
-        model, None, attack, train=train, adversaries=course.adversaries,
-        optimizer=partial(make_optimiser, recipe=course.recipe), scheduler="cosine",
+def readapt(
+    model: nn.Module,
+    attack: Attack,
+    train: Literal["all"] | Freezing,
+    course: Course,
+    batches: Sequence[tuple[Tensor, Tensor]],
+) -> ReadaptResult:
+    """Train a part of the model as the course says."""
+    trainer = ReadaptTrainer(model, None, attack, train=train, adversaries=course.adversaries)
+    return trainer.fit(
+        batches, optimizer=partial(make_optimiser, recipe=course.recipe), scheduler="cosine",
         epochs=course.recipe.epochs, amp=precision(model),
     )  # fmt: skip
 
@@ -149,7 +154,7 @@ def run_method(subject: Subject, name: str, method: str) -> Outcome:
             ra = evaluate_attack(model, new, attack)
         else:
             train = subject.trained_by(method)
-            found = trainer(model, attack, train, subject.course).fit(new)
+            found = readapt(model, attack, train, subject.course, new)
             tpr, ra, seconds = found.tpr, found.ra, found.seconds
         torch.manual_seed(subject.seed)
         raa = evaluate_attack(model, again, attack)
@@ -164,7 +169,8 @@ def warm_up(subject: Subject, name: str) -> None:
     course = replace(subject.course, recipe=replace(subject.course.recipe, epochs=1))
     batches = new_samples(subject.data, course.recipe)[:1]
     with restored(subject.model), torch.random.fork_rng():
-        trainer(subject.model, attack_of(name, subject.data), "all", course).fit(batches)
+        attack = attack_of(name, subject.data)
+        readapt(subject.model, attack, "all", course, batches)
 
 
 def run_model(

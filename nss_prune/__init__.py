@@ -6,6 +6,7 @@ from nss_prune.adaptation.tasks import Task
 from nss_prune.allocation.importance import NSSImportance
 from nss_prune.core.views import Views
 from nss_prune.deeparc.arc import DeepArc
+from nss_prune.finetuning.finetune import FinetuneResult, finetune
 from nss_prune.graph.slices import Slice
 from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.run import PAPER, profile
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PAPER",
     "DeepArc",
+    "FinetuneResult",
     "IncrementalTrainer",
     "NSSImportance",
     "NSSPruner",
@@ -36,6 +38,7 @@ __all__ = [
     "Task",
     "Views",
     "accuracy_on",
+    "finetune",
     "from_pretrained",
     "load_pruned",
     "profile",

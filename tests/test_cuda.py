@@ -164,11 +164,11 @@ def test_what_is_frozen_keeps_its_bits(name: str, optimizer: str, amp: torch.dty
     model = ready(name)
     critical = half_of(model)
     before = bits(model)
-    trainer = ReadaptTrainer(
-        model, critical, "pgd", 0.03, optimizer=optimizer, weight_decay=0.1, epochs=4, amp=amp,
-        clip_norm=1.0, progress=False,
+    trainer = ReadaptTrainer(model, critical, "pgd", 0.03, progress=False)
+    trainer.fit(
+        pictures(), optimizer=optimizer, learning_rate=0.01, weight_decay=0.1, epochs=4, amp=amp,
+        clip_norm=1.0,
     )  # fmt: skip
-    trainer.fit(pictures())
     trains = entries_with_names(
         model, critical_entries(critical, model), critical_channels(critical, model)
     )
@@ -185,10 +185,10 @@ def test_a_resumed_training_ends_like_one_that_was_not_stopped(name: str, tmp_pa
         path = tmp_path / f"{len(stops)}.pt"
         for epochs in stops:
             torch.manual_seed(1)
-            ReadaptTrainer(
-                model, critical, "fgsm", 0.03, epochs=epochs, checkpoint=path, resume=True,
-                progress=False,
-            ).fit(pictures(dtype=torch.float64))  # fmt: skip
+            ReadaptTrainer(model, critical, "fgsm", 0.03, progress=False).fit(
+                pictures(dtype=torch.float64), optimizer="sgd", learning_rate=0.01, epochs=epochs,
+                checkpoint=path, resume=True,
+            )  # fmt: skip
         ends.append(model.state_dict())
     for key, value in ends[0].items():
         torch.testing.assert_close(ends[1][key], value, rtol=1e-3, atol=1e-4)
@@ -203,13 +203,13 @@ def test_earlier_tasks_keep_their_logits_to_the_bit(
     model = ready(name)
     inputs = pictures()[0][0]
     trainer = IncrementalTrainer(
-        model, data=pictures((0, 1)), classes=(0, 1), share=0.3, weights=weights, progress=False
+        model, data=pictures((0, 1)), classes=(0, 1), keep=0.3, keep_weights=weights, progress=False
     )
     with trainer.task_a() as masked, torch.no_grad():
         known = masked(inputs)[:, :2].clone()
     for classes in ((2, 3), (4, 5)):
         trainer.fit(pictures(classes), epochs=2, optimizer=optimizer, weight_decay=0.1)
-        trainer.settle(epochs=1, optimizer=optimizer)
+        trainer.finetune_masked(epochs=1, optimizer=optimizer)
         with trainer.task(0, masked=True) as masked, torch.no_grad():
             assert torch.equal(masked(inputs)[:, :2], known)
 

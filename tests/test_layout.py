@@ -17,7 +17,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nss_prune"
 FOLDERS = (
     "errors", "core", "unstructured", "graph", "structures", "surgery", "discovery", "statistics",
-    "profiling", "compensation", "allocation", "pruner", "adaptation", "deeparc", "cli",
+    "profiling", "compensation", "allocation", "pruner", "training", "adaptation", "finetuning",
+    "integrations", "deeparc", "cli",
 )  # fmt: skip
 FILE_LINES, CLASS_LINES, FUNCTION_LINES, SIBLINGS = 450, 300, 60, 12
 ENTRANCES = ("", "adapters", "divergence", "effects")  # import from anywhere, are imported nowhere

@@ -30,8 +30,8 @@ class NonCriticalNeurons(Learner):
     ) -> None:
         super().__init__(model, first, course, replay)
         self.trainer = IncrementalTrainer(
-            model, data=self._profiled(first), classes=first.classes, share=share,
-            weights=weights, progress=False,
+            model, data=self._profiled(first), classes=first.classes, keep=share,
+            keep_weights=weights, progress=False,
         )  # fmt: skip
 
     @property
@@ -87,7 +87,7 @@ class SettledNeurons(NonCriticalNeurons):
         self._settle(first)
 
     def learn(self, task: Subtask) -> None:
-        self.trainer.share = self._share(len(self.tasks) + 1)
+        self.trainer.keep = self._share(len(self.tasks) + 1)
         super().learn(task)
         if len(self.tasks) < self.count:
             self._settle(task)

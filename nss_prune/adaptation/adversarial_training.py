@@ -1,9 +1,9 @@
-"""One epoch on samples and their adversaries: L = CE(x) + CE(x')."""
+"""Steps on samples and their adversaries: L = CE(x) + CE(x')."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,97 +11,94 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nss_prune.adaptation.attacks import Attack, attacked
+from nss_prune.adaptation.checkpoint import Checkpoint
 from nss_prune.adaptation.datasets import Data
 from nss_prune.adaptation.freezing import Freezing
 from nss_prune.adaptation.partial_gradients import BlockTraining, extract_blocks
-from nss_prune.adaptation.training import Loss, mean_loss, one_pass
-from nss_prune.core.models import device_of, run
-from nss_prune.core.processes import average_gradients
+from nss_prune.adaptation.training import make_optimizer
+from nss_prune.core.models import run
+from nss_prune.training.evaluation import mean_loss
+from nss_prune.training.learner import Learner
+from nss_prune.training.loop import Validate, train
+from nss_prune.training.progress import Progress as Progress
+from nss_prune.training.settings import TrainingSettings, described
 
 
-class AdversarialTraining:
+class AdversarialTraining(Learner):
     """Trains what a freezing leaves to train, on samples and their adversaries.
 
     Args:
         freezing: What trains, of which model.
-        optimizer: Of the model's parameters.
-        in_blocks: Whether the optimiser may get parameters of its own in place of those of which
-            only a block of rows and columns trains.
+        settings: Of the training. An optimiser that is made here, by name or by a function, gets
+            parameters of its own in place of those of which only a block of rows and columns
+            trains.
         attack: Makes the adversaries; None to learn the samples as they are.
         fixed: Whether the batches bring their adversaries, ((inputs, adversaries), labels).
-        loss: As :class:`nss_prune.ReadaptTrainer` takes it, as the others.
     """
 
     def __init__(
         self,
         freezing: Freezing,
-        optimizer: Optimizer,
+        settings: TrainingSettings,
         *,
-        in_blocks: bool,
         attack: Attack | None,
         fixed: bool,
-        loss: Loss | None = None,
-        amp: torch.dtype | None = None,
-        clip_norm: float | None = None,
-        progress: bool | None = None,
     ) -> None:
-        self.model = freezing.model
+        super().__init__(freezing.model, make_optimizer(freezing, settings))
+        self.freezing = freezing
+        self.settings = settings
         self.attack = attack
         self.fixed = fixed
-        self.loss = loss
-        self.amp = amp
-        self.clip_norm = clip_norm
-        self.progress = progress
-        blocks = extract_blocks(freezing, optimizer) if in_blocks else {}
-        reads_gradients = clip_norm is not None or amp == torch.float16
-        self.blocks = BlockTraining(freezing, optimizer, blocks, zero_gradients=reads_gradients)
-        self._scaler: Any = None
-
-    @contextlib.contextmanager
-    def attach(self) -> Iterator[None]:
-        """Within the context, :meth:`epoch` trains; what is frozen keeps its bits."""
-        self._scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
-            device_of(self.model).type, enabled=self.amp == torch.float16
+        # Not in an optimiser made elsewhere, whose parameters may be known there.
+        is_own = not isinstance(settings.optimizer, Optimizer)
+        blocks = extract_blocks(freezing, self.optimizer) if is_own else {}
+        reads_gradients = settings.clip_norm is not None or settings.amp == torch.float16
+        self.blocks = BlockTraining(
+            freezing, self.optimizer, blocks, zero_gradients=reads_gradients
         )
-        with self.blocks.attach():
-            yield
 
-    def epoch(self, batches: Data, number: int, title: str) -> float:
-        """Mean loss of one pass over the data, within :meth:`attach`.
+    def run(
+        self, batches: Data, validate: Validate | None = None, progress: bool | None = None
+    ) -> Progress:
+        """Train up to the number of epochs, those of the checkpoint included.
 
         Args:
             batches: On the model's device.
-            number: Of the epoch, for samplers that draw by it.
-            title: For the progress bar and messages.
+            validate: Called after each epoch.
+            progress: Whether to show a bar; by default in a terminal.
 
         Raises:
-            DataError: There is no batch, or the model or the attack refuses one.
-            NumericalError: The loss or the weights became NaN or infinite.
+            NSSPruneError: As :func:`nss_prune.training.loop.train`.
         """
-        # A checkpoint, the other processes or the validation may have changed the model.
+        # Frozen entries are compared besides: the same number of others are the same ones.
+        purpose = {
+            "entries in blocks": self.blocks.size,
+            "attack": described(self.attack),
+            "adversaries": "fixed" if self.fixed else "fresh",
+            **self.settings.hyper_parameters(self.optimizer),
+        }
+        checkpoint = Checkpoint(self.settings.checkpoint, self.freezing, self.optimizer, purpose)
+        return train(
+            self, batches, self.settings, saved=checkpoint, validate=validate, progress=progress
+        )
+
+    def attach(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, what is frozen keeps its bits."""
+        return self.blocks.attach()
+
+    def begin(self) -> None:
+        """Take the blocks from the model."""
         self.blocks.read()
-        sampler = getattr(getattr(batches, "data", None), "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(number)
-        return one_pass(self.model, batches, self._step, title, self.progress)
 
-    def _step(self, batch: Any, number: int) -> Tensor:
-        """One step of the optimiser; the loss, detached."""
-        samples = self._attacked(batch)
-        optimizer = self.blocks.optimizer
-        optimizer.zero_grad()
-        with self.blocks.block_gradients():
-            loss = self._batch_loss(*samples, number)
-            self._scaler.scale(loss).backward()
-        average_gradients(self.blocks.parameters())
-        if self.clip_norm is not None:
-            self._scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.blocks.parameters(), self.clip_norm)
-        self._scaler.step(optimizer)
-        self._scaler.update()
-        return loss.detach()
+    def gradients(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, layers compute the gradients of their blocks only."""
+        return self.blocks.block_gradients()
 
-    def _attacked(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor | None, Tensor]:
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The model's parameters, or their blocks."""
+        return self.blocks.parameters()
+
+    def prepare(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor | None, Tensor]:
         """Inputs, adversaries if there is an attack, and labels."""
         inputs, labels = batch
         if self.attack is None:
@@ -110,13 +107,11 @@ class AdversarialTraining:
             return *inputs, labels
         return inputs, attacked(self.attack, self.model, inputs, labels), labels
 
-    def _batch_loss(
-        self, inputs: Any, adversaries: Tensor | None, labels: Tensor, number: int
-    ) -> Tensor:
-        device = device_of(self.model)
-        with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
-            if adversaries is None:
-                return mean_loss(self.loss, run(self.model, inputs, number), labels)
-            # Together, so that batch norms see and record both as one.
-            outputs = run(self.model, torch.cat([inputs, adversaries]), number)
-            return 2 * mean_loss(self.loss, outputs, torch.cat([labels, labels]))
+    def loss(self, batch: tuple[Any, Tensor | None, Tensor], number: int) -> Tensor:
+        """The mean over the samples, plus that over their adversaries."""
+        inputs, adversaries, labels = batch
+        if adversaries is None:
+            return mean_loss(self.settings.loss, run(self.model, inputs, number), labels)
+        # Together, so that batch norms see and record both as one.
+        outputs = run(self.model, torch.cat([inputs, adversaries]), number)
+        return 2 * mean_loss(self.settings.loss, outputs, torch.cat([labels, labels]))

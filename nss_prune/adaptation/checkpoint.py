@@ -147,8 +147,9 @@ class Checkpoint:
         model = self.freezing.model
         if purpose != dict(self.purpose):
             raise ModelMismatchError(
-                f"{self.path!s} is the checkpoint of another training, {purpose}, this is "
-                f"{dict(self.purpose)}; give another path, or resume=False to replace it"
+                f"{self.path!s} is the checkpoint of another training: "
+                f"{_differences(purpose, self.purpose)}; give another path, or resume=False to "
+                "replace it"
             )
         if {name: value.shape for name, value in values.items()} != {
             name: value.shape for name, value in tensors_of(model).items()
@@ -167,6 +168,15 @@ class Checkpoint:
                     f"{self.path!s} differs from the model in frozen entries of {name}; resume "
                     "with the model and slice that the training began with"
                 )
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In words, where two purposes differ."""
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    there, here = (
+        ", ".join(f"{name} {purpose.get(name)!r}" for name in names) for purpose in (found, wanted)
+    )
+    return f"it has {there}, this one {here}"
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> Values:

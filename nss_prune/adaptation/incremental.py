@@ -9,32 +9,34 @@ whose inputs are zero under the masks of earlier tasks.
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from nss_prune.adaptation.classifier import grow_classifier
 from nss_prune.adaptation.datasets import Data, classes_in, mixed, on_device_of, repeatable
 from nss_prune.adaptation.learned import LearnedTasks
+from nss_prune.adaptation.old_names import OldNames, present_shares
 from nss_prune.adaptation.replay import Replay, replayed
-from nss_prune.adaptation.task_finder import THETAS, TaskFinder
-from nss_prune.adaptation.task_inference import TaskFeatures
-from nss_prune.adaptation.task_training import TaskTraining
+from nss_prune.adaptation.task_finder import THETAS, Allocation, TaskFinder, with_features
+from nss_prune.adaptation.task_training import Metrics, TaskTraining, Validation
 from nss_prune.adaptation.tasks import Task
-from nss_prune.adaptation.training import Loss, Objective, OptimizerFactory, TaskLoss
+from nss_prune.adaptation.training import Loss, Objective, TaskLoss, objective_for
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
-from nss_prune.unstructured.allocation import Allocation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from nss_prune.adaptation.task_training import TrainingArguments
 
 __all__ = ["THETAS", "IncrementalTrainer", "Objective", "Task", "TaskLoss", "mixed"]
 
 
-class IncrementalTrainer(LearnedTasks):
+class IncrementalTrainer(LearnedTasks, OldNames):
     """Teaches a model one task after the other; each keeps what it has learned (paper, RQ4).
 
     ::
@@ -71,23 +73,29 @@ class IncrementalTrainer(LearnedTasks):
             the whole network, in nats a sample, with theta="auto"; or 5 % of these outputs' own
             entropy, where that is more. It sees what a mask costs where the model, which was
             trained on these samples, still gets all of them right.
-        share: With theta="auto", the share of each layer's neurons that a task takes, in (0, 1],
+        keep: With theta="auto", the share of each layer's neurons that a task keeps, in (0, 1],
             whatever that costs: those that are critical at the least θ. :meth:`finetune_masked`
-            gets the accuracy back.
-        weights: Of the weights that a task's critical neurons have and no earlier task holds, it
-            keeps the best, whatever that costs: as many as this share, in (0, 1], of all weights
+            gets the accuracy back. (Its old name is ``share``.)
+        keep_weights: Of the weights that a task's critical neurons have and no earlier task holds,
+            it keeps the best, whatever that costs: as many as this share, in (0, 1], of all weights
             of Linear layers and convolutions but the classifier's. The others are free for later
             tasks; :meth:`finetune_masked` gets the accuracy back. Such a task is kept with one bit
             for each weight of the model, others with one for each neuron. Leave some neurons free
-            too, by ``share`` or ``theta``: the norms of critical ones keep their statistics,
+            too, by ``keep`` or ``theta``: the norms of critical ones keep their statistics,
             whatever they are fed, so that where all are critical a high learning rate diverges.
+            (Its old name is ``weights``.)
         method: Which weights are the best, as :func:`nss_prune.sparsify` takes it.
         seed: Of the draws of held-out and replayed samples.
+        validation: Batches of (inputs, labels) of the first task, or a function of the model that
+            gives a score, for ``accuracies``.
         progress: Show progress bars; by default when stderr is a terminal.
         **profile_arguments: As :func:`nss_prune.profile` takes them.
 
     Attributes:
         tasks: What is learned, in order.
+        accuracies: Of all tasks with validation batches after each one learned, with their
+            forgetting.
+        history: Metrics of each epoch of the last training.
 
     Raises:
         ArgumentError: An argument is outside what it may be.
@@ -108,19 +116,21 @@ class IncrementalTrainer(LearnedTasks):
         theta: float | Literal["auto"] = "auto",
         tolerance: float = 0.2,
         divergence: float = 5e-4,
-        share: float | None = None,
-        weights: float | None = None,
+        keep: float | None = None,
+        keep_weights: float | None = None,
         method: str | Allocation = "lamp",
         seed: int = 0,
+        validation: Validation | None = None,
         progress: bool | None = None,
         **profile_arguments: Any,
     ) -> None:
+        keep, keep_weights = present_shares(profile_arguments, keep, keep_weights)
         self.grow = grow
         self.theta = theta
         self.tolerance = tolerance
         self.divergence = divergence
-        self.share = share
-        self.weights = weights
+        self.keep = keep
+        self.keep_weights = keep_weights
         self.method = method
         self.seed = seed
         self.progress = progress
@@ -132,83 +142,76 @@ class IncrementalTrainer(LearnedTasks):
             first = self._first(slice, classes)
             self._check(first)
             self.tasks = (first,)
+        self.history: tuple[Metrics, ...] = ()
+        self._validations[self.tasks[0].name] = validation
+        self._add_accuracies()
 
     def fit(
         self,
-        task_b: Data,
-        replay: Replay | None = None,
+        data: Data,
+        validation: Validation | None = None,
         *,
-        epochs: int = 5,
+        replay: Replay | None = None,
         name: str | None = None,
-        loss: Literal["task", "all"] | Loss = "task",
-        optimizer: str | OptimizerFactory = "adamw",
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = True,
+        **training: Unpack[TrainingArguments],
     ) -> Task:
         """Learn the next task in the neurons that are free, and find its critical ones.
 
         Args:
-            task_b: Batches of (inputs, labels), which can be iterated repeatedly; labels are
+            data: Batches of (inputs, labels), which can be iterated repeatedly; labels are
                 outputs of the classifier. Each is moved to the model's device.
+            validation: Other such batches of the task: its accuracy among its own classes, by the
+                whole network, is the score after each epoch. Or a function of the model that
+                gives a score, larger for better.
             replay: Samples of earlier tasks for the whole network to learn again: a share in
                 (0, 1] of all data seen by this trainer, a sampler over the data set of ``data``,
-                or batches. Each batch of the task gets one of them, starting over when they end.
-                What is critical to earlier tasks stays frozen all the same.
-            epochs: Passes over ``task_b``.
+                or batches. Each batch of the task gets one of them, over and over. What is
+                critical to earlier tasks stays frozen all the same.
             name: Of the task; "task 2" and so on by default.
-            loss: "task", cross entropy over the classes of the task (for replayed samples over
-                those of the earlier tasks); "all", over all classes known so far; or a function
-                of (outputs, labels) that gives one value for each sample or their mean.
-            optimizer: A name that timm knows, or a function of the list of the parameters that
-                train. (A fused AdamW is several times as fast on a CPU.)
-            learning_rate, weight_decay: For an optimiser by name; biases and norms do not decay.
-            checkpoint: File to write after every epoch.
-            resume: Where the checkpoint is there already, go on after its last epoch.
+            **training: ``epochs``, ``optimizer``, ``learning_rate``, ``patience``, ``checkpoint``,
+                ``on_epoch`` and others, see :class:`nss_prune.training.settings.TrainingSettings`.
+                ``loss`` is "task" (the default), cross entropy over the classes of the task, for
+                replayed samples over those of the earlier tasks; "all", over all classes known so
+                far; or a function of (outputs, labels) that gives one value for each sample or
+                their mean.
 
-        Returns:
-            The task, now the last of ``tasks``.
+        Returns: The task, now the last of ``tasks``.
 
         Raises:
-            ArgumentError, DataError: The arguments, or labels outside the classifier.
+            ArgumentError, DataError: The arguments, several processes, or other labels.
             NothingToPruneError: No neuron is free.
-            ModelMismatchError: The checkpoint is of another model or task.
+            ModelMismatchError: The checkpoint is of another model, task or hyper-parameters.
             NumericalError: The loss or the weights became NaN or infinite.
-            Exception: What the data raises. Whatever is raised, the model is as it was before
-                the call, and a call with the same ``checkpoint`` goes on after its last epoch.
+            Exception: What the data raises. Whatever is raised, the model is as it was before, and
+                a call with the same ``checkpoint`` and ``resume=True`` goes on.
         """
-        training = TaskTraining(
-            epochs, optimizer, learning_rate, weight_decay, checkpoint, resume, self.progress
-        )
-        return self._fit(training, task_b, replay, self._new_name(name), loss)
-
-    def _fit(
-        self, training: TaskTraining, given: Data, replay: Replay | None, name: str, loss: Any
-    ) -> Task:
-        data = on_device_of(self.model, repeatable(given))
-        classes = classes_in(given)
+        how = TaskTraining.of(training, validation, self.progress)
+        name = self._new_name(name)
+        batches = on_device_of(self.model, repeatable(data))
+        classes = classes_in(data)
         self._check_classes(classes, grows=self.grow)
-        again = None if replay is None else replayed(replay, self._data, self.seed, data.device)
-        objective = self._objective(loss, classes)
+        again = None if replay is None else replayed(replay, self._data, self.seed, batches.device)
+        objective = objective_for(how.settings.loss, classes, self.tasks)
         with restored_on_error(self.model, values=True):
             grow_classifier(self.model, self.head, classes[-1] + 1)
-            freezing = self.freezing(next(iter(data))[0])
-            purpose = {"task": len(self.tasks), "classes": list(classes)}
-            training.run(freezing, objective, data, again, purpose)
-            return self.add(given, name, loss if callable(loss) else None)
+            history = how.run(
+                self.freezing(next(iter(batches))[0]),
+                objective,
+                batches,
+                replayed=again,
+                classes=classes,
+                purpose={"task": len(self.tasks)},
+            )
+            found = how.settings.loss if callable(how.settings.loss) else None
+            task = self.add(data, name, found, validation=validation)
+        self.history = history
+        return task
 
     def finetune_masked(
         self,
         data: Data | None = None,
-        *,
-        epochs: int = 2,
-        loss: Loss | None = None,
-        optimizer: str | OptimizerFactory = "adamw",
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = True,
+        validation: Validation | None = None,
+        **training: Unpack[TrainingArguments],
     ) -> None:
         """Fine-tune the critical neurons of the last task, alone under its mask, on its own data.
 
@@ -218,30 +221,37 @@ class IncrementalTrainer(LearnedTasks):
 
         Args:
             data: Batches of (inputs, labels) of the task; by default what it was found with.
-            epochs: Passes over them.
-            loss: Of (outputs, labels); cross entropy over the classes of the task by default.
-            optimizer, learning_rate, weight_decay, checkpoint, resume: As :meth:`fit` takes them.
+            validation: As :meth:`fit` takes it, under the mask.
+            **training: As :meth:`fit` takes them; ``loss`` is a function of (outputs, labels),
+                cross entropy over the classes of the task by default.
 
         Raises:
-            ArgumentError: The arguments, or no data of the task is known.
-            ModelMismatchError: The checkpoint is of another model or task.
+            ArgumentError: The arguments, no data of the task is known, or several processes.
+            ModelMismatchError: The checkpoint is of another model, task or hyper-parameters.
             NumericalError: The loss or the weights became NaN or infinite.
             Exception: What the data raises. Whatever is raised, the model is as it was before.
         """
-        training = TaskTraining(
-            epochs, optimizer, learning_rate, weight_decay, checkpoint, resume, self.progress
-        )
+        how = TaskTraining.of(training, validation, self.progress)
         task = self.tasks[-1]
         given = self._data_of_last() if data is None else repeatable(data)
         batches = on_device_of(self.model, given)
-        of_task = loss or TaskLoss(task.classes)
+        of_task = how.settings.loss or TaskLoss(task.classes)
         with restored_on_error(self.model, values=True):
             freezing = self.masked_freezing(next(iter(batches))[0])
-            purpose = {"settled": len(self.tasks), "classes": list(task.classes)}
             with task.masked(self.model):
-                training.run(freezing, Objective(of_task, of_task), batches, purpose=purpose)
+                history = how.run(
+                    freezing,
+                    Objective(of_task, of_task),
+                    batches,
+                    classes=task.classes,
+                    purpose={"settled": len(self.tasks)},
+                )
         self.tasks = (*self.tasks[:-1], replace(task, finetuned=True))
         self.update_features(batches)
+        self.history = history
+        if validation is not None:
+            self._validations[task.name] = validation
+        self._add_accuracies()
 
     def update_features(self, data: Data | None = None) -> None:
         """Find anew where the activations of the last task's neurons lie, by which it is inferred.
@@ -256,7 +266,7 @@ class IncrementalTrainer(LearnedTasks):
             ArgumentError: No data of the task is known.
         """
         given = self._data_of_last() if data is None else repeatable(data)
-        self.tasks = (*self.tasks[:-1], self._with_features(self.tasks[-1], given))
+        self.tasks = (*self.tasks[:-1], with_features(self.tasks[-1], self.model, self.head, given))
 
     def _data_of_last(self) -> Data:
         if len(self._data) < len(self.tasks):
@@ -265,18 +275,21 @@ class IncrementalTrainer(LearnedTasks):
             )
         return self._data[-1]
 
-    def settle(self, data: Data | None = None, **arguments: Any) -> None:
-        """Deprecated name of :meth:`finetune_masked`."""
-        warnings.warn("settle() is now finetune_masked()", DeprecationWarning, stacklevel=2)
-        self.finetune_masked(data, **arguments)
-
-    def add(self, data: Data, name: str | None = None, loss: Loss | None = None) -> Task:
+    def add(
+        self,
+        data: Data,
+        name: str | None = None,
+        loss: Loss | None = None,
+        *,
+        validation: Validation | None = None,
+    ) -> Task:
         """Record what the model has just learned as its next task, with its critical neurons.
 
         Args:
             data: Batches of (inputs, labels) of the task, which can be iterated repeatedly.
             name: Of the task; "task 2" and so on by default.
             loss: That it was trained with; cross entropy over its classes by default.
+            validation: Other such batches, for ``accuracies``.
 
         Returns:
             The task, now the last of ``tasks``.
@@ -290,6 +303,8 @@ class IncrementalTrainer(LearnedTasks):
         task = self._found(name, data, classes, loss)
         self.tasks = (*self.tasks, task)
         self._data.append(data)
+        self._validations[task.name] = validation
+        self._add_accuracies()
         return task
 
     def _finder(self) -> TaskFinder:
@@ -297,8 +312,8 @@ class IncrementalTrainer(LearnedTasks):
             theta=self.theta,
             tolerance=self.tolerance,
             divergence=self.divergence,
-            share=self.share,
-            weights=self.weights,
+            keep=self.keep,
+            keep_weights=self.keep_weights,
             method=self.method,
             seed=self.seed,
             progress=self.progress,
@@ -317,12 +332,7 @@ class IncrementalTrainer(LearnedTasks):
             loss=loss or TaskLoss(classes),
         )
         task = finder.prune_weights(self.model, self.head, task, self.tasks)
-        return self._with_features(task, data)
-
-    def _with_features(self, task: Task, data: Data) -> Task:
-        """The task with where the activations of its neurons lie, which tells it from others."""
-        with task.inference(self.model, self.head, masked=True):
-            return replace(task, features=TaskFeatures.of(self.model, task.slice, data))
+        return with_features(task, self.model, self.head, data)
 
     def _first(self, slice: Slice | None, classes: Collection[int] | None) -> Task:
         if slice is None and not self._data:
@@ -340,13 +350,3 @@ class IncrementalTrainer(LearnedTasks):
             return self._found("task 1", self._data[0], owned, None)
         first = Task("task 1", slice, owned, width)
         return self._finder().prune_weights(self.model, self.head, first, ())
-
-    def _objective(self, loss: Any, classes: tuple[int, ...]) -> Objective:
-        if callable(loss):
-            return Objective(loss, loss)
-        earlier = {known for task in self.tasks for known in task.classes}
-        if loss == "task":
-            return Objective(TaskLoss(classes), TaskLoss(earlier))
-        if loss == "all":
-            return Objective(*[TaskLoss({*earlier, *classes})] * 2)
-        raise ArgumentError(f"loss is {loss!r}; use 'task', 'all' or a function")

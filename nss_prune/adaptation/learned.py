@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from nss_prune.adaptation.accuracies import AccuracyMatrix
 from nss_prune.adaptation.freezing import Freezing
+from nss_prune.adaptation.inferred import InferredTask
 from nss_prune.adaptation.protection import (
     all_needed_entries,
     free_neurons,
@@ -19,19 +19,17 @@ from nss_prune.adaptation.protection import (
     needed_channels,
     needed_entries,
 )
-from nss_prune.adaptation.task_inference import Score, TaskFeatures, entropy, pooled
 from nss_prune.adaptation.task_weights import check_weights
 from nss_prune.adaptation.tasks import Task
-from nss_prune.core.batches import samples_in
+from nss_prune.adaptation.validation import Validation, accuracy_of_task
 from nss_prune.core.classifier import find_classifier, outputs_of
-from nss_prune.core.models import run, submodule
-from nss_prune.core.outputs import class_scores
+from nss_prune.core.models import submodule
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NothingToPruneError
 from nss_prune.graph.axes import check_fits
 from nss_prune.graph.slices import Slice
 
 
-class LearnedTasks:
+class LearnedTasks(InferredTask):
     """A model and the tasks it has learned, in their order.
 
     Args:
@@ -39,6 +37,9 @@ class LearnedTasks:
         head: The classifier, the layer that makes the outputs, or its name; by default the last
             Linear layer, or the last convolution where there is none.
         tasks: At least one.
+
+    Attributes:
+        accuracies: Of all tasks with validation batches after each one learned.
 
     Raises:
         ArgumentError: A task slices the layer that makes the outputs.
@@ -53,6 +54,8 @@ class LearnedTasks:
         self.tasks = tuple(tasks)
         for task in self.tasks:
             self._check(task)
+        self.accuracies = AccuracyMatrix()
+        self._validations: dict[str, Validation | None] = {}
 
     @contextlib.contextmanager
     def task(self, task: int | str = -1, *, masked: bool | None = None) -> Iterator[nn.Module]:
@@ -85,57 +88,6 @@ class LearnedTasks:
             ArgumentError: It is not learned yet.
         """
         return self.task(1)
-
-    @torch.no_grad()
-    def predict(
-        self, inputs: Any, task: int | str | None = None, *, by: Score | None = None
-    ) -> Tensor:
-        """Classes, ``[samples]``.
-
-        Args:
-            inputs: Of one call of the model, on its device.
-            task: To which all samples belong; inferred for each by default.
-            by: What infers it, see :meth:`infer_task`.
-
-        Raises:
-            ArgumentError: There is no such task, or no such score of the tasks.
-        """
-        if task is not None:
-            with self.task(task):
-                return class_scores(run(self.model, inputs, 0)).argmax(1)
-        classes = torch.stack([scores.argmax(1) for scores in self._scores(inputs)])
-        return classes.gather(0, self.infer_task(inputs, by=by)[None])[0]
-
-    @torch.no_grad()
-    def infer_task(self, inputs: Any, *, by: Score | None = None) -> Tensor:
-        """Position of the task that each sample most likely belongs to, ``[samples]``.
-
-        Args:
-            inputs: Of one call of the model, on its device.
-            by: "features", how far the activations of a task's critical neurons are from those
-                of its own samples; "energy" or "entropy" of its outputs, see
-                :mod:`nss_prune.adaptation.task_inference`. By default "features" where the data
-                of all tasks was given, else "entropy".
-
-        Raises:
-            ArgumentError: There is no such score, or a task's data, which it needs, was not given.
-        """
-        if by is None:
-            known = all(task.features is not None for task in self.tasks)
-            by = "features" if known else "entropy"
-        if by not in get_args(Score):
-            raise ArgumentError(f"by is {by!r}; use one of {get_args(Score)}")
-        if by == "features":
-            found = self._distances(inputs)
-        else:
-            scored = zip(self.tasks, self._scores(inputs), strict=True)
-            found = [
-                entropy(scores, len(task.classes))
-                if by == "entropy"
-                else self._features(task).energy_score(scores)
-                for task, scores in scored
-            ]
-        return torch.stack(found).argmin(0)
 
     @property
     def free(self) -> dict[str, int]:
@@ -197,10 +149,16 @@ class LearnedTasks:
         trainable = {name: entries & ~frozen[name] for name, entries in needed.items()}
         return Freezing(self.model, trainable, needed_channels(isolated, self.model))
 
-    def settling(self, inputs: Any) -> Freezing:
-        """Deprecated name of :meth:`masked_freezing`."""
-        warnings.warn("settling() is now masked_freezing()", DeprecationWarning, stacklevel=2)
-        return self.masked_freezing(inputs)
+    def _add_accuracies(self) -> None:
+        """A row of the accuracies of all tasks as they are now, where any can be measured."""
+        given = [self._validations.get(task.name) for task in self.tasks]
+        if all(validation is None for validation in given):
+            return
+        found = []
+        for position, validation in enumerate(given):
+            with self.task(position) as model:
+                found.append(accuracy_of_task(model, validation))
+        self.accuracies = self.accuracies.with_row([task.name for task in self.tasks], found)
 
     def _frozen(self, tasks: Sequence[Task], slices: Sequence[Slice]) -> dict[str, Tensor]:
         """Parameter -> True for entries that tasks need, or that require no gradient anyway."""
@@ -262,29 +220,3 @@ class LearnedTasks:
         raise ArgumentError(
             f"there is no task {task!r}; learned are {names}: give a name or a position"
         )
-
-    def _scores(self, inputs: Any) -> list[Tensor]:
-        """The scores that each task gives, ``[samples, classes]``."""
-        scores = []
-        for position in range(len(self.tasks)):
-            with self.task(position):
-                scores.append(class_scores(run(self.model, inputs, 0)))
-        return scores
-
-    def _distances(self, inputs: Any) -> list[Tensor]:
-        """How far the samples are from those of each task, ``[samples]``."""
-        samples = samples_in(inputs, 0)
-        found = []
-        for position, task in enumerate(self.tasks):
-            with self.task(position, masked=True):
-                _, activations = pooled(self.model, task.slice.groups, inputs, samples)
-            found.append(self._features(task).score(activations))
-        return found
-
-    def _features(self, task: Task) -> TaskFeatures:
-        if task.features is None:
-            raise ArgumentError(
-                f"the data of {task.name!r} was not given, so that its features are not known; "
-                'use by="entropy", or give data='
-            )
-        return task.features

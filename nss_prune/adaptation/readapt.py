@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
+import logging
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from nss_prune.adaptation.adversarial_training import AdversarialTraining
+from nss_prune.adaptation.adversarial_training import AdversarialTraining, Progress
 from nss_prune.adaptation.attacks import Attack, PerChannel, make_attack
-from nss_prune.adaptation.checkpoint import Checkpoint
-from nss_prune.adaptation.course import Course
 from nss_prune.adaptation.datasets import Data, on_device_of, repeatable, with_labels
 from nss_prune.adaptation.freezing import Freezing, train_all, train_critical
 from nss_prune.adaptation.robustness import (
@@ -24,15 +22,25 @@ from nss_prune.adaptation.robustness import (
     adversaries_of,
     attacked_once,
     evaluate_attack,
-    validation_score,
+    validation_metrics,
 )
-from nss_prune.adaptation.training import Loss, OptimizerFactory, make_optimizer, make_scheduler
 from nss_prune.core.processes import copy_from_first
-from nss_prune.core.undo import put_back, restored_on_error
+from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
+from nss_prune.training.settings import Metrics, TrainingSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from nss_prune.training.settings import TrainingArguments
 
 __all__ = ["ReadaptResult", "ReadaptTrainer", "Validation", "evaluate_attack"]
+
+LOGGER = logging.getLogger("nss_prune")
+
+NEARLY_ALL = 0.9
+"""Share of the parameters from which a slice leaves too little out to speak of it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,10 @@ class ReadaptResult:
         seconds: Time spent on training, attacks within it included.
         losses: Mean loss of each epoch, L = CE(x) + CE(x').
         scores: Validation score after each epoch, if there was a validation.
+        accuracy: Share of samples, as they are, that it gets right: those of the validation, or
+            the new ones.
+        history: Metrics of each epoch.
+        notes: What is worth knowing, such as a slice that leaves next to nothing out.
     """
 
     tpr: float
@@ -55,6 +67,9 @@ class ReadaptResult:
     seconds: float
     losses: tuple[float, ...]
     scores: tuple[float, ...]
+    accuracy: float
+    history: tuple[Metrics, ...]
+    notes: tuple[str, ...] = ()
 
 
 class ReadaptTrainer:
@@ -74,27 +89,14 @@ class ReadaptTrainer:
         adversaries: "fresh" ones for the model as it is at each step, or "fixed" ones, made once
             for the model as it was before (and kept in memory with the data).
         train: "critical" neurons, "all" of the model, or a freezing of one's own.
-        optimizer: A name that timm knows, an optimiser of the model's parameters, or a function
-            of the list of those that train.
-        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` are, from
-            which biases and norms are exempt.
-        scheduler: A name that timm knows ("cosine", "step", ...), or None.
-        epochs: How often the data is gone through.
-        loss: Function of (outputs, labels), one value or one for each sample; cross entropy by
-            default.
-        amp: torch.bfloat16 or torch.float16 for mixed precision. Attacks stay in full precision.
-        clip_norm: Largest norm of the gradient of all that trains.
-        patience: Epochs without a better validation score after which training stops. The model
-            then gets its best values back.
-        checkpoint: A file that is written after each epoch.
-        resume: Whether to go on from the checkpoint if it is there.
         progress: Whether to show a bar; by default in a terminal.
+        **training: Deprecated; give these to :meth:`fit`.
 
     Attributes:
         freezing: What trains.
-        optimizer: The optimiser in use. One that was made here, by name or by a function, has
-            parameters of its own in place of those of which only a block of rows and columns
-            trains.
+        optimizer: The optimiser of the last :meth:`fit`, or None. One that was made there, by name
+            or by a function, has parameters of its own in place of those of which only a block of
+            rows and columns trains.
 
     Raises:
         ArgumentError: An argument is outside what it may be.
@@ -111,55 +113,26 @@ class ReadaptTrainer:
         normalization: tuple[PerChannel, PerChannel] | None = None,
         adversaries: Literal["fresh", "fixed"] = "fresh",
         train: Literal["critical", "all"] | Freezing = "critical",
-        optimizer: str | Optimizer | OptimizerFactory = "sgd",
-        learning_rate: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        scheduler: str | None = None,
-        epochs: int = 10,
-        loss: Loss | None = None,
-        amp: torch.dtype | None = None,
-        clip_norm: float | None = None,
-        patience: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = False,
         progress: bool | None = None,
+        **training: Unpack[TrainingArguments],
     ) -> None:
-        _check_choices(adversaries, amp, clip_norm)
-        _check_counts(epochs=epochs, patience=1 if patience is None else patience)
-        if resume and checkpoint is None:
-            raise ArgumentError("resume=True needs the file to go on from; give checkpoint=")
+        if adversaries not in ("fresh", "fixed"):
+            raise ArgumentError(f"adversaries is {adversaries!r}; use 'fresh' or 'fixed'")
+        TrainingSettings.of(training)
+        if training:
+            warnings.warn(
+                f"give {', '.join(f'{name}=' for name in training)} to fit()",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         self.model = model
         self.attack = None if attack is None else make_attack(attack, epsilon, normalization)
         self.adversaries = adversaries
         self.freezing = _freezing(train, slice, model)
-        self.optimizer = make_optimizer(
-            self.freezing,
-            optimizer,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            momentum=momentum,
-        )
-        self._training = AdversarialTraining(
-            self.freezing,
-            self.optimizer,
-            # Not in an optimiser made elsewhere, whose parameters may be known there.
-            in_blocks=not isinstance(optimizer, Optimizer),
-            attack=self.attack,
-            fixed=adversaries == "fixed",
-            loss=loss,
-            amp=amp,
-            clip_norm=clip_norm,
-            progress=progress,
-        )
-        self.scheduler = make_scheduler(scheduler, self.optimizer, epochs)
-        self.epochs = epochs
-        self.patience = patience
-        # Frozen entries are compared besides: the same number of others are the same ones.
-        size = self._training.blocks.size
-        purpose = {"entries in blocks": size} if size else {}
-        self._checkpoint = Checkpoint(checkpoint, self.freezing, self.optimizer, purpose)
-        self.resume = resume
+        self.progress = progress
+        self.optimizer: Optimizer | None = None
+        self._notes = _notes(self.freezing, train)
+        self._defaults = training
         self._result: ReadaptResult | None = None
 
     @property
@@ -173,7 +146,12 @@ class ReadaptTrainer:
             raise ArgumentError("there is no result yet; call fit(data) first")
         return self._result
 
-    def fit(self, data: Data, validation: Validation | None = None) -> ReadaptResult:
+    def fit(
+        self,
+        data: Data,
+        validation: Validation | None = None,
+        **training: Unpack[TrainingArguments],
+    ) -> ReadaptResult:
         """Train, in place.
 
         Args:
@@ -181,24 +159,33 @@ class ReadaptTrainer:
             validation: Such batches, on which the score is the mean of the accuracies with and
                 without attack and ``raa`` is measured; or a function of the model that gives a
                 score, larger for better.
+            **training: ``epochs``, ``optimizer``, ``learning_rate``, ``patience``, ``checkpoint``,
+                ``on_epoch`` and others, see :class:`nss_prune.training.settings.TrainingSettings`.
+                ``loss`` is cross entropy by default. Attacks stay in full precision.
 
         Raises:
-            ArgumentError: There is ``patience`` but no validation.
+            ArgumentError: An argument is outside what it may be, or there is ``patience`` but no
+                validation.
             DataError: There are no batches, or the model or the attack refuses them.
-            FileFormatError, ModelMismatchError: The checkpoint is damaged or of another model.
+            FileFormatError, ModelMismatchError: The checkpoint is damaged, of another model or of
+                other hyper-parameters.
             NumericalError: The loss became NaN or infinite. Whatever is raised, the model and its
                 optimiser are as they were before the call.
         """
-        if self.patience is not None and validation is None:
-            raise ArgumentError("patience needs something to watch; give fit(data, validation)")
+        settings = TrainingSettings.of({**self._defaults, **training})
+        settings.check_validation(validation)
         data = repeatable(data)
         self._result = None
+        learner = AdversarialTraining(
+            self.freezing, settings, attack=self.attack, fixed=self.adversaries == "fixed"
+        )
+        self.optimizer = learner.optimizer
         copy_from_first(self.model)
         with restored_on_error(self.model, values=True, optimizer=self.optimizer) as before:
             original = ModelWith(self.model, before)
             batches = self._batches(data, original)
-            course = self._train(batches, validation)
-            self._result = self._measure(batches, data, validation, original, course)
+            done = learner.run(batches, self._validate(validation), self.progress)
+            self._result = self._measure(batches, data, validation, original, done)
         return self._result
 
     def _batches(self, data: Data, original: nn.Module) -> Data:
@@ -208,28 +195,10 @@ class ReadaptTrainer:
             return batches
         return attacked_once(batches, self.attack, original)
 
-    def _train(self, batches: Data, validation: Validation | None) -> Course:
-        with self._training.attach():
-            course = Course.load(self._checkpoint) if self.resume else Course()
-            while len(course.losses) < self.epochs and not course.is_over(self.patience):
-                epoch = len(course.losses)
-                if self.scheduler is not None:
-                    self.scheduler.step(epoch, course.scores[-1] if course.scores else None)
-                begin = time.perf_counter()
-                loss = self._training.epoch(batches, epoch, f"epoch {epoch + 1}/{self.epochs}")
-                course.seconds += time.perf_counter() - begin
-                copy_from_first(self.model)
-                score = (
-                    None
-                    if validation is None
-                    else validation_score(self.model, validation, self.attack)
-                )
-                course.add(loss, score, self.model, self.patience)
-                course.save(self._checkpoint)
-            if course.best is not None:
-                put_back(self.model, course.best)
-        self.optimizer.zero_grad()
-        return course
+    def _validate(self, validation: Validation | None) -> Callable[[], dict[str, float]] | None:
+        if validation is None:
+            return None
+        return lambda: validation_metrics(self.model, validation, self.attack)
 
     def _measure(
         self,
@@ -237,7 +206,7 @@ class ReadaptTrainer:
         data: Data,
         validation: Validation | None,
         original: nn.Module,
-        course: Course,
+        done: Progress,
     ) -> ReadaptResult:
         again = data if validation is None or callable(validation) else validation
         ra = (
@@ -249,25 +218,25 @@ class ReadaptTrainer:
             tpr=self.freezing.share,
             ra=ra,
             raa=None if self.attack is None else evaluate_attack(self.model, again, self.attack),
-            seconds=course.seconds,
-            losses=tuple(course.losses),
-            scores=tuple(course.scores),
+            seconds=done.seconds,
+            losses=done.losses,
+            scores=done.scores,
+            accuracy=evaluate_attack(self.model, again, None),
+            history=tuple(done.history),
+            notes=self._notes,
         )
 
 
-def _check_choices(adversaries: str, amp: torch.dtype | None, clip_norm: float | None) -> None:
-    if adversaries not in ("fresh", "fixed"):
-        raise ArgumentError(f"adversaries is {adversaries!r}; use 'fresh' or 'fixed'")
-    if amp not in (None, torch.bfloat16, torch.float16):
-        raise ArgumentError(f"amp is {amp!r}; use torch.bfloat16, torch.float16 or None")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ArgumentError(f"clip_norm is {clip_norm!r}; give a number above 0, or None")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, number in counts.items():
-        if not isinstance(number, int) or number < 1:
-            raise ArgumentError(f"{name} is {number!r}; give 1 or more")
+def _notes(freezing: Freezing, train: Literal["critical", "all"] | Freezing) -> tuple[str, ...]:
+    """What to say, and to log, of a slice that leaves next to nothing out."""
+    if train != "critical" or freezing.share < NEARLY_ALL:
+        return ()
+    note = (
+        f"the slice leaves next to nothing out: {freezing.share:.1%} of the parameters train, as "
+        "convolutions are seldom redundant; take a smaller theta, or slice(ratio=0.5)"
+    )
+    LOGGER.warning(note)
+    return (note,)
 
 
 def _freezing(

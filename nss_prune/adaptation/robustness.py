@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,14 +10,10 @@ from torch.func import functional_call
 
 from nss_prune.adaptation.attacks import Attack, attacked
 from nss_prune.adaptation.datasets import Data, Moved, Shuffled, on_device_of, with_labels
-from nss_prune.adaptation.training import count_correct
-from nss_prune.core.models import device_of
+from nss_prune.adaptation.validation import Validation as Validation
+from nss_prune.adaptation.validation import score_by
 from nss_prune.core.nested import moved
-from nss_prune.core.processes import processes, total
-from nss_prune.errors import DataError
-
-Validation = Data | Callable[[nn.Module], float]
-"""Batches of (inputs, labels), or a function of the model that gives a score."""
+from nss_prune.training.evaluation import accuracy as accuracy
 
 
 class ModelWith(nn.Module):
@@ -83,30 +79,20 @@ def evaluate_attack(
     return accuracy(model, batches)
 
 
-def validation_score(model: nn.Module, validation: Validation, attack: Attack | None) -> float:
-    """The mean accuracy with and without attack, or what a function gives; larger for better.
+def validation_metrics(
+    model: nn.Module, validation: Validation, attack: Attack | None
+) -> dict[str, float]:
+    """The score, larger for better: the mean of the accuracies, or what a function gives.
+
+    With "accuracy" of the samples as they are, and "attacked" of those attacked anew.
 
     Raises:
         DataError: As :func:`evaluate_attack`.
     """
     if callable(validation):
-        return total([float(validation(model))], device_of(model))[0] / processes()
+        return {"score": score_by(validation, model)}
     clean = evaluate_attack(model, validation, None)
     if attack is None:
-        return clean
-    return (clean + evaluate_attack(model, validation, attack)) / 2
-
-
-def accuracy(model: nn.Module, batches: Data) -> float:
-    """Share of samples that a model gets right, over all processes, in [0, 1].
-
-    Args:
-        batches: Of (inputs, labels) on the model's device.
-
-    Raises:
-        DataError: There are no samples, or the model refuses them.
-    """
-    right, samples = total(count_correct(model, batches), device_of(model))
-    if not samples:
-        raise DataError("there are no samples; give an iterable of (inputs, labels) batches")
-    return right / samples
+        return {"accuracy": clean, "score": clean}
+    found = evaluate_attack(model, validation, attack)
+    return {"accuracy": clean, "attacked": found, "score": (clean + found) / 2}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nss_prune.adaptation.datasets import Data, on_device_of, parts
 from nss_prune.adaptation.protection import all_needed_entries, needed_entries
+from nss_prune.adaptation.task_inference import TaskFeatures
 from nss_prune.adaptation.task_weights import prune_task_weights
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.classifier import outputs_of
@@ -20,7 +21,8 @@ from nss_prune.errors import ArgumentError, DataError
 from nss_prune.profiling.accumulation import Loss
 from nss_prune.profiling.run import profile
 from nss_prune.profiling.selection import check_theta
-from nss_prune.unstructured.allocation import Allocation, find_method
+from nss_prune.unstructured.allocation import Allocation as Allocation
+from nss_prune.unstructured.allocation import find_method
 
 THETAS = (0.999, 0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5)
 """What theta="auto" tries, in this order."""
@@ -34,7 +36,7 @@ class TaskFinder:
     """Finds the critical neurons, and the best weights, of a task.
 
     Attributes:
-        theta, tolerance, divergence, share, weights, method, seed, progress, profile_arguments:
+        theta, tolerance, divergence, keep, keep_weights, method, seed, progress, profile_arguments:
             As :class:`nss_prune.IncrementalTrainer` takes them.
 
     Raises:
@@ -44,8 +46,8 @@ class TaskFinder:
     theta: float | Literal["auto"] = "auto"
     tolerance: float = 0.2
     divergence: float = 5e-4
-    share: float | None = None
-    weights: float | None = None
+    keep: float | None = None
+    keep_weights: float | None = None
     method: str | Allocation = "lamp"
     seed: int = 0
     progress: bool | None = None
@@ -56,13 +58,15 @@ class TaskFinder:
             raise ArgumentError(f"tolerance is {self.tolerance}; give 0 or more percentage points")
         if not self.divergence > 0:
             raise ArgumentError(f"divergence is {self.divergence}; give more than 0 nats a sample")
-        if self.share is not None and not (0 < self.share <= 1 and self.theta == "auto"):
+        if self.keep is not None and not (0 < self.keep <= 1 and self.theta == "auto"):
             raise ArgumentError(
-                f"share is {self.share} with theta={self.theta!r}; give a share of each layer's "
+                f"keep is {self.keep} with theta={self.theta!r}; give a share of each layer's "
                 'neurons in (0, 1], with theta="auto"'
             )
-        if self.weights is not None and not 0 < self.weights <= 1:
-            raise ArgumentError(f"weights is {self.weights}; give a share of all weights in (0, 1]")
+        if self.keep_weights is not None and not 0 < self.keep_weights <= 1:
+            raise ArgumentError(
+                f"keep_weights is {self.keep_weights}; give a share of all weights in (0, 1]"
+            )
         find_method(self.method)
         if self.theta != "auto":
             check_theta(self.theta)
@@ -92,10 +96,10 @@ class TaskFinder:
         """
         arguments = {"loss": loss, "progress": self.progress, **self.profile_arguments}
         outputs = outputs_of(model, classifier)
-        if self.theta != "auto" or self.share is not None:
+        if self.theta != "auto" or self.keep is not None:
             found = profile(model, _placed(model, data), **arguments)
             theta = None if self.theta == "auto" else self.theta
-            return Task(name, found.slice(theta, ratio=self.share), classes, outputs)
+            return Task(name, found.slice(theta, ratio=self.keep), classes, outputs)
         held_out, profiled = parts(data, HELD_OUT, self.seed)
         found = profile(model, _placed(model, profiled), **arguments)
         best = Task(name, found.slice(1.0), classes, outputs)
@@ -116,13 +120,13 @@ class TaskFinder:
         Args:
             earlier: Tasks whose weights it shares.
         """
-        if self.weights is None:
+        if self.keep_weights is None:
             return task
         weights = prune_task_weights(
             model,
             needed_entries(task, model, classifier),
             all_needed_entries(earlier, model, classifier),
-            self.weights,
+            self.keep_weights,
             method=self.method,
             classifier=classifier,
         )
@@ -136,6 +140,16 @@ class TaskFinder:
         drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
         entropy = -(wanted.exp() * wanted).sum(1).mean()
         return float(drift) <= max(self.divergence, OF_ENTROPY * float(entropy))
+
+
+def with_features(task: Task, model: nn.Module, classifier: str, data: Data) -> Task:
+    """The task with where the activations of its neurons lie, which tells it from others.
+
+    Args:
+        data: Batches of (inputs, labels) of the task, on any device.
+    """
+    with task.inference(model, classifier, masked=True):
+        return replace(task, features=TaskFeatures.of(model, task.slice, data))
 
 
 @torch.no_grad()

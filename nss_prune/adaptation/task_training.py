@@ -1,22 +1,79 @@
-"""Training on the data of a task, with a checkpoint after each epoch."""
+"""Training on the data of a task, under what earlier tasks need."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nss_prune.adaptation.checkpoint import Checkpoint
 from nss_prune.adaptation.datasets import Data, mixed
 from nss_prune.adaptation.freezing import Freezing
 from nss_prune.adaptation.partial_gradients import treats_entries_apart
-from nss_prune.adaptation.training import Objective, OptimizerFactory, make_optimizer, one_pass
+from nss_prune.adaptation.training import Objective, make_optimizer
+from nss_prune.adaptation.validation import Validation as Validation
+from nss_prune.adaptation.validation import validation_of_task
 from nss_prune.core.models import run
+from nss_prune.core.processes import processes
 from nss_prune.errors import ArgumentError
+from nss_prune.training.learner import Learner
+from nss_prune.training.loop import train
+from nss_prune.training.settings import Metrics as Metrics
+from nss_prune.training.settings import TrainingArguments as TrainingArguments
+from nss_prune.training.settings import TrainingSettings
+
+
+class TaskLearner(Learner):
+    """Trains what a freezing leaves to train, on a task's samples and replayed ones.
+
+    Args:
+        freezing: What trains, of which model.
+        optimizer: Of the model's parameters.
+        objective: The loss.
+        zero_gradients: As :meth:`Freezing.attach` takes it.
+    """
+
+    def __init__(
+        self,
+        freezing: Freezing,
+        optimizer: Optimizer,
+        objective: Objective,
+        *,
+        zero_gradients: bool,
+    ) -> None:
+        super().__init__(freezing.model, optimizer)
+        self.freezing = freezing
+        self.objective = objective
+        self.zero_gradients = zero_gradients
+
+    @contextlib.contextmanager
+    def attach(self) -> Iterator[None]:
+        """Within the context, what is frozen keeps its bits."""
+        attached = self.freezing.attach(self.optimizer, zero_gradients=self.zero_gradients)
+        with attached, contextlib.ExitStack() as end:
+            end.callback(self.optimizer.zero_grad)
+            yield
+
+    def loss(self, batch: tuple[Any, Tensor, int], number: int) -> Tensor:
+        """That of a batch of (inputs, labels, number of own samples)."""
+        inputs, labels, own = batch
+        return self.objective(run(self.model, inputs, number), labels, own)
+
+
+class Mixed:
+    """(inputs, labels, number of own samples), as often as asked: see :func:`mixed`."""
+
+    def __init__(self, data: Data, replayed: Data | None) -> None:
+        self.data = data
+        self.replayed = replayed
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, int]]:
+        return mixed(self.data, self.replayed)
 
 
 @dataclass(frozen=True)
@@ -24,37 +81,43 @@ class TaskTraining:
     """How a task is trained.
 
     Attributes:
-        epochs: Passes over the data, 1 or more.
-        optimizer, learning_rate, weight_decay: As
-            :func:`nss_prune.adaptation.training.make_optimizer` takes them.
-        checkpoint: File to write after every epoch; None for none.
-        resume: Where the checkpoint is there already, go on after its last epoch.
+        settings: Of the training.
+        validation: Of the task, what gives the score after each epoch.
         progress: Show a progress bar; None for only on a terminal.
-
-    Raises:
-        ArgumentError: ``epochs`` is none.
     """
 
-    epochs: int
-    optimizer: str | OptimizerFactory = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    checkpoint: str | os.PathLike[str] | None = None
-    resume: bool = True
+    settings: TrainingSettings
+    validation: Validation | None = None
     progress: bool | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ArgumentError(f"epochs is {self.epochs!r}; give 1 or more")
+    @staticmethod
+    def of(
+        training: Mapping[str, Any], validation: Validation | None, progress: bool | None
+    ) -> TaskTraining:
+        """The training that some keywords ask for.
+
+        Raises:
+            ArgumentError: One is outside what it may be, or there are several processes.
+        """
+        if processes() > 1:
+            raise ArgumentError(
+                f"IncrementalTrainer trains in one process, there are {processes()}: each would "
+                "find neurons of its own; start it without torchrun"
+            )
+        settings = TrainingSettings.of(training)
+        settings.check_validation(validation)
+        return TaskTraining(settings, validation, progress)
 
     def run(
         self,
         freezing: Freezing,
         objective: Objective,
         data: Data,
+        *,
         replayed: Data | None = None,
-        purpose: Mapping[str, Any] | None = None,
-    ) -> None:
+        classes: Sequence[int],
+        purpose: Mapping[str, Any],
+    ) -> tuple[Metrics, ...]:
         """Train up to the number of epochs, those of the checkpoint included.
 
         Args:
@@ -62,36 +125,39 @@ class TaskTraining:
             objective: The loss.
             data: Batches of (inputs, labels) on the model's device.
             replayed: Batches to replay, one behind each of ``data``.
+            classes: The outputs that the task owns.
             purpose: Distinguishes the checkpoint from others of the model; anything JSON can hold.
 
+        Returns:
+            Metrics of each epoch.
+
         Raises:
-            ArgumentError: timm does not make the optimiser.
+            ArgumentError: timm does not make the optimiser or the scheduler.
             DataError: There is no batch, nothing to replay, or the model refuses a batch.
             FileFormatError, ModelMismatchError: The checkpoint is damaged or of another training.
             NumericalError: The loss or the weights became NaN or infinite.
         """
-        updates = make_optimizer(
+        settings = self.settings
+        optimizer = make_optimizer(freezing, settings)
+        reads_gradients = settings.clip_norm is not None or settings.amp == torch.float16
+        learner = TaskLearner(
             freezing,
-            self.optimizer,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
+            optimizer,
+            objective,
+            zero_gradients=reads_gradients or not treats_entries_apart(optimizer),
         )
-        saved = Checkpoint(self.checkpoint, freezing, updates, purpose or {})
-        found = saved.load() if self.resume else None
-        done = 0 if found is None else found[0]["epochs"]
-
-        def step(batch: tuple[Any, Tensor, int], number: int) -> Tensor:
-            inputs, labels, own = batch
-            loss = objective(run(freezing.model, inputs, number), labels, own)
-            updates.zero_grad()
-            loss.backward()
-            updates.step()
-            return loss.detach()
-
-        zero_gradients = not treats_entries_apart(updates)
-        with freezing.attach(updates, zero_gradients=zero_gradients), contextlib.ExitStack() as end:
-            end.callback(updates.zero_grad)
-            for epoch in range(done, self.epochs):
-                title = f"epoch {epoch + 1}/{self.epochs}"
-                one_pass(freezing.model, mixed(data, replayed), step, title, self.progress)
-                saved.save({"epochs": epoch + 1})
+        saved = Checkpoint(
+            settings.checkpoint,
+            freezing,
+            optimizer,
+            {**purpose, "classes": list(classes), **settings.hyper_parameters(optimizer)},
+        )
+        done = train(
+            learner,
+            Mixed(data, replayed),
+            settings,
+            saved=saved,
+            validate=validation_of_task(freezing.model, self.validation, classes),
+            progress=self.progress,
+        )
+        return tuple(done.history)

@@ -20,7 +20,7 @@ def prune_task_weights(
     model: nn.Module,
     entries: Mapping[str, Tensor],
     held: Mapping[str, Tensor],
-    share: float,
+    keep: float,
     *,
     method: str | Allocation = "lamp",
     classifier: str,
@@ -31,7 +31,7 @@ def prune_task_weights(
         model: It has just learned the task.
         entries: Parameter -> True for the entries that are critical to the task, of its shape.
         held: Parameter -> True for the entries that earlier tasks hold.
-        share: What the task keeps of its own at most, of all weights of Linear layers and
+        keep: What the task keeps of its own at most, of all weights of Linear layers and
             convolutions but the classifier's, in (0, 1].
         method: How many each layer keeps, as :func:`nss_prune.sparsify` takes it.
         classifier: Name of the layer that makes the outputs, which keeps all.
@@ -58,8 +58,8 @@ def prune_task_weights(
         for name, layer in zip(found, layers, strict=True)
     ]
     remaining = sum(layer.remaining for layer in own)
-    keep = min(round(share * sum(layer.size for layer in own)), remaining)
-    best = best_weights(own, keep, method)
+    count = min(round(keep * sum(layer.size for layer in own)), remaining)
+    best = best_weights(own, count, method)
     return {
         name: best[layer] | (held[name] & entries[name])
         for name, layer in zip(found, own, strict=True)

@@ -1,56 +1,45 @@
-"""What the trainers share: an optimiser, losses, and one pass over the data."""
+"""What trains of a model in part, by which optimiser, and the losses of tasks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
 from nss_prune.adaptation.freezing import Freezing
+from nss_prune.adaptation.tasks import Task
 from nss_prune.core.batches import as_computed
-from nss_prune.core.models import evaluation, run
-from nss_prune.core.outputs import class_scores, cross_entropy
-from nss_prune.core.processes import is_first
-from nss_prune.errors import ArgumentError, DataError, NumericalError
+from nss_prune.core.outputs import class_scores
+from nss_prune.errors import ArgumentError, DataError
 from nss_prune.profiling.accumulation import Loss as Loss  # for the modules that train
-
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-"""Function of the parameters that train, wholly or in part."""
-
-FUSED = ("adam", "adamw")
-"""Optimisers to be fused where possible: else the zeros of frozen entries are slow on a CPU."""
+from nss_prune.training.schedulers import optimizer_by_name
+from nss_prune.training.settings import OptimizerFactory as OptimizerFactory
+from nss_prune.training.settings import TrainingSettings
 
 
-def make_optimizer(
-    freezing: Freezing,
-    optimizer: str | Optimizer | OptimizerFactory,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    momentum: float = 0.9,
-) -> Optimizer:
+def make_optimizer(freezing: Freezing, settings: TrainingSettings) -> Optimizer:
     """The optimiser of a training.
 
     Args:
         freezing: What trains, of which model.
-        optimizer: A name that timm knows, an optimiser of the model's parameters, or a function
-            of the list of those that train.
-        learning_rate: For an optimiser by name, as ``momentum`` and ``weight_decay`` are, from
-            which biases and norms are exempt.
+        settings: With the optimiser, or its name and options.
 
     Raises:
         ArgumentError: timm does not make it, or it has other parameters than the model.
     """
+    optimizer = settings.optimizer
     if isinstance(optimizer, str):
-        options = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum}
-        return _by_name(freezing.model, optimizer, options)
+        options = {
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "momentum": settings.momentum,
+        }
+        return optimizer_by_name(freezing.model, optimizer, options)
     if not isinstance(optimizer, Optimizer):
         named = freezing.model.named_parameters()
         optimizer = optimizer([value for name, value in named if name in freezing.trainable])
@@ -62,116 +51,6 @@ def make_optimizer(
                 "it of model.parameters(), after the model is complete"
             )
     return optimizer
-
-
-def _by_name(model: nn.Module, name: str, options: dict[str, float]) -> Optimizer:
-    if name.lower() in FUSED:
-        try:
-            return _timm_optimizer(model, name, {**options, "fused": True})
-        except ArgumentError:
-            pass  # not on this device, not of these types, or not with these options
-    return _timm_optimizer(model, name, options)
-
-
-def _timm_optimizer(model: nn.Module, name: str, options: dict[str, Any]) -> Optimizer:
-    from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # here: it takes long
-
-    try:
-        made: Optimizer = create_optimizer_v2(model, opt=name, **options)
-    except Exception as error:  # each optimiser has its own
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise ArgumentError(
-            f"timm makes no optimiser {name!r} with {given}: {error}; use a name of "
-            "timm.optim.list_optimizers(), an optimiser, or a function of the parameters"
-        ) from error
-    return made
-
-
-def make_scheduler(name: str | None, optimizer: Optimizer, epochs: int) -> Any:
-    """The scheduler of a training, stepped with (epoch, score); None without a name.
-
-    Raises:
-        ArgumentError: timm does not make it.
-    """
-    if name is None:
-        return None
-    from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # it takes long
-
-    try:
-        scheduler, _ = create_scheduler_v2(optimizer, sched=name, num_epochs=epochs)
-    except Exception as error:
-        raise ArgumentError(f"timm makes no scheduler {name!r}: {error}") from error
-    if scheduler is None:
-        raise ArgumentError(f"timm has no scheduler {name!r}; use 'cosine', 'step', ..., or None")
-    return scheduler
-
-
-def one_pass(
-    model: nn.Module,
-    batches: Iterable[Any],
-    step: Callable[[Any, int], Tensor],
-    title: str,
-    progress: bool | None = None,
-) -> float:
-    """Train on every batch once.
-
-    Args:
-        model: It is put into training mode.
-        step: Trains on (batch, number of the batch) and gives its loss, detached.
-        title: For the progress bar and messages.
-        progress: Whether to show a bar; by default in a terminal.
-
-    Returns:
-        The mean loss.
-
-    Raises:
-        DataError: There is no batch.
-        NumericalError: The loss, or a parameter afterwards, is NaN or infinite.
-    """
-    hidden = not is_first() or (None if progress is None else not progress)
-    total: Tensor | None = None
-    number = -1
-    model.train()
-    with tqdm(batches, title, unit="batch", leave=False, disable=hidden) as bar:
-        for number, batch in enumerate(bar):
-            loss = step(batch, number)
-            total = loss if total is None else total + loss
-    if total is None:
-        raise DataError("the data has no batch; give batches that can be iterated repeatedly")
-    mean = float(total) / (number + 1)
-    finite = [parameter.isfinite().all() for parameter in model.parameters()]
-    if not math.isfinite(mean) or not bool(torch.stack(finite).all()):
-        what = "weights are not finite" if math.isfinite(mean) else f"the mean loss is {mean}"
-        raise NumericalError(
-            f"{title}: {what}; use a smaller learning rate, and check the data for NaN"
-        )
-    return mean
-
-
-def mean_loss(loss: Loss | None, outputs: Any, labels: Tensor) -> Tensor:
-    """The mean of a loss over the samples; cross entropy by default."""
-    if loss is None or loss is cross_entropy:  # a sum over the samples
-        return cross_entropy(outputs, labels) / len(labels)
-    return loss(outputs, labels).mean()
-
-
-def count_correct(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[int, int]:
-    """How many predictions equal their labels, and how many there are.
-
-    Args:
-        model: In any mode; it predicts in evaluation mode.
-        batches: Of (inputs, labels) on its device.
-
-    Raises:
-        DataError: The model refuses a batch.
-    """
-    right = samples = 0
-    for number, (inputs, labels) in enumerate(batches):
-        with evaluation(model), torch.no_grad():
-            found = class_scores(run(model, inputs, number)).argmax(1)
-        right += int((found == labels).sum())
-        samples += labels.numel()
-    return right, samples
 
 
 class TaskLoss:
@@ -225,3 +104,24 @@ class Objective:
         second = self.replayed(scores[own:], labels[own:]).mean()
         share = own / len(labels)
         return share * first + (1 - share) * second
+
+
+def objective_for(loss: Any, classes: Collection[int], tasks: Iterable[Task]) -> Objective:
+    """The losses of a task by name, or a function for all samples.
+
+    Args:
+        loss: "task" or None, "all", or a function of (outputs, labels).
+        classes: Those of the task.
+        tasks: Those before it.
+
+    Raises:
+        ArgumentError: It is none of these.
+    """
+    if callable(loss):
+        return Objective(loss, loss)
+    earlier = {known for task in tasks for known in task.classes}
+    if loss is None or loss == "task":
+        return Objective(TaskLoss(classes), TaskLoss(earlier))
+    if loss == "all":
+        return Objective(*[TaskLoss({*earlier, *classes})] * 2)
+    raise ArgumentError(f"loss is {loss!r}; use 'task', 'all' or a function")

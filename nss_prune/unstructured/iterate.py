@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import read_file, write_file
+from nss_prune.core.renamed import with_new_names
 from nss_prune.core.undo import Snapshot
-from nss_prune.errors import ModelMismatchError, NothingToPruneError
+from nss_prune.errors import ArgumentError, ModelMismatchError, NothingToPruneError
 from nss_prune.unstructured.allocation import Allocation, find_method
 from nss_prune.unstructured.masks import masks_of, refresh, set_masks
 from nss_prune.unstructured.sparsify import check_share, keep_best
@@ -53,7 +54,7 @@ _CHECKPOINT = "nss_prune iterations"
 
 def iterative_sparsify(
     model: nn.Module,
-    rate: float,
+    amount: float | None = None,
     method: str | Allocation = "lamp",
     *,
     until: StopRule | Sequence[StopRule],
@@ -62,15 +63,17 @@ def iterative_sparsify(
     ignored_layers: IgnoredLayers = (),
     checkpoint: str | os.PathLike[str] | None = None,
     dense_weights: int | None = None,
+    rate: float | None = None,
 ) -> Iterator[Iteration]:
     """Mask a share of the remaining weights again and again; yields after every iteration.
 
-    After k iterations `round(remaining at the start * (1 - rate)^k)` weights are kept. What
+    After k iterations `round(remaining at the start * (1 - amount)^k)` weights are kept. What
     `finetune` or `evaluate` raise ends the iterations: start again from the checkpoint.
 
     Args:
         model: any module with float weights; changed in place.
-        rate: share of the remaining weights to mask in an iteration, in (0, 1); in the paper 0.05.
+        amount: share of the remaining weights to mask in an iteration, in (0, 1); 0.05 in the
+            paper (old name: `rate`).
         method: as for `sparsify`.
         until: one or more of `Iterations`, `CompressionRate`, `AccuracyTolerance`, of which the
             first that holds counts. Nothing is done if one holds at the start.
@@ -82,8 +85,7 @@ def iterative_sparsify(
         dense_weights: `weight_count` before neurons were removed, from which the compression rate
             counts. Default: this model's.
 
-    Yields:
-        One `Iteration` for each that was accepted.
+    Yields: One `Iteration` for each that was accepted.
 
     Raises:
         ArgumentError: an argument is outside what it may be, or a rule needs `evaluate`.
@@ -96,9 +98,8 @@ def iterative_sparsify(
         >>> [i.number for i in iterative_sparsify(model, 0.1, until=CompressionRate(0.2))]
         [1, 2, 3]
     """
-    check_share("rate", rate, least_is_allowed=False)
+    share, rules = _amount(amount, rate), checked_rules(until, evaluate)
     find_method(method)
-    rules = checked_rules(until, evaluate)
     ignored = as_sequence(ignored_layers)
     layers = prunable_layers(model, ignored)
     dense_weights = weight_count(model) if dense_weights is None else int(dense_weights)
@@ -106,11 +107,22 @@ def iterative_sparsify(
         last=Iteration(0, compression_rate(model, dense_weights), None, 0.0),
         remaining=sum(layer.remaining for layer in layers),
     )
-    run = _Run(model, float(rate), method, rules, finetune, evaluate, ignored, dense_weights)
+    run = _Run(model, share, method, rules, finetune, evaluate, ignored, dense_weights)
     if checkpoint is None:
         return run.iterations(start, None)
     file = _Checkpoint(Path(checkpoint), run.settings(layers))
     return run.iterations(file.restore(model) if file.path.exists() else start, file)
+
+
+def _amount(amount: float | None, rate: float | None) -> float:
+    """The share to remove, by its name or its old one."""
+    if rate is not None:
+        given = with_new_names({"rate": rate}, {"rate": "amount"}, {"amount": amount})
+        amount = given["amount"]
+    if amount is None:
+        raise ArgumentError("no amount is given; pass a share of the weights, for example 0.05")
+    check_share("amount", amount, least_is_allowed=False)
+    return float(amount)
 
 
 @dataclass(frozen=True)

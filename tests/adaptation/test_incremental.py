@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from networks import assert_unchanged, fingerprint, mlp
+from nss_prune.adaptation.accuracies import AccuracyMatrix
 from nss_prune.adaptation.datasets import parts
 from nss_prune.adaptation.incremental import THETAS, IncrementalTrainer
 from nss_prune.adaptation.isolation import isolated_part
@@ -35,6 +36,7 @@ from nss_prune.errors import (
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.profiling.run import profile
+from processes import in_processes
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -220,7 +222,7 @@ def slower(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("name", MODELS)
 def test_finetuning_changes_what_the_last_task_needs_alone(name: str, optimizer: str) -> None:
     model, first, inputs = started(name)
-    trainer = IncrementalTrainer(model, data=first, share=0.5, progress=False)
+    trainer = IncrementalTrainer(model, data=first, keep=0.5, progress=False)
     for mask in trainer.tasks[0].slice.kept.values():
         assert int(mask.sum()) == round(0.5 * len(mask))
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
@@ -229,7 +231,7 @@ def test_finetuning_changes_what_the_last_task_needs_alone(name: str, optimizer:
     assert (model.eval()(inputs) - before).abs().max() > 0
     known = [scores(trainer, 0, inputs)]
     for classes in ((2, 3), (4, 5)):
-        trainer.share = None
+        trainer.keep = None
         trainer.theta = 0.9
         trainer.fit(pictures(classes, inputs.shape[-1], samples=16), **arguments)
         trainer.finetune_masked(**arguments)
@@ -242,7 +244,7 @@ def test_finetuning_changes_what_the_last_task_needs_alone(name: str, optimizer:
 def test_a_small_slice_is_finetuned_to_do_the_task_alone() -> None:
     data = pictures((0, 1), samples=400, deviation=5.0)
     model = trained(small_mlp(), data)
-    trainer = IncrementalTrainer(model, data=data, share=0.1, progress=False)
+    trainer = IncrementalTrainer(model, data=data, keep=0.1, progress=False)
     with trainer.task_a() as masked:
         before = accuracy(masked, data)
     trainer.finetune_masked(epochs=10, learning_rate=0.01)
@@ -251,7 +253,7 @@ def test_a_small_slice_is_finetuned_to_do_the_task_alone() -> None:
 
 
 def test_a_task_that_is_finetuned_answers_with_its_mask(tmp_path: Path) -> None:
-    trainer = trainer_of(trained_mlp(), weights=0.1)
+    trainer = trainer_of(trained_mlp(), keep_weights=0.1)
     trainer.fit(pictures((2, 3)), epochs=2)
     inputs = torch.randn(9, 3, 4, 4)
     masked = scores(trainer, 1, inputs)
@@ -304,7 +306,7 @@ def test_the_names_before_still_work() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_tasks_in_a_share_of_the_weights_keep_their_logits(name: str, optimizer: str) -> None:
     model, first, inputs = started(name)
-    trainer = IncrementalTrainer(model, data=first, share=0.8, weights=0.2, progress=False)
+    trainer = IncrementalTrainer(model, data=first, keep=0.8, keep_weights=0.2, progress=False)
     arguments = {"epochs": 2, "optimizer": lambda p: slower(OPTIMIZERS[optimizer](p))}
     trainer.finetune_masked(**arguments)
     known = [scores(trainer, 0, inputs)]
@@ -342,7 +344,7 @@ def weights_by_hand(trainer: IncrementalTrainer) -> dict[str, Tensor]:
 def test_a_task_keeps_the_best_of_its_weights_and_the_others_train() -> None:
     model = trained_mlp()
     before = copy.deepcopy(model)
-    trainer = trainer_of(model, 0.95, weights=0.2)
+    trainer = trainer_of(model, 0.95, keep_weights=0.2)
     expected = weights_by_hand(trainer)
     kept = trainer.tasks[0].weights
     assert kept.keys() == expected.keys()
@@ -360,7 +362,7 @@ def test_a_task_keeps_the_best_of_its_weights_and_the_others_train() -> None:
 
 def test_a_task_of_a_share_of_the_weights_computes_with_no_others() -> None:
     model = trained_mlp()
-    trainer = trainer_of(model, weights=0.1)
+    trainer = trainer_of(model, keep_weights=0.1)
     (task,) = trainer.tasks
     before = fingerprint(model)
     smaller = copy.deepcopy(model).eval()
@@ -377,7 +379,7 @@ def test_a_task_of_a_share_of_the_weights_computes_with_no_others() -> None:
 
 def test_free_weights_are_enough_for_another_task() -> None:
     trainer = IncrementalTrainer(
-        trained_mlp(), data=pictures((0, 1)), share=1.0, weights=0.5, progress=False
+        trained_mlp(), data=pictures((0, 1)), keep=1.0, keep_weights=0.5, progress=False
     )
     inputs = torch.randn(9, 3, 4, 4)
     known = scores(trainer, 0, inputs)
@@ -389,7 +391,7 @@ def test_free_weights_are_enough_for_another_task() -> None:
 
 
 def test_tasks_with_weights_are_saved(tmp_path: Path) -> None:
-    trainer = trainer_of(trained_mlp(), weights=0.2)
+    trainer = trainer_of(trained_mlp(), keep_weights=0.2)
     (task,) = trainer.tasks
     task.save(tmp_path / "task")
     loaded = Task.load(tmp_path / "task")
@@ -403,7 +405,10 @@ def test_tasks_with_weights_are_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"weights": 0.0}, "weights is 0"), ({"weights": 0.5, "method": "best"}, "method is 'best'")],
+    [
+        ({"keep_weights": 0.0}, "keep_weights is 0"),
+        ({"keep_weights": 0.5, "method": "best"}, "method is 'best'"),
+    ],
 )
 def test_shares_of_weights_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -562,7 +567,7 @@ def test_after_a_loader_raised_the_model_is_as_before_and_training_goes_on(
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert len(trainer.tasks) == 1
     assert path.exists()
-    trainer.fit(data, epochs=3, optimizer=OPTIMIZERS["sgd"], checkpoint=path)
+    trainer.fit(data, epochs=3, optimizer=OPTIMIZERS["sgd"], checkpoint=path, resume=True)
     for one, other in zip(trainer.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -571,13 +576,13 @@ def test_after_a_loader_raised_the_model_is_as_before_and_training_goes_on(
 def test_finetuning_goes_on_after_a_loader_raised(weights: float | None, tmp_path: Path) -> None:
     data, path = pictures((0, 1)), tmp_path / "checkpoint"
     arguments = {"epochs": 3, "optimizer": OPTIMIZERS["sgd"]}
-    straight, trainer = (trainer_of(trained_mlp(), weights=weights) for _ in range(2))
+    straight, trainer = (trainer_of(trained_mlp(), keep_weights=weights) for _ in range(2))
     straight.finetune_masked(data, **arguments)
     before = fingerprint(trainer.model)
     with pytest.raises(OSError, match="disk"):
         trainer.finetune_masked(Raising(data, 1), checkpoint=path, **arguments)
     assert_unchanged(trainer.model, before)
-    trainer.finetune_masked(data, checkpoint=path, **arguments)
+    trainer.finetune_masked(data, checkpoint=path, resume=True, **arguments)
     for one, other in zip(trainer.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -589,7 +594,7 @@ def test_a_checkpoint_of_another_model_or_task_is_refused(tmp_path: Path) -> Non
         trainer = trainer_of(other)
         before = fingerprint(other)
         with pytest.raises(ModelMismatchError, match="frozen entries|another training"):
-            trainer.fit(pictures(classes), checkpoint=path)
+            trainer.fit(pictures(classes), checkpoint=path, resume=True)
         assert_unchanged(other, before)
 
 
@@ -707,7 +712,7 @@ def test_replay_teaches_the_whole_network_earlier_tasks(form: str) -> None:
         "sampler": SubsetRandomSampler(range(16)),
         "batches": pictures((0, 1))[:2],
     }[form]
-    trainer.fit(pictures((2, 3)), replay, epochs=20, loss="all", learning_rate=0.01)
+    trainer.fit(pictures((2, 3)), replay=replay, epochs=20, loss="all", learning_rate=0.01)
     assert torch.equal(scores(trainer, 0, inputs), before)
     model.eval()
     assert accuracy(model, pictures((0, 1))) > 0.9
@@ -723,14 +728,14 @@ def test_a_batch_has_its_own_samples_and_replayed_ones() -> None:
         return functional.cross_entropy(outputs, labels, reduction="none")
 
     replay = [(torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 1]))]
-    trainer.fit(pictures((2, 3), samples=16), replay, epochs=1, loss=loss)
+    trainer.fit(pictures((2, 3), samples=16), replay=replay, epochs=1, loss=loss)
     assert seen[:4] == [[2, 3] * 4, [0, 1, 1], [2, 3] * 4, [0, 1, 1]]
 
 
 def test_nothing_to_replay() -> None:
     trainer = trainer_of(trained_mlp())
     with pytest.raises(DataError, match="replay"):
-        trainer.fit(pictures((2, 3)), [])
+        trainer.fit(pictures((2, 3)), replay=[])
 
 
 def test_parts_of_a_loader_are_of_its_sampler_and_the_same_in_every_pass() -> None:
@@ -885,3 +890,95 @@ def test_fit_is_a_loop_in_which_gradients_of_frozen_entries_are_zero(optimizer: 
         trained(by_hand, data, 3, updates)
     for name, value in by_hand.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_the_accuracy_matrix_and_forgetting_are_those_on_paper() -> None:
+    matrix = AccuracyMatrix()
+    matrix = matrix.with_row(["a"], [0.9])
+    matrix = matrix.with_row(["a", "b"], [0.5, 0.7])
+    matrix = matrix.with_row(["a", "b"], [0.6, 0.8])  # b was trained on
+    matrix = matrix.with_row(["a", "b", "c"], [0.7, 0.9, 0.4])
+    assert matrix.rows == ((0.9,), (0.6, 0.8), (0.7, 0.9, 0.4))
+    assert matrix.average == pytest.approx(2 / 3)
+    assert matrix.forgetting == pytest.approx((0.2, -0.1))
+    assert matrix.average_forgetting == pytest.approx(0.05)
+    assert repr(matrix).splitlines()[-1].split() == ["forgot", "20.00", "-10.00"]
+    assert math.isnan(AccuracyMatrix().average)
+
+
+def test_validation_history_and_accuracies_of_tasks() -> None:
+    told: list[dict[str, float]] = []
+    first, second = pictures((0, 1), samples=24), pictures((2, 3), samples=24)
+    trainer = trainer_of(trained_mlp(), validation=first)
+    with trainer.task_a() as model:
+        assert trainer.accuracies.rows == ((accuracy(model, first),),)
+    trainer.fit(
+        pictures((2, 3)), second, epochs=6, learning_rate=0.01, scheduler="cosine",
+        patience=6, on_epoch=told.append, amp=torch.bfloat16, clip_norm=1.0,
+    )  # fmt: skip
+    assert tuple(told) == trainer.history
+    assert len(told) == 6
+    assert told[0]["learning_rate"] > told[-1]["learning_rate"]
+    rows = trainer.accuracies.rows
+    assert len(rows) == 2
+    with trainer.task_a() as model:
+        assert rows[1][0] == accuracy(model, first)
+    with trainer.task_b() as model:
+        assert rows[1][1] == accuracy(model, second) == max(metrics["score"] for metrics in told)
+    assert trainer.accuracies.forgetting == (0.0,)  # bit-identical under its mask
+    trainer.finetune_masked(epochs=1)
+    assert len(trainer.accuracies.rows) == 2
+
+
+def test_a_task_stops_early_and_its_best_values_come_back() -> None:
+    trainer = trainer_of(trained_mlp())
+    seen: list[dict[str, Tensor]] = []
+    given = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+
+    def validate(model: nn.Module) -> float:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return next(given)
+
+    trainer.fit(pictures((2, 3)), validate, epochs=9, patience=2)
+    assert [metrics["score"] for metrics in trainer.history] == [0.1, 0.5, 0.4, 0.3]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, seen[1][name])
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.1}, {"weight_decay": 0.1}, {"optimizer": "sgd"}, {"loss": "all"}]
+)
+def test_a_checkpoint_of_other_hyper_parameters_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    trainer_of(trained_mlp()).fit(pictures((2, 3)), epochs=1, checkpoint=path)
+    trainer = trainer_of(trained_mlp())
+    before = fingerprint(trainer.model)
+    with pytest.raises(ModelMismatchError, match="another training: it has .*, this one"):
+        trainer.fit(pictures((2, 3)), epochs=2, checkpoint=path, resume=True, **change)
+    assert_unchanged(trainer.model, before)
+
+
+def test_old_names_work_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="share= is now keep="):
+        trainer = trainer_of(trained_mlp(), theta="auto", share=0.5)
+    with pytest.warns(DeprecationWarning, match="weights= is now keep_weights="):
+        assert trainer_of(trained_mlp(), weights=0.2).keep_weights == 0.2
+    assert trainer.keep == 0.5
+    with pytest.warns(DeprecationWarning, match="share is now keep"):
+        assert trainer.share == 0.5
+    with pytest.warns(DeprecationWarning, match="finetune_masked"):
+        trainer.settle(epochs=1)
+    with pytest.raises(ArgumentError, match="old name"):
+        trainer_of(trained_mlp(), share=0.5, keep=0.5)
+
+
+def several(rank: int, folder: str) -> None:
+    trainer = trainer_of(trained_mlp())
+    with pytest.raises(ArgumentError, match="one process"):
+        trainer.fit(pictures((2, 3)), epochs=1)
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    in_processes(several, tmp_path)

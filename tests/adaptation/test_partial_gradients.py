@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from frozen import assert_only_these_moved, bits, entries_with_names
 from networks import assert_unchanged, fingerprint
+from nss_prune.adaptation.adversarial_training import AdversarialTraining
 from nss_prune.adaptation.freezing import (
     Freezing,
     critical_channels,
@@ -30,6 +31,7 @@ from nss_prune.adaptation.freezing import (
 from nss_prune.adaptation.partial_gradients import BlockTraining, extract_blocks
 from nss_prune.adaptation.readapt import ReadaptTrainer
 from nss_prune.errors import ModelMismatchError
+from nss_prune.training.settings import TrainingSettings
 from processes import in_processes
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -358,13 +360,14 @@ def test_the_trainer_cuts_blocks_for_an_optimiser_of_its_own_only(attack) -> Non
         make = partial(SGD, lr=0.01, momentum=0.9, nesterov=True)
         optimizer = {"name": "sgd", "function": make, "optimiser": make(model.parameters())}[given]
         torch.manual_seed(3)
-        trainer = ReadaptTrainer(
-            model, critical, attack, 0.1, optimizer=optimizer, epochs=3, clip_norm=1.0
-        )
+        trainer = ReadaptTrainer(model, critical, attack, 0.1)
+        settings = {
+            "optimizer": optimizer, "learning_rate": 0.01, "epochs": 3, "clip_norm": 1.0
+        }  # fmt: skip
+        results.append(trainer.fit(stripes(), stripes(seed=4), **settings))
         own = set(model.parameters())
         seen = [value for group in trainer.optimizer.param_groups for value in group["params"]]
         assert own.issuperset(seen) == (given == "optimiser")
-        results.append(trainer.fit(stripes(), stripes(seed=4)))
         values.append(bits(model))
     for result, value in zip(results[:-1], values[:-1], strict=True):
         assert result.losses == pytest.approx(results[-1].losses, rel=1e-4)
@@ -381,7 +384,7 @@ def test_what_a_validation_changes_goes_on_training() -> None:
         trained[7].weight.data.add_(10)
         return 0.0
 
-    ReadaptTrainer(model, critical, None, epochs=2).fit(stripes(), validate)
+    ReadaptTrainer(model, critical, None).fit(stripes(), validate, epochs=2)
     moved = seen[1] - seen[0]
     trains = critical_entries(critical, model)["7.weight"]
     assert (moved[trains] > 5).all()
@@ -393,12 +396,13 @@ def test_a_checkpoint_of_training_under_masks_is_refused(tmp_path: Path) -> None
     file = tmp_path / "training"
     before = bits(model)
     masked = {"optimizer": SGD(model.parameters(), 0.01), "checkpoint": file}
-    ReadaptTrainer(model, critical, epochs=1, **masked).fit(stripes())
+    ReadaptTrainer(model, critical).fit(stripes(), epochs=1, **masked)
     model.load_state_dict(before)
-    trainer = ReadaptTrainer(model, critical, epochs=2, checkpoint=file, resume=True)
+    trainer = ReadaptTrainer(model, critical)
+    by_name = {"optimizer": "sgd", "learning_rate": 0.01, "checkpoint": file, "resume": True}
     state = fingerprint(model)
     with pytest.raises(ModelMismatchError, match="another training"):
-        trainer.fit(stripes())
+        trainer.fit(stripes(), epochs=2, **by_name)
     assert_unchanged(model, state)
 
 
@@ -411,7 +415,9 @@ def adapt(data: Batches) -> nn.Linear:
     torch.manual_seed(0)
     layer = nn.Linear(6, 3)
     freezing = Freezing(layer, {"weight": (torch.arange(6) % 2 == 0).expand(3, 6).clone()})
-    ReadaptTrainer(layer, None, None, train=freezing, epochs=2).fit(data)
+    ReadaptTrainer(layer, None, None, train=freezing).fit(
+        data, epochs=2, optimizer="sgd", learning_rate=0.01
+    )
     return layer
 
 
@@ -438,9 +444,10 @@ def test_gradients_of_frozen_entries_are_zero_where_something_reads_them(
     arguments: dict[str, Any], zero: bool
 ) -> None:
     model, critical, _, _ = sliced("cnn")
-    options = {"optimizer": "momentum", "attack": None, "progress": False} | arguments
-    trainer = ReadaptTrainer(model, critical, **options)
-    assert trainer._training.blocks.zero_gradients == zero
+    settings = TrainingSettings(**{"optimizer": "momentum"} | arguments)
+    freezing = train_critical(critical, model)
+    learner = AdversarialTraining(freezing, settings, attack=None, fixed=False)
+    assert learner.blocks.zero_gradients == zero
 
 
 def test_masks_whose_gradients_are_not_zero_end_at_the_same_values() -> None:

@@ -195,7 +195,7 @@ def test_resumes_shared_weights(tmp_path):
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({"rate": 0.2}, "rate = 0.1"),
+        ({"amount": 0.2}, "rate = 0.1"),
         ({"method": "global"}, "method = 'lamp'"),
         ({"finetune": train}, "finetune = False"),
         ({"ignored_layers": ["0"]}, "layers = "),
@@ -204,7 +204,7 @@ def test_resumes_shared_weights(tmp_path):
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, other, named):
     path = tmp_path / "run"
-    settings = {"rate": 0.1, "until": Iterations(1), "checkpoint": path}
+    settings = {"amount": 0.1, "until": Iterations(1), "checkpoint": path}
     list(iterative_sparsify(fresh(), **settings))
     model = fresh()
     before = snapshot(model)
@@ -236,9 +236,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"rate": 0},
-        {"rate": 1},
-        {"rate": float("nan")},
+        {"amount": 0},
+        {"amount": 1},
+        {"amount": float("nan")},
         {"method": "other"},
         {"until": []},
         {"until": 5},
@@ -252,7 +252,7 @@ def test_bad_arguments_are_found_by_the_call_itself(arguments):
     model = fresh()
     before = snapshot(model)
     with pytest.raises(ArgumentError):
-        iterative_sparsify(model, **{"rate": 0.1, "until": Iterations(1), **arguments})
+        iterative_sparsify(model, **{"amount": 0.1, "until": Iterations(1), **arguments})
     assert_as_it_was(model, before)
 
 
@@ -276,3 +276,12 @@ def test_an_accuracy_in_percent_is_refused():
     run = iterative_sparsify(fresh(), 0.1, until=Iterations(1), evaluate=lambda model: 98.4)
     with pytest.raises(ArgumentError, match="0.984"):
         next(run)
+
+
+def test_the_old_name_of_the_amount_works_with_a_warning() -> None:
+    model = torch.nn.Linear(10, 10)
+    with pytest.warns(DeprecationWarning, match="rate= is now amount="):
+        (iteration,) = iterative_sparsify(model, rate=0.1, until=Iterations(1))
+    assert iteration.compression_rate == pytest.approx(0.1)
+    with pytest.raises(ArgumentError, match="amount"):
+        iterative_sparsify(model, until=Iterations(1))

@@ -1,0 +1,88 @@
+"""What a training came to so far: its epochs, the best values, when it is over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nss_prune.training.settings import Metrics
+
+Values = dict[str, Tensor]
+
+
+class Saved(Protocol):
+    """Where a training is kept: model, optimiser, random numbers, notes and the best values."""
+
+    def save(self, notes: Mapping[str, Any], best: Mapping[str, Tensor] | None = None) -> None:
+        """Keep all that the training needs to go on."""
+
+    def load(self) -> tuple[dict[str, Any], Values | None] | None:
+        """Put back what was kept; its notes and best values, or None where there is nothing."""
+
+
+@dataclass
+class Progress:
+    """The epochs so far.
+
+    Attributes:
+        history: Metrics of each epoch.
+        best: Parameters and buffers at the best score, if they are wanted.
+        scaler: State of the loss scaler.
+    """
+
+    history: list[Metrics] = field(default_factory=list)
+    best: Values | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Mean loss of each epoch."""
+        return tuple(metrics["loss"] for metrics in self.history)
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Validation score after each epoch, if there was a validation."""
+        return tuple(metrics["score"] for metrics in self.history if "score" in metrics)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on training, without validation."""
+        return sum(metrics["seconds"] for metrics in self.history)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Position of the best score, from 0, the first of equal ones; None without scores."""
+        if not self.scores:
+            return None
+        return self.scores.index(max(self.scores))
+
+    def is_better(self, score: float) -> bool:
+        """Whether a score is above all so far."""
+        return score > max(self.scores, default=-math.inf)
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether the best score is ``patience`` epochs old."""
+        if patience is None or self.best_epoch is None:
+            return False
+        return len(self.scores) - 1 - self.best_epoch >= patience
+
+    def save(self, saved: Saved) -> None:
+        """Keep it with what the training needs to go on."""
+        saved.save({"history": self.history, "scaler": self.scaler}, self.best)
+
+    @staticmethod
+    def load(saved: Saved) -> Progress:
+        """What :meth:`save` kept, model and optimiser included; a new one where there is nothing.
+
+        Raises:
+            FileFormatError, ModelMismatchError: The file is damaged or of another training.
+        """
+        found = saved.load()
+        if found is None:
+            return Progress()
+        notes, best = found
+        return Progress(notes["history"], best, notes["scaler"])
