@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from nss_prune.adaptation.checkpoint import Checkpoint
+from nss_prune.core.schema import array, number, record
 from nss_prune.core.undo import copied
+
+_NOTES = record(
+    {"losses": array(number()), "scores": array(number()), "seconds": number(0)},
+)
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Course:
         Raises:
             FileFormatError, ModelMismatchError: As :meth:`Checkpoint.load`.
         """
-        found = checkpoint.load()
+        found = checkpoint.load(_NOTES)
         if found is None:
             return Course()
         notes, best = found

@@ -16,6 +16,7 @@ from nss_prune.adaptation.freezing import Freezing
 from nss_prune.adaptation.partial_gradients import treats_entries_apart
 from nss_prune.adaptation.training import Objective, OptimizerFactory, make_optimizer, one_pass
 from nss_prune.core.models import run
+from nss_prune.core.schema import record, whole
 from nss_prune.errors import ArgumentError
 
 
@@ -77,7 +78,7 @@ class TaskTraining:
             weight_decay=self.weight_decay,
         )
         saved = Checkpoint(self.checkpoint, freezing, updates, purpose or {})
-        found = saved.load() if self.resume else None
+        found = saved.load(record({"epochs": whole()})) if self.resume else None
         done = 0 if found is None else found[0]["epochs"]
 
         def step(batch: tuple[Any, Tensor, int], number: int) -> Tensor:
