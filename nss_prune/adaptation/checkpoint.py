@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from nss_prune.core.schema import (
     Check,
     anything,
     array,
+    check_finite,
     check_tensor,
     check_tensors,
     either,
@@ -110,6 +112,8 @@ class Checkpoint:
         self._check(written["purpose"], values)
         with checked_contents(self.path):
             _check_best(best, values)
+            for name, _ in self.freezing.model.named_parameters():
+                check_finite(f"model/{name}", values[name])
             if unknown := [name for name in tensors if not name.startswith(PREFIXES)]:
                 raise FileFormatError(f"it has tensors {unknown[:4]} that no training writes")
             state = self._optimizer_state(tensors, written)
@@ -171,8 +175,7 @@ class Checkpoint:
                 raise FileFormatError(f"the optimiser has state of parameter {parameter}")
             _check_state(parameter, entries, trained[parameter])
         for group, new in zip(groups, written["options"], strict=True):
-            if any(type(group.get(key)) not in (int, float, bool) for key in new):
-                raise FileFormatError(f"the optimiser has no options {sorted(new)}")
+            _check_options(group, new)
         options = [{**group, **new} for group, new in zip(groups, written["options"], strict=True)]
         return {"state": state, "param_groups": options}
 
@@ -232,6 +235,18 @@ def _check_state(position: int, entries: Mapping[str, Any], parameter: Tensor) -
             if not isinstance(value, Tensor):
                 raise refuse(f"{key} of parameter {position}", value, "a tensor")
             check_tensor(f"optimizer/{position}/{key}", value, tuple(parameter.shape))
+            check_finite(f"optimizer/{position}/{key}", value)
+
+
+def _check_options(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """The numbers among the options of a parameter group are the same ones, and finite."""
+    present = {key for key, value in group.items() if isinstance(value, (int, float))}
+    if options.keys() != present:
+        raise FileFormatError(f"the optimiser has options {sorted(present)}, not {sorted(options)}")
+    for key, value in options.items():
+        alike = isinstance(value, bool) == isinstance(group[key], bool)
+        if not alike or not math.isfinite(value) or (value < 0 <= group[key]):
+            raise refuse(f"option {key!r}", value, f"a value such as {group[key]!r}")
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> Values:

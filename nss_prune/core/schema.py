@@ -174,3 +174,9 @@ def check_tensor(
             f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; allowed is {shape} of "
             f"{', '.join(map(str, dtypes))}"
         )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise FileFormatError if a tensor has infinite values or NaN."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise FileFormatError(f"tensor {name!r} has values that are infinite or NaN")

@@ -86,6 +86,9 @@ def _check_positions(tensors: Mapping[str, Tensor], notes: Sequence[Any]) -> Non
     wanted = sum(size * repeats for size, _, repeats in regular)
     if wanted > FREE + PER_BYTE * paid:
         raise FileFormatError(f"the groups have {wanted} positions, more than this file can have")
+    for name, size, members, ties in notes:
+        if size * ties > max((member[2] for member in members), default=0):
+            raise refuse(f"the size of group {name!r}", [size, ties], "that of a layer")
     for size, (name, _, width, _, form, *_) in forms:
         if not isinstance(form, str) and form[0] + size * form[1] > width:
             raise refuse(f"a side of {name!r}", form, f"{width} positions")

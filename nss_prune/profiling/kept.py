@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nss_prune.core.schema import (
     array,
+    check_finite,
     check_tensor,
     either,
     names,
@@ -184,6 +185,7 @@ def _check_group(tensors: Mapping[str, Tensor], key: str, size: int, notes: dict
     for part, shape in shapes.items():
         if f"{key}/{part}" in tensors:
             check_tensor(f"{key}/{part}", tensors[f"{key}/{part}"], shape)
+            check_finite(f"{key}/{part}", tensors[f"{key}/{part}"])
     if key not in notes.get("drawn", {}):
         return
     keys, values = tensors[f"{key}/drawn keys"], tensors[f"{key}/drawn values"]

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from nss_prune.core.files import checked_contents, read_file, write_file
 from nss_prune.core.schema import (
     array,
+    check_finite,
     check_tensor,
     check_tensors,
     names,
@@ -104,13 +104,20 @@ def check_profile(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> No
         rows = () if kind == "overall" else (len(notes["samples"]),)
         check_tensor(name, tensors[name], (*rows, size))
         _check_values(name, kind, tensors[name])
+    if sums is not None:
+        _check_samples(notes, {category: samples for category, samples, _ in sums["sums"]})
+
+
+def _check_samples(notes: Mapping[str, Any], samples: Mapping[int, int]) -> None:
+    """The categories are those of the sums, of as many samples."""
+    parts = [[samples.get(label, 0) for label in part] for part in notes["categories"]]
+    counted = [sum(part) for part in parts]
+    if counted != notes["samples"] or sum(map(len, parts)) != len(samples):
+        raise FileFormatError(f"the sums are of {counted} samples, not {notes['samples']}")
 
 
 def _check_values(name: str, kind: str, values: Tensor) -> None:
-    is_right = torch.isfinite(values)
-    if kind == "curves":
-        is_right &= (values >= -ROUNDING) & (values <= 1 + ROUNDING)
-    if not bool(is_right.all()):
-        raise FileFormatError(
-            f"tensor {name!r} has values that are infinite, NaN or outside [0, 1]"
-        )
+    check_finite(name, values)
+    outside = (values < -ROUNDING) | (values > 1 + ROUNDING)
+    if kind == "curves" and bool(outside.any()):
+        raise FileFormatError(f"tensor {name!r} has similarities outside [0, 1]")

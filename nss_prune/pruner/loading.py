@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from nss_prune.core.models import submodule
 from nss_prune.errors import FileFormatError, ModelMismatchError
-from nss_prune.pruner.contents import REMEDY, named_tensors, numbers_of, some, ties_of
+from nss_prune.pruner.contents import REMEDY, join, named_tensors, numbers_of, some, ties_of
+
+_Convolution, _Norm = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Loading:
         for name in added:
             _check_bias(model, name, saved)
         for name, module in model.named_modules(remove_duplicate=False):
+            _check_length(name, module, saved)
             _check_numbers(self.path, name, module, self.notes["modules"][name]["numbers"], saved)
 
     def fill(self, model: nn.Module) -> None:
@@ -114,7 +117,7 @@ def _check_names(kind: str, present: Iterable[str], saved: Iterable[str]) -> Non
 def _check_bias(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
     """A bias that the model does not have is as long as the weight beside it is wide."""
     layer = name.rpartition(".")[0]
-    weight, bias = saved[f"{layer}.weight" if layer else "weight"], saved[name]
+    weight, bias = saved[join(layer, "weight")], saved[name]
     module = submodule(model, layer)
     axis = 1 if getattr(module, "transposed", False) else 0
     width = weight.shape[axis] * (getattr(module, "groups", 1) if axis else 1)
@@ -122,6 +125,21 @@ def _check_bias(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> Non
         raise ModelMismatchError(
             f"{name} has shape {tuple(bias.shape)} in the file, the layer {width} outputs; {REMEDY}"
         )
+
+
+def _check_length(name: str, module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """What a layer of torch has for each of its channels is as long as its weight is wide."""
+    weight = saved.get(join(name, "weight"))
+    if weight is None or not isinstance(module, (nn.Linear, _Convolution, _Norm)):
+        return
+    transposed = isinstance(module, _Convolution) and module.transposed
+    for key in ("bias", "running_mean", "running_var"):
+        value = saved.get(join(name, key))
+        if value is not None and not transposed and len(value) != len(weight):
+            raise FileFormatError(
+                f"{join(name, key)} has {len(value)} entries for {len(weight)} channels; save "
+                "the model again"
+            )
 
 
 def _check_numbers(
@@ -132,7 +150,7 @@ def _check_numbers(
     saved: Mapping[str, Tensor],
 ) -> None:
     """The widths that a layer of torch takes from the file are those of the weight there."""
-    weight, present = saved.get(f"{name}.weight" if name else "weight"), numbers_of(module)
+    weight, present = saved.get(join(name, "weight")), numbers_of(module)
     if weight is None:
         return
     for key, width in _widths(module, weight, numbers).items():
@@ -150,7 +168,7 @@ def _widths(module: nn.Module, weight: Tensor, numbers: Mapping[str, Any]) -> di
     shape = tuple(weight.shape)
     if isinstance(module, nn.Linear) and len(shape) == 2:
         return {"out_features": shape[0], "in_features": shape[1]}
-    if isinstance(module, nn.modules.conv._ConvNd) and len(shape) > 2:
+    if isinstance(module, _Convolution) and len(shape) > 2:
         groups = numbers.get("groups", module.groups)
         grouped, plain = ("out", "in") if module.transposed else ("in", "out")
         return {
@@ -158,7 +176,7 @@ def _widths(module: nn.Module, weight: Tensor, numbers: Mapping[str, Any]) -> di
             f"{grouped}_channels": shape[1] * groups,
             "kernel_size": shape[2:],
         }
-    if isinstance(module, nn.modules.batchnorm._NormBase) and len(shape) == 1:
+    if isinstance(module, _Norm) and len(shape) == 1:
         return {"num_features": shape[0]}
     return {"normalized_shape": shape} if isinstance(module, nn.LayerNorm) else {}
 

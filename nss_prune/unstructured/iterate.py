@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 _CHECKPOINT = "nss_prune iterations"
+_PREFIXES = ("mask ", "value ")
 _NOTES = record(
     {
         "settings": record(
@@ -273,6 +274,7 @@ class _Checkpoint:
         bits = _named("mask ", tensors)
         with checked_contents(self.path):
             check_tensors(bits, notes["shapes"])
+            check_tensors(tensors, [name for name in tensors if name.startswith(_PREFIXES)])
             stored = unpack(bits, notes["shapes"])
         masks = match(stored, readable_layers(model))
         values = self._matched(_named("value ", tensors), _state(model))
