@@ -13,7 +13,7 @@ from nss_prune.discovery.claims import claims
 from nss_prune.discovery.parts import discover_parts
 from nss_prune.discovery.trial import adapted_on_trial
 from nss_prune.errors import GraphError
-from nss_prune.graph.deadline import deadline
+from nss_prune.graph.deadline import within
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import trace
@@ -52,13 +52,25 @@ def discover(
     claimed = list(claims(model, adapters, ignored))
     with recording({module for module, _, _ in claimed}) as calls:
         try:
-            with deadline(WHOLE_SHARE * timeout, model):
-                called = None if forward is call_model else forward
-                graph, output_nodes = trace(model, example_inputs, forward_fn=called)
-                found = find_neurons(model, graph, output_nodes, ignored)
+            found = within(
+                WHOLE_SHARE * timeout,
+                model,
+                lambda: _traced(model, example_inputs, ignored, forward),
+            )
         except GraphError as error:
             rest = (1 - WHOLE_SHARE) * timeout
             found = discover_parts(
                 model, example_inputs, ignored, error, timeout=rest, forward=forward
             )
     return adapted_on_trial(model, found, claimed, calls)
+
+
+def _traced(
+    model: nn.Module,
+    example_inputs: Any,
+    ignored: Sequence[nn.Module | nn.Parameter],
+    forward: Forward,
+) -> NeuronMap:
+    called = None if forward is call_model else forward
+    graph, output_nodes = trace(model, example_inputs, forward_fn=called)
+    return find_neurons(model, graph, output_nodes, ignored)

@@ -87,7 +87,7 @@ def trace(
             graph = tp.DependencyGraph().build_dependency(
                 model,
                 as_arguments(example_inputs),
-                forward_fn=forward_fn,
+                forward_fn=forward_fn or call_as_torch_pruning,
                 output_transform=recorder,
                 verbose=False,
                 **graph_arguments,
@@ -98,6 +98,19 @@ def trace(
                 "model(*example_inputs) runs and that its layers are connected by autograd"
             ) from error
     return graph, recorder.nodes
+
+
+def call_as_torch_pruning(model: nn.Module, example_inputs: Any) -> Any:
+    """Call a model as torch-pruning does by itself, where it would catch a KeyboardInterrupt."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    try:
+        return model(*example_inputs)
+    except Exception as error:
+        try:
+            return model(example_inputs)
+        except Exception:
+            raise error from None
 
 
 def as_arguments(example_inputs: Any) -> Any:

@@ -205,7 +205,7 @@ class NSSPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         chosen = importance or self._semantic_importance
 
         def build(recorder: Any) -> Any:
-            own = {**settings, "output_transform": recorder}
+            own = {**settings, "output_transform": recorder, "forward_fn": tracer.forward_fn}
             super(NSSPruner, self).__init__(model, tracer.arguments, chosen, **own)
             return self.DG
 

@@ -61,8 +61,8 @@ def built(
 ) -> nn.Module:
     """The model of a recipe, with the tensors of the file.
 
-    It is built with parameters that have no values, which are those of the file then. A model that
-    makes something of its parameters' values when it is built, is built again with them.
+    It is built with parameters that have no values, which become those of the file then. A model
+    that needs values when it is built, or fills a table of its own in place, is built with them.
 
     Raises:
         ArgumentError: There is no recipe.
@@ -76,27 +76,31 @@ def built(
         )
     if not trust:
         _check_recipe(path, recipe)
+    import timm  # here, because it takes seconds that few need
+
     limit = float("inf") if trust else _FREE + _PER_BYTE * loading.size
-    with _Frugal(path, limit):
-        model = _created(path, recipe)
-    loading.check(model, named_tensors(model, values=False))
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    loading.fill(model)
-    if not _lacks_values(model):
-        return model
-    if size > limit:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} names a model that takes {size:,} bytes, far more than the "
-            f"file; {_TRUST}"
-        )
-    model = _created(path, recipe)
-    loading.check(model, named_tensors(model))
-    loading.fill(model)
+    for values in (False, True):
+        try:
+            with _Frugal(path, limit, values):
+                model: nn.Module = timm.create_model(**{"pretrained": False, **recipe})
+        except FileFormatError:
+            raise
+        except Exception as error:
+            if not values:
+                continue
+            raise ModelMismatchError(
+                f"timm could not build the architecture of {os.fspath(path)!r} ({recipe}): "
+                f"{error}; {REMEDY}"
+            ) from error
+        loading.check(model, named_tensors(model, values=False))
+        loading.fill(model)
+        if not _lacks_values(model):
+            break
     return model
 
 
 def _check_recipe(path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> None:
-    import timm  # here, because it takes seconds that few need
+    import timm
 
     try:
         record({"model_name": text}, _ARGUMENTS)(recipe, "")
@@ -113,21 +117,6 @@ def _check_recipe(path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> No
         )
 
 
-def _created(path: str | os.PathLike[str], recipe: dict[str, Any]) -> nn.Module:
-    import timm
-
-    try:
-        model: nn.Module = timm.create_model(**{"pretrained": False, **recipe})
-    except FileFormatError:
-        raise
-    except Exception as error:
-        raise ModelMismatchError(
-            f"timm could not build the architecture of {os.fspath(path)!r} ({recipe}): {error}; "
-            f"{REMEDY}"
-        ) from error
-    return model
-
-
 def _lacks_values(model: nn.Module) -> bool:
     """Whether a buffer, or a tensor that is an attribute, was made without values."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -137,22 +126,30 @@ def _lacks_values(model: nn.Module) -> bool:
 
 
 class _Frugal(TorchFunctionMode):
-    """Within the context ``torch.empty`` takes no memory, and all else together only so much.
+    """Within the context all tensors together take only so much memory.
 
     Args:
+        path: Of the file, for messages.
         limit: Bytes.
+        values: Whether ``torch.empty``, which makes parameters, takes any.
+
+    Raises:
+        FileFormatError: More than ``limit`` is needed, before it is taken.
     """
 
-    def __init__(self, path: str | os.PathLike[str], limit: float) -> None:
+    def __init__(self, path: str | os.PathLike[str], limit: float, values: bool) -> None:
         super().__init__()
-        self._path, self._left = path, limit
+        self._path, self._left, self._values = path, limit, values
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if function is torch.empty:
-            return function(*args, **{**kwargs, "device": "meta"})
+            planned = function(*args, **{**kwargs, "device": "meta"})
+            if not self._values:
+                return planned
+            self._refuse(planned.nbytes)
         self._refuse(_broadcast_bytes(args))
         made = function(*args, **kwargs)
         if isinstance(made, Tensor) and not made.is_meta and made._base is None:
@@ -163,8 +160,8 @@ class _Frugal(TorchFunctionMode):
     def _refuse(self, wanted: int) -> None:
         if wanted > self._left:
             raise FileFormatError(
-                f"{os.fspath(self._path)!r} names a model whose tables take far more memory than "
-                f"the file; {_TRUST}"
+                f"{os.fspath(self._path)!r} names a model that takes far more memory than the "
+                f"file; {_TRUST}"
             )
 
 

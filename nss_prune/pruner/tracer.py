@@ -17,10 +17,16 @@ from nss_prune.discovery.parts import discover_parts
 from nss_prune.discovery.trial import adapted_on_trial
 from nss_prune.discovery.whole import TIMEOUT, WHOLE_SHARE
 from nss_prune.errors import GraphError, NothingToPruneError
-from nss_prune.graph.deadline import deadline
+from nss_prune.graph.deadline import within
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
-from nss_prune.graph.tracing import OutputRecorder, as_arguments, trace, traceable
+from nss_prune.graph.tracing import (
+    OutputRecorder,
+    as_arguments,
+    call_as_torch_pruning,
+    trace,
+    traceable,
+)
 from nss_prune.pruner.subject import Subject
 
 __all__ = ["TIMEOUT", "Tracer"]
@@ -79,6 +85,11 @@ class Tracer:
         """The example inputs as torch-pruning takes them."""
         return as_arguments(self.example_inputs)
 
+    @property
+    def forward_fn(self) -> Callable[[nn.Module, Any], Any]:
+        """The one given, or what torch-pruning does by itself but for catching interrupts."""
+        return self.graph_arguments.get("forward_fn") or call_as_torch_pruning
+
     def first(self, model: nn.Module, build: Callable[[OutputRecorder], Any]) -> Subject:
         """The subject of the first step.
 
@@ -92,10 +103,9 @@ class Tracer:
         tracer, graph, claimed = self, None, self._claims(model)
         with recording({module for module, _, _ in claimed}) as calls, traceable(model):
             try:
-                with deadline(WHOLE_SHARE * self.timeout, model):
-                    recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
-                    graph = build(recorder)
-                    found = self._neurons(model, graph, recorder.nodes)
+                graph, found = within(
+                    WHOLE_SHARE * self.timeout, model, lambda: self._built(model, build)
+                )
             except NothingToPruneError:
                 raise
             except Exception as error:
@@ -114,10 +124,19 @@ class Tracer:
             if self.untraceable is not None:
                 found = self._neurons_in_parts(model)
             else:
-                with deadline(self.timeout, model):
-                    graph, output_nodes = self.graph(model)
-                    found = self._neurons(model, graph, output_nodes)
+                graph, found = within(self.timeout, model, lambda: self._traced(model))
         return self._subject(model, graph, adapted_on_trial(model, found, claimed, calls))
+
+    def _built(
+        self, model: nn.Module, build: Callable[[OutputRecorder], Any]
+    ) -> tuple[Any, NeuronMap]:
+        recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
+        graph = build(recorder)
+        return graph, self._neurons(model, graph, recorder.nodes)
+
+    def _traced(self, model: nn.Module) -> tuple[Any, NeuronMap]:
+        graph, output_nodes = self.graph(model)
+        return graph, self._neurons(model, graph, output_nodes)
 
     def graph(self, model: nn.Module) -> tuple[Any, set[Any]]:
         """torch-pruning's graph, and the autograd nodes that make the outputs."""
