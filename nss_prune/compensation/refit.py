@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nss_prune.compensation.eligible import reason_to_leave, shared_weights
+from nss_prune.compensation.eligible import reason_to_leave, shared_weights, used_elsewhere
 from nss_prune.compensation.folding import Folded, apply
 from nss_prune.compensation.paired import paired_statistics
 from nss_prune.compensation.problem import changed_channels, resolved
@@ -67,6 +67,7 @@ def refit(
     with evaluation(model), evaluation(sliced), torch.no_grad():
         _, inputs, _ = next(counted_batches(model, data, False, ""))
         shown = survey(model, consumers, inputs, forward)
+        shared |= used_elsewhere(model, inputs, forward)
         hidden = None if progress is None else not progress
         for name in tqdm(shown.calls, desc="refit", unit="consumer", leave=False, disable=hidden):
             module = submodule(model, name)

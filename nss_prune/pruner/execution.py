@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nss_prune.core.undo import undone_on_error
+from nss_prune.core.undo import restored_on_error
 from nss_prune.pruner.planning import Plan
 from nss_prune.pruner.repair import Repair, Repaired
 from nss_prune.pruner.wrapper import wrap_again
@@ -21,11 +21,12 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
 
     Raises:
         RemovalError: The smaller model would not work.
-        DataError, NumericalError: From the repairs. In every case the model is as before.
+        DataError, NumericalError: From the repairs, and what the data raises goes on as it is. In
+            every case the model is as before.
     """
     subject, chosen = plan.subject, plan.slice
     seen = [repair.observe(subject, plan.evidence) for repair in repairs]
-    with undone_on_error(subject.model):
+    with restored_on_error(subject.model):
         done = [
             repair.before(subject, chosen, known)
             for repair, known in zip(repairs, seen, strict=True)
