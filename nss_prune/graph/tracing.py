@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nss_prune.core.models import flags_kept
 from nss_prune.core.nested import tensors_in
+from nss_prune.core.undo import left_as_found
 from nss_prune.errors import ArgumentError, GraphError
 
 
@@ -20,14 +21,15 @@ from nss_prune.errors import ArgumentError, GraphError
 def traceable(model: nn.Module) -> Iterator[None]:
     """What tracing through autograd needs: evaluation mode, gradients on, no stray hooks after."""
     hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
-    with flags_kept(model) as parameters, torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+    with left_as_found(model), flags_kept(model) as parameters, torch.enable_grad():
         model.eval()
         for parameter in parameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+                yield
         finally:
             for module, before in hooks:
                 for key in set(module._forward_hooks) - set(before):

@@ -10,6 +10,7 @@ from torch import nn
 
 from nss_prune.core.models import device_of, evaluation
 from nss_prune.core.processes import processes, total_counts
+from nss_prune.core.undo import left_as_found
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.profiling.accumulation import Collector, alone
@@ -38,6 +39,8 @@ def one_pass(
     metrics, groups = comparison.chosen, neurons.groups
     scores = Scores(groups, metrics, landscape, keep_statistics, ranking=comparison.ranking)
     baseline = objective.reference(data, metrics)
+    with left_as_found(model):
+        meaning = objective.meaning(model, data)
     consumers = ConsumerSums(model, groups)
     if upkeep.keep_readers and processes() > 1:
         raise ArgumentError(
@@ -55,12 +58,12 @@ def one_pass(
         device_of(model),
         baseline,
         consumers.watching if upkeep.keep_readers else alone,
-        objective.meaning(model, data),
+        meaning,
         objective.forward,
         limit / processes(),
     )
     room = max(1, limit // sum(BYTES * group.size**2 for group in groups))
-    with evaluation(model):
+    with left_as_found(model), evaluation(model):
         for part, sums in stream_parts(
             model, data, collector, room, separate=keep_statistics, progress=upkeep.progress
         ):

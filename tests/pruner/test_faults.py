@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from networks import batches, cnn, settled
-from nss_prune import NSSPruner
+from nss_prune import NSSPruner, profile
 
 
 class Loader:
@@ -76,3 +76,41 @@ def test_a_step_that_is_begun_again_gives_what_an_unbroken_one_gives(name: str, 
         state = found.state_dict()
         for key, value in expected.state_dict().items():
             assert torch.equal(state[key], value), f"{key} after a fault at batch {fault}"
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, an attribute and a list, and remembers a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.calls, self.shapes = 0, [(0,)]
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.shapes.append(tuple(inputs.shape))
+        self.seen += len(inputs)
+        self.mean = 0.9 * self.mean + 0.1 * inputs.detach().mean(0)
+        self.last = inputs
+        return self.second(torch.relu(self.first(inputs)))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_the_constructor_and_profile_leave_what_calls_change_as_found() -> None:
+    torch.manual_seed(0)
+    model, data = Counting().double(), batches(104, (6,), 3)
+    mean = model.mean
+
+    def assert_as_found() -> None:
+        assert (model.calls, model.shapes, model.mean) == (0, [(0,)], mean)
+        assert not bool(model.seen)
+        assert not hasattr(model, "last")
+
+    profile(model, data)
+    assert_as_found()
+    pruner = NSSPruner(model, torch.zeros(2, 6).double(), data=data, macs_budget=0.6)
+    assert_as_found()
+    assert pruner.slice.kept
+    assert_as_found()
