@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +14,44 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nss_prune.adaptation.freezing import Freezing
-from nss_prune.core.files import read_file, write_file
+from nss_prune.core.files import checked_contents, read_file, write_file
 from nss_prune.core.models import device_of
 from nss_prune.core.processes import is_first, wait
-from nss_prune.core.undo import put_back, tensors_of
-from nss_prune.errors import ModelMismatchError
+from nss_prune.core.schema import (
+    Check,
+    anything,
+    array,
+    check_finite,
+    check_tensor,
+    check_tensors,
+    either,
+    number,
+    one_of,
+    record,
+    refuse,
+    row,
+    table,
+    text,
+    truth,
+    whole,
+)
+from nss_prune.core.undo import put_back, restored_on_error, tensors_of
+from nss_prune.errors import FileFormatError, ModelMismatchError
 
 KIND = "nss_prune training"
 
+_NUMBER = either(truth, number())
+NOTES = {
+    "purpose": table(anything),
+    "state": array(row(whole(), text, either(one_of(None), _NUMBER))),
+    "options": array(table(_NUMBER)),
+}
+"""Of the notes of a file, beside those that the training adds."""
+
+BY_ENTRY = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg"})
+"""What optimisers of torch keep for every entry of a parameter."""
+
+PREFIXES = ("model/", "best/", "random/", "optimizer/")
 
 Values = dict[str, Tensor]
 
@@ -59,8 +90,11 @@ class Checkpoint:
             self._write(self.path, notes, best or {})
         wait()
 
-    def load(self) -> tuple[dict[str, Any], Values | None] | None:
+    def load(self, check: Check) -> tuple[dict[str, Any], Values | None] | None:
         """Give model, optimiser and random numbers what :meth:`save` wrote.
+
+        Args:
+            check: Of the notes that :meth:`save` was given.
 
         Returns:
             The notes and the best values, if any; None where there is no file.
@@ -73,14 +107,23 @@ class Checkpoint:
         """
         if self.path is None or not Path(self.path).exists():
             return None
-        tensors, written = read_file(self.path, KIND)
-        values = _part(tensors, "model/")
+        tensors, written = read_file(self.path, KIND, record({**NOTES, "notes": check}))
+        values, best = _part(tensors, "model/"), _part(tensors, "best/")
         self._check(written["purpose"], values)
-        state = self._optimizer_state(tensors, written)
-        self.optimizer.load_state_dict(state)
-        put_back(self.freezing.model, values)
-        self._set_random(tensors)
-        return written["notes"], _part(tensors, "best/") or None
+        with checked_contents(self.path):
+            _check_best(best, values)
+            for name, _ in self.freezing.model.named_parameters():
+                check_finite(f"model/{name}", values[name])
+            if unknown := [name for name in tensors if not name.startswith(PREFIXES)]:
+                raise FileFormatError(f"it has tensors {unknown[:4]} that no training writes")
+            state = self._optimizer_state(tensors, written)
+        model = self.freezing.model
+        with restored_on_error(model, values=True, optimizer=self.optimizer):
+            with checked_contents(self.path):
+                self.optimizer.load_state_dict(state)
+                self._set_random(tensors)
+            put_back(model, values)
+        return written["notes"], best or None
 
     def _write(
         self,
@@ -124,8 +167,15 @@ class Checkpoint:
         for name, value in _part(tensors, "optimizer/").items():
             position, _, key = name.partition("/")
             state.setdefault(int(position), {})[key] = value
-        for position, key, number in written["state"]:
-            state.setdefault(position, {})[key] = number
+        for position, key, entry in written["state"]:
+            state.setdefault(position, {})[key] = entry
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter, entries in state.items():
+            if parameter >= len(trained):
+                raise FileFormatError(f"the optimiser has state of parameter {parameter}")
+            _check_state(parameter, entries, trained[parameter])
+        for group, new in zip(groups, written["options"], strict=True):
+            _check_options(group, new)
         options = [{**group, **new} for group, new in zip(groups, written["options"], strict=True)]
         return {"state": state, "param_groups": options}
 
@@ -151,9 +201,7 @@ class Checkpoint:
                 f"{_differences(purpose, self.purpose)}; give another path, or resume=False to "
                 "replace it"
             )
-        if {name: value.shape for name, value in values.items()} != {
-            name: value.shape for name, value in tensors_of(model).items()
-        }:
+        if _shapes(values) != _shapes(tensors_of(model)):
             raise ModelMismatchError(
                 f"{self.path!s} is the checkpoint of another model; give another path, or "
                 "resume=False to replace it"
@@ -177,6 +225,38 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {purpose.get(name)!r}" for name in names) for purpose in (found, wanted)
     )
     return f"it has {there}, this one {here}"
+
+
+def _shapes(values: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in values.items()}
+
+
+def _check_best(best: Values, values: Values) -> None:
+    if best:
+        check_tensors(best, values)
+    for name, value in best.items():
+        check_tensor(name, value, tuple(values[name].shape), (values[name].dtype,))
+
+
+def _check_state(position: int, entries: Mapping[str, Any], parameter: Tensor) -> None:
+    """What optimisers keep for every entry of a parameter has the parameter's shape."""
+    for key, value in entries.items():
+        if key in BY_ENTRY:
+            if not isinstance(value, Tensor):
+                raise refuse(f"{key} of parameter {position}", value, "a tensor")
+            check_tensor(f"optimizer/{position}/{key}", value, tuple(parameter.shape))
+            check_finite(f"optimizer/{position}/{key}", value)
+
+
+def _check_options(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """The numbers among the options of a parameter group are the same ones, and finite."""
+    present = {key for key, value in group.items() if isinstance(value, (int, float))}
+    if options.keys() != present:
+        raise FileFormatError(f"the optimiser has options {sorted(present)}, not {sorted(options)}")
+    for key, value in options.items():
+        alike = isinstance(value, bool) == isinstance(group[key], bool)
+        if not alike or not math.isfinite(value) or (value < 0 <= group[key]):
+            raise refuse(f"option {key!r}", value, f"a value such as {group[key]!r}")
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> Values:

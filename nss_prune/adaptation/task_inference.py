@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nss_prune.core.batches import labelled_batches
 from nss_prune.core.models import evaluation, run
 from nss_prune.core.outputs import class_scores
+from nss_prune.core.schema import LARGEST, check_finite, check_tensor, number, refuse, row, table
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.capture import Watcher
@@ -40,6 +41,13 @@ DIRECTIONS = 16
 
 PARTS = ("neurons", "means", "directions", "variances")
 """The tensors of :class:`LayerFeatures`."""
+
+
+FEATURES = {
+    "features": table(row(number(0), number(-LARGEST), number(0))),
+    "energy": row(number(-LARGEST), number(0)),
+}
+"""Of the notes of a file."""
 
 
 @dataclass(frozen=True)
@@ -169,16 +177,25 @@ class TaskFeatures:
         return tensors, {"features": notes, "energy": list(self.usual_energy)}
 
     @staticmethod
-    def decoded(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> TaskFeatures | None:
-        """What :meth:`encoded` gave; None where a file has none."""
+    def decoded(
+        tensors: Mapping[str, Tensor], notes: Mapping[str, Any], critical: Slice
+    ) -> TaskFeatures | None:
+        """What :meth:`encoded` gave, and :data:`FEATURES` allows; None where a file has none.
+
+        Raises:
+            FileFormatError: Of other layers, or tensors of other shapes.
+        """
         if "features" not in notes:
             return None
         layers, usual = {}, {}
         for name, (residual, mean, deviation) in notes["features"].items():
-            parts = (tensors[f"features/{part}/{name}"] for part in PARTS)
+            if name not in critical.kept:
+                raise refuse("a layer with features", name, "one of the slice")
+            parts = [tensors[f"features/{part}/{name}"] for part in PARTS]
+            _check_parts(name, parts, len(critical.kept[name]))
             layers[name] = LayerFeatures(*parts, residual)
             usual[name] = mean, deviation
-        return TaskFeatures(layers, usual, tuple(notes["energy"]))
+        return TaskFeatures(layers, usual, tuple(notes.get("energy", (0.0, 1.0))))
 
     @property
     def nbytes(self) -> int:
@@ -188,6 +205,25 @@ class TaskFeatures:
             for found in self.layers.values()
             for tensor in (getattr(found, part) for part in PARTS)
         )
+
+
+def tensors_of_features(notes: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that the notes refer to."""
+    return [f"features/{part}/{name}" for name in notes.get("features", ()) for part in PARTS]
+
+
+def _check_parts(layer: str, parts: Sequence[Tensor], width: int) -> None:
+    """The tensors of a layer of ``width`` neurons belong together."""
+    neurons, means, directions, variances = parts
+    name = f"features of {layer}"
+    check_tensor(name, neurons, (None,), (torch.int64,))
+    if len(neurons) and not 0 <= int(neurons.min()) <= int(neurons.max()) < width:
+        raise refuse(name, int(neurons.max()), f"neurons of {width}")
+    check_tensor(name, means, (None, len(neurons)), (torch.float32,))
+    check_tensor(name, directions, (len(variances), len(neurons)), (torch.float32,))
+    check_tensor(name, variances, (None,), (torch.float32,))
+    for part in (means, directions, variances):
+        check_finite(name, part)
 
 
 def pooled(

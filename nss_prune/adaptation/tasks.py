@@ -12,18 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nss_prune.adaptation.task_inference import TaskFeatures
+from nss_prune.adaptation.task_inference import FEATURES, TaskFeatures, tensors_of_features
 from nss_prune.adaptation.task_weights import zeroed
-from nss_prune.core.bits import pack, unpack
-from nss_prune.core.files import read_file, write_file
+from nss_prune.core.bits import SHAPES, pack, unpack
+from nss_prune.core.files import checked_contents, read_file, write_file
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import flags_kept, submodule
+from nss_prune.core.schema import array, check_tensors, record, text, truth, whole
 from nss_prune.core.text import elided, shortened
+from nss_prune.errors import FileFormatError
 from nss_prune.graph.axes import input_axis
-from nss_prune.graph.slices import Slice, decode_slice, encode_slice
+from nss_prune.graph.slices import (
+    OPTIONAL,
+    REQUIRED,
+    Slice,
+    decode_slice,
+    encode_slice,
+    tensors_of_slice,
+)
 from nss_prune.unstructured.storage import shapes
 
 KIND = "nss_prune task"
+_NOTES = record(
+    {**REQUIRED, "name": text, "classes": array(whole(), least=1), "outputs": whole(1)},
+    {**OPTIONAL, "weights": SHAPES, "settled": truth, **FEATURES},
+)
 
 
 @dataclass(frozen=True)
@@ -114,10 +127,20 @@ class Task:
             FileFormatError: The file is damaged, foreign, or of a newer version.
             OSError: The file cannot be read.
         """
-        tensors, notes = read_file(path, KIND)
-        critical = decode_slice(tensors, notes)
-        sizes = notes.get("weights", {})
-        weights = unpack({name: tensors[f"weights/{name}"] for name in sizes}, sizes)
+        tensors, notes = read_file(path, KIND, _NOTES)
+        classes, sizes = notes["classes"], notes.get("weights", {})
+        with checked_contents(path):
+            wanted = [
+                *tensors_of_slice(notes),
+                *(f"weights/{name}" for name in sizes),
+                *tensors_of_features(notes),
+            ]
+            check_tensors(tensors, wanted)
+            if classes != sorted(set(classes)) or classes[-1] >= notes["outputs"]:
+                raise FileFormatError(f"classes are {classes[:8]} of {notes['outputs']} outputs")
+            critical = decode_slice(tensors, notes)
+            weights = unpack({name: tensors[f"weights/{name}"] for name in sizes}, sizes)
+            features = TaskFeatures.decoded(tensors, notes, critical)
         return Task(
             notes["name"],
             critical,
@@ -125,7 +148,7 @@ class Task:
             notes["outputs"],
             weights,
             notes.get("settled", False),
-            TaskFeatures.decoded(tensors, notes),
+            features,
         )
 
     def own_outputs(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nss_prune.compensation.constant import as_weight, by_channel_group, constant_map, response
+from nss_prune.core.hooks import attached
+from nss_prune.core.models import Forward, run
+from nss_prune.core.nested import tensors_in
 from nss_prune.statistics.moments import ConsumerStatistics
 
 
@@ -21,7 +27,7 @@ def reason_to_leave(
     if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
         return f"it is a {type(module).__name__}"
     if id(module.weight) in shared:
-        return "another layer has the same weight"
+        return "its weight is used elsewhere too"
     if not _mixes_channels(module, statistics.shape):
         return f"its type {type(module).__name__} does more with its weight than mix channels"
     return ""
@@ -36,6 +42,58 @@ def shared_weights(model: nn.Module) -> set[int]:
         if parameter is not None
     )
     return {parameter for parameter, count in counts.items() if count > 1}
+
+
+def used_elsewhere(model: nn.Module, inputs: Any, forward: Forward) -> set[int]:
+    """Ids of the parameters that a call uses outside of the modules that hold them."""
+    holders: dict[int, nn.Module] = {
+        id(parameter): module
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    watched = _Uses(holders)
+    hooks: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        hooks.append((module.register_forward_pre_hook, watched.enter))
+        leaving = functools.partial(module.register_forward_hook, always_call=True)
+        hooks.append((leaving, watched.leave))
+    with attached(*hooks), watched:
+        run(model, inputs, 0, forward)
+    return watched.elsewhere
+
+
+class _Uses(TorchFunctionMode):
+    """Finds the parameters that are used while the module that holds them is not called.
+
+    Attributes:
+        elsewhere: Their ids.
+    """
+
+    def __init__(self, holders: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self.elsewhere: set[int] = set()
+        self._holders = holders
+        self._inside: list[nn.Module] = []
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        """Before a call."""
+        self._inside.append(module)
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        """After it."""
+        self._inside.remove(module)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if tensors_in(result):  # asking for its shape is no use
+            for tensor in tensors_in((args, kwargs or {})):
+                holder = self._holders.get(id(tensor))
+                if holder is not None and holder not in self._inside:
+                    self.elsewhere.add(id(tensor))
+        return result
 
 
 def _mixes_channels(module: nn.Module, shape: Sequence[int]) -> bool:

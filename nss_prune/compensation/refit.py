@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.compensation.eligible import reason_to_leave, shared_weights
+from nss_prune.compensation.eligible import reason_to_leave, shared_weights, used_elsewhere
 from nss_prune.compensation.folding import Folded, apply
 from nss_prune.compensation.paired import paired_statistics
 from nss_prune.compensation.problem import changed_channels, resolved
@@ -68,6 +68,7 @@ def refit(
     with evaluation(model), evaluation(sliced), torch.no_grad():
         inputs, _ = split_batch(first_batch(data, device_of(model))[0])
         check_inputs(model, inputs, 0)
+        shared |= used_elsewhere(model, inputs, forward)
         found = survey(model, consumers, inputs, forward)
         for name in shown(found.calls, progress, "refit", "consumer"):
             module = submodule(model, name)

@@ -10,6 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nss_prune.core.schema import array, check_tensor, table, whole
+
+SHAPES = table(array(whole(), most=16))
+"""Of the shapes of packed tensors in the notes of a file."""
+
 BitOrder = Literal["little", "big"]
 """Whether the first of eight entries is in the lowest or in the highest bit of a byte."""
 
@@ -27,7 +32,13 @@ def unpack(
     shapes: Mapping[str, Sequence[int]],
     order: BitOrder = "little",
 ) -> dict[str, Tensor]:
-    """The inverse of :func:`pack`."""
+    """The inverse of :func:`pack`.
+
+    Raises:
+        FileFormatError: There are more or fewer bits than a shape needs.
+    """
+    for name, shape in shapes.items():
+        check_tensor(name, packed[name], (-(-math.prod(shape) // 8),), (torch.uint8,))
     return {
         name: torch.from_numpy(
             np.unpackbits(packed[name].numpy(), count=math.prod(shape), bitorder=order)

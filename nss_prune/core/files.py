@@ -1,17 +1,17 @@
 """Files that are whole or not there: safetensors with a kind, a version and a digest.
 
 A file is written aside and moved into place, so that an interrupted write leaves the old one as
-it was, and nothing in it can run code.
+it was. Nothing in it can run code, and nothing in it is used before it is checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Mapping
-from pathlib import Path
+import stat
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nss_prune.errors import FileFormatError
+from nss_prune.core.replacing import replacing
+from nss_prune.core.schema import Check
+from nss_prune.errors import FileFormatError, NSSPruneError
 
-VERSION = 1
+VERSION = 2
+"""Of version 1, the digest did not cover the kind and the version."""
+
+Contents = tuple[dict[str, Tensor], dict[str, Any]]
+"""The tensors and the notes of a file."""
 
 
 def write_file(
@@ -30,7 +36,7 @@ def write_file(
     """Write tensors and JSON notes as safetensors, whole or not at all.
 
     Args:
-        path: the file; replaced if it exists.
+        path: the file; replaced if it exists, as :func:`replacing` does it.
         kind: what the file is, checked on reading.
         tensors: by name.
         notes: anything that JSON can hold.
@@ -39,38 +45,64 @@ def write_file(
         OSError: the file cannot be written.
     """
     stored = _unshared(tensors)
-    text = json.dumps(notes)
-    header = {"kind": kind, "version": str(VERSION), "notes": text}
-    aside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
-    try:
-        save_file(stored, aside, {**header, "digest": _digest(stored, text)})
-        os.replace(aside, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    header = {"kind": kind, "version": str(VERSION), "notes": json.dumps(notes)}
+    with replacing(path) as aside:
+        try:
+            save_file(stored, aside, {**header, "digest": _digest(stored, header)})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
-def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_file(path: str | os.PathLike[str], kind: str, check: Check | None = None) -> Contents:
     """The tensors, on the CPU, and the notes of a file that :func:`write_file` wrote.
 
+    Args:
+        check: Of the notes, see :mod:`nss_prune.core.schema`.
+
     Raises:
-        FileFormatError: the file is damaged, foreign, of another kind or a newer version.
+        FileFormatError: the file is damaged, foreign, of another kind or a newer version, or has
+            other notes than the check allows; or it is no file but a pipe, device or folder.
         OSError: the file cannot be read.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its writer
+        raise FileFormatError(
+            f"{os.fspath(path)!r} is a folder, pipe or device; give the path of a file"
+        )
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = dict(file.metadata() or {})
             _check_header(path, header, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        digest = _digest(tensors, header)
+    except (NSSPruneError, OSError):
+        raise
+    except (SafetensorError, *FOREIGN) as error:
         raise FileFormatError(
             f"{os.fspath(path)!r} is no safetensors file, or {_DAMAGED}"
         ) from error
-    if header.get("digest") != _digest(tensors, header.get("notes", "")):
+    if header.get("digest") != digest:
         raise FileFormatError(f"{os.fspath(path)!r} {_DAMAGED}")
-    notes: dict[str, Any] = json.loads(header["notes"])
+    with checked_contents(path):
+        notes = json.loads(header["notes"])
+        if check is not None:
+            check(notes, "")
     return tensors, notes
+
+
+FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What wrong contents can make Python or torch raise; RecursionError is a RuntimeError."""
+
+
+@contextlib.contextmanager
+def checked_contents(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around the decoding of a file, which touches no model: what it raises is FileFormatError."""
+    try:
+        yield
+    except (NSSPruneError, *FOREIGN) as error:
+        reason = str(error) if isinstance(error, NSSPruneError) else f"{type(error).__name__}"
+        raise FileFormatError(
+            f"{os.fspath(path)!r} holds what this library never writes: {reason}; write it again"
+        ) from error
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,17 +127,22 @@ def _check_header(path: str | os.PathLike[str], header: Mapping[str, str], kind:
             "pass a file that this library wrote for this purpose"
         )
     version = header.get("version", "")
-    if not version.isdecimal():
+    if not (version.isascii() and version.isdecimal() and len(version) < 10):
         raise FileFormatError(f"{os.fspath(path)!r} {_DAMAGED}")
     if int(version) > VERSION:
         raise FileFormatError(
             f"{os.fspath(path)!r} has format version {version}, this nss_prune reads up to "
             f"{VERSION}: upgrade nss_prune"
         )
+    if header.keys() != {"kind", "version", "notes", "digest"} or version[0] == "0":
+        raise FileFormatError(f"{os.fspath(path)!r} {_DAMAGED}")
 
 
-def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
-    digest = hashlib.blake2b(notes.encode(), digest_size=16)
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    if header["version"] != "1":
+        digest.update(json.dumps([header["kind"], header["version"]]).encode())
+    digest.update(header["notes"].encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -92,6 +92,29 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """After the context, buffers and attributes that calls of the model change are as before."""
+    before = Snapshot(model)
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    lists = [
+        (value, list(value))
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, list)
+    ]
+    try:
+        yield
+    finally:
+        before.restore()
+        for value, items in lists:
+            value[:] = items
+        with torch.no_grad():
+            for buffer, content in buffers:
+                if not buffer.is_meta and not torch.equal(buffer, content):
+                    buffer.data.copy_(content)
+
+
+@contextlib.contextmanager
 def values_restored(model: nn.Module) -> Iterator[None]:
     """Within the context parameters and buffers may be overwritten; then they are as before."""
     before = copied(model)

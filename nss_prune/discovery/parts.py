@@ -14,7 +14,7 @@ from nss_prune.core.models import Forward, call_model
 from nss_prune.core.text import first_line
 from nss_prune.discovery.calls import Call, look, recorded_calls
 from nss_prune.errors import GraphError
-from nss_prune.graph.deadline import deadline
+from nss_prune.graph.deadline import within
 from nss_prune.graph.groups import MAKES_THE_OUTPUT, find_neurons
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.tracing import trace
@@ -99,13 +99,15 @@ class _Search:
 
     def _trace(self, module: nn.Module, call: Call) -> NeuronMap:
         remaining = max(0.1, self.end - time.monotonic())
-        with deadline(min(self.limit, remaining), module):
-            graph, output_nodes = trace(
-                module, call.arguments, forward_fn=lambda part, _: call.on(part)
-            )
-            return find_neurons(
-                module, graph, output_nodes, self.ignored, tuple(self.root_module_types)
-            )
+        return within(min(self.limit, remaining), module, lambda: self._followed(module, call))
+
+    def _followed(self, module: nn.Module, call: Call) -> NeuronMap:
+        graph, output_nodes = trace(
+            module, call.arguments, forward_fn=lambda part, _: call.on(part)
+        )
+        return find_neurons(
+            module, graph, output_nodes, self.ignored, tuple(self.root_module_types)
+        )
 
     def _add(self, prefix: str, found: NeuronMap) -> None:
         self.groups += [_with_prefix(group, prefix) for group in found.groups]

@@ -14,7 +14,7 @@ from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
 from nss_prune.discovery.trial import tried
 from nss_prune.errors import GraphError
-from nss_prune.graph.deadline import deadline
+from nss_prune.graph.deadline import within
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import trace
@@ -54,12 +54,15 @@ def discover(
     reason: GraphError | None = None
     with recording({module for module, _, _ in claimed}) as calls:
         try:
-            with deadline(WHOLE_SHARE * timeout, model):
-                called = None if forward is call_model else forward
-                graph, output_nodes = trace(model, example_inputs, forward_fn=called)
+            graph, output_nodes = within(
+                WHOLE_SHARE * timeout, model, lambda: _traced(model, example_inputs, forward)
+            )
             verdicts = tried(claimed, calls)
-            with deadline(WHOLE_SHARE * timeout, model):
-                found = find_neurons(model, graph, output_nodes, ignored, apart=verdicts.makers)
+            found = within(
+                WHOLE_SHARE * timeout,
+                model,
+                lambda: find_neurons(model, graph, output_nodes, ignored, apart=verdicts.makers),
+            )
         except GraphError as error:
             reason, rest = error, (1 - WHOLE_SHARE) * timeout
             found = discover_parts(
@@ -75,3 +78,8 @@ def discover(
         forward=forward,
         untraceable=reason,
     )
+
+
+def _traced(model: nn.Module, example_inputs: Any, forward: Forward) -> tuple[Any, set[Any]]:
+    called = None if forward is call_model else forward
+    return trace(model, example_inputs, forward_fn=called)

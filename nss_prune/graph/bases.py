@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.models import submodule
+from nss_prune.core.schema import array, check_finite, check_tensor, one_of, refuse, row, text
+
+BASES = array(row(text, one_of("out", "in")))
+"""Of the changes of basis in the notes of a file."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,27 @@ def encode_bases(changes: Sequence[BasisChange]) -> tuple[dict[str, Tensor], lis
     return tensors, notes
 
 
+def tensors_of_bases(notes: Sequence[Any]) -> list[str]:
+    """Names of the tensors that the notes refer to."""
+    parts = ("channels", "matrices")
+    return [f"basis/{number}/{part}" for number in range(len(notes)) for part in parts]
+
+
 def decode_bases(tensors: Mapping[str, Tensor], notes: Sequence[Any]) -> tuple[BasisChange, ...]:
-    """What :func:`encode_bases` encoded."""
-    return tuple(
-        BasisChange(
-            name,
-            side,
-            tensors[f"basis/{number}/channels"].long(),
-            tensors[f"basis/{number}/matrices"],
-        )
-        for number, (name, side) in enumerate(notes)
-    )
+    """What :func:`encode_bases` encoded, and :data:`BASES` allows.
+
+    Raises:
+        FileFormatError: Tensors of other shapes or types, or negative channels.
+    """
+    found = []
+    for number, (name, side) in enumerate(notes):
+        keys = [f"basis/{number}/{part}" for part in ("channels", "matrices")]
+        channels, matrices = (tensors[key] for key in keys)
+        check_tensor(keys[0], channels, (None, None), (torch.int32,))
+        blocks, width = channels.shape
+        check_tensor(keys[1], matrices, (blocks, width, width), (torch.float64,))
+        check_finite(keys[1], matrices)
+        if bool((channels < 0).any()):
+            raise refuse(keys[0], int(channels.min()), "channels from 0")
+        found.append(BasisChange(name, side, channels.long(), matrices))
+    return tuple(found)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from nss_prune.core.hooks import attached
 from nss_prune.core.models import (
     Forward,
     call_model,
@@ -56,21 +62,79 @@ def macs_by_module(
 
 
 def _counted(model: nn.Module, example_inputs: Any, forward: Forward) -> dict[str, int]:
-    counter = FlopCounterMode(display=False)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        # The fused kernels of attention are not counted on every device, their parts are.
-        with evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            forward(model, example_inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    root = f"{type(model).__name__}."
-    found = {
-        name.removeprefix(root): sum(operations.values()) // 2
-        for name, operations in counter.get_flop_counts().items()
-    }
-    return {**found, "": counter.get_total_flops() // 2}
+    counter = _Counter()
+    hooks = [
+        pair
+        for name, module in model.named_modules()
+        for pair in (
+            (module.register_forward_pre_hook, functools.partial(counter.enter, name)),
+            (
+                functools.partial(module.register_forward_hook, always_call=True),
+                functools.partial(counter.leave, name),
+            ),
+        )
+    ]
+    # The fused kernels of attention are not counted on every device, their parts are.
+    with attached(*hooks), evaluation(model), torch.no_grad(), _plain_attention(), counter:
+        forward(model, example_inputs)
+    return {name: operations // 2 for name, operations in counter.operations.items()}
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the floating-point operations of this thread by the modules that they are in.
+
+    torch's own counter follows the modules by hooks of all modules of the process, so that models
+    in other threads are counted as well.
+
+    Attributes:
+        operations: Module -> its operations, its children's included; "" is the model.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter({"": 0})
+        self._inside: list[str] = []
+
+    def enter(self, name: str, *_: Any) -> None:
+        """Before a call of a module."""
+        self._inside.append(name)
+
+    def leave(self, name: str, *_: Any) -> None:
+        """After it."""
+        if name in self._inside:
+            self._inside.remove(name)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = function._overloadpacket
+        if packet not in flop_registry and function is not torch.ops.prim.device.default:
+            with self:
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = function(*args, **kwargs)
+        if packet in flop_registry:
+            operations = flop_registry[packet](*args, **kwargs, out_val=result)
+            for name in {"", *self._inside}:
+                self.operations[name] += operations
+        return result
+
+
+_SETTING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Within the context attention is made of products. The settings are the whole process's."""
+    with _SETTING, sdpa_kernel(SDPBackend.MATH):
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def parameters_left(

@@ -1,127 +1,145 @@
-"""A time limit for code that may never return, such as a search that goes round in circles."""
+"""A time limit for code that may never return, such as a search that goes round in circles.
+
+The code runs in a thread of its own, and only that thread is ever interrupted: an interruption
+that comes late finds a thread that has nothing left to do, never the caller. The thread does not
+end before it is allowed to, because a new one could have its number then.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import sys
 import threading
-from collections.abc import Iterator
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from nss_prune.core.thread_state import with_state_of_this_thread
 from nss_prune.errors import GraphError
 
 AGAIN = 1.0  # seconds between two interruptions
-SOON = 0.001  # seconds until the next look at a thread that is not in the body
+
+Made = TypeVar("Made")
 
 
 class _Expired(BaseException):
     """Raised in the thread that is late; not an Exception, which that code might swallow."""
 
 
-@contextlib.contextmanager
-def deadline(seconds: float, model: nn.Module) -> Iterator[None]:
-    """Interrupt the body after ``seconds``. Only Python code can be interrupted.
+def within(seconds: float, model: nn.Module, function: Callable[[], Made]) -> Made:
+    """What a function returns, unless it takes longer. Only Python code can be interrupted.
 
     Args:
-        model: To name the layer that the body was busy with.
+        seconds: Until it is interrupted.
+        model: To name the layer that it was busy with.
+        function: Called in another thread with the state of this one, see
+            :func:`with_state_of_this_thread`.
 
     Raises:
-        GraphError: The body was not done in time.
+        GraphError: It was not done in time.
+        KeyboardInterrupt: One came meanwhile; the function was interrupted.
+        Also whatever the function raises.
     """
-    alarm = _Alarm(seconds, sys._getframe(1))  # contextlib's __enter__
+    worker = _Worker(with_state_of_this_thread(function))
     try:
-        alarm.start()
-        yield
-    except _Expired as error:
-        alarm.stop()
-        layer = _layer_at_work(error.__traceback__, model)
-        raise GraphError(
-            f"torch-pruning was not done with {type(model).__name__} in {seconds:.3g} s"
-            f"{f', it was busy with {layer!r}' if layer else ''}; name the layer in "
-            "ignored_layers, or raise timeout"
-        ) from None
+        worker.start()
+        worker.wait(seconds)
     finally:
-        alarm.stop()
+        worker.end()
+    if worker.returned:
+        return worker.results[0]
+    if worker.error is not None and not isinstance(worker.error, _Expired):
+        raise worker.error
+    layer = _layer_at_work(None if worker.error is None else worker.error.__traceback__, model)
+    raise GraphError(
+        f"torch-pruning was not done with {type(model).__name__} in {seconds:.3g} s"
+        f"{f', it was busy with {layer!r}' if layer else ''}; name the layer in "
+        "ignored_layers, or raise timeout"
+    )
 
 
-class _Alarm:
-    """A thread that interrupts the one which made it, from some time on until it is stopped.
+class _Worker(threading.Thread, Generic[Made]):
+    """A thread that calls a function once, and then waits until it may end.
 
-    Args:
-        seconds: Until the first interruption.
-        entering: The frame of the context manager's __enter__. No interruption is sent while that
-            or its __exit__ runs, which would leave them half done.
+    Attributes:
+        results: What the function returned.
+        returned: Whether it did.
+        error: What it raised.
     """
 
-    def __init__(self, seconds: float, entering: FrameType) -> None:
-        self._seconds = seconds
-        self._manager = entering.f_locals["self"]
-        self._stopped = False
-        self._target = threading.get_ident()
-        # Held while the body runs. An Event would not do: an interruption can come while it is
-        # set, and leave the lock inside it held for ever.
-        self._running = threading.Lock()
-        self._thread = threading.Thread(target=self._interrupt, daemon=True)
-
-    def start(self) -> None:
-        """Begin to wait."""
+    def __init__(self, function: Callable[[], Made]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self.results: list[Made] = []
+        self.returned = False
+        self.error: BaseException | None = None
+        self._began = self._stopping = self._may_end = False
+        # Locks and no Events: an interruption in the midst of setting one would leave the lock
+        # inside of it held for ever.
+        self._running, self._leave = threading.Lock(), threading.Lock()
         self._running.acquire()
-        self._thread.start()
+        self._leave.acquire()
 
-    def stop(self) -> None:
-        """Make sure that no interruption comes any more, whatever comes meanwhile.
-
-        Raises:
-            KeyboardInterrupt: One came meanwhile; the alarm is stopped all the same.
-        """
-        other: BaseException | None = None
-        while not self._stopped:
+    def run(self) -> None:
+        """Of the thread; an interruption may come anywhere in it."""
+        while not self._may_end:
             try:
-                self._stop()
+                self._call()
+                if self._running.locked():
+                    self._running.release()
+                self._leave.acquire()
             except _Expired:
                 continue
+
+    def _call(self) -> None:
+        if self._began or self._stopping:
+            return
+        self._began = True
+        try:
+            self.results.append(self._function())
+            self.returned = True
+        except BaseException as error:
+            self.error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the function is done within some time."""
+        done = self._running.acquire(timeout=seconds)
+        if done:
+            self._running.release()
+        return done
+
+    def end(self) -> None:
+        """Interrupt the function until it is done, then let the thread end.
+
+        Raises:
+            KeyboardInterrupt: One came meanwhile; the thread has ended all the same.
+        """
+        other: BaseException | None = None
+        while not self._may_end or self.is_alive():
+            try:
+                self._finish()
             except BaseException as error:
                 other = error
         if other is not None:
             raise other
 
-    def _stop(self) -> None:
-        if self._running.locked():
-            self._running.release()
-        with contextlib.suppress(RuntimeError):  # it has not begun, and will find the lock free
-            self._thread.join()
-        _raise_in(self._target, None)  # take back what has not been raised yet
-        self._manager = None
-        self._stopped = True
-
-    def _interrupt(self) -> None:
-        wait = self._seconds
-        # Again and again: Python drops what is raised while it runs a finaliser.
-        while not self._running.acquire(timeout=wait):
-            wait = SOON
-            if self._in_body():
-                wait = AGAIN
-                _raise_in(self._target, _Expired)
-
-    def _in_body(self) -> bool:
-        """Whether the thread is neither on its way into the body nor on its way out."""
-        frame = sys._current_frames().get(self._target)
-        while frame is not None:
-            of_manager = frame.f_code.co_filename == contextlib.__file__
-            if of_manager and frame.f_locals.get("self") is self._manager:
-                return False
-            frame = frame.f_back
-        return True
+    def _finish(self) -> None:
+        self._stopping = True  # one that is just starting calls nothing any more
+        while self.is_alive() and not self.wait(0):
+            _raise_in(self.ident, _Expired)
+            # Again and again: Python drops what is raised while it runs a finaliser.
+            self.wait(AGAIN)
+        self._may_end = True
+        if self._leave.locked():
+            self._leave.release()
+        if self.is_alive():
+            self.join()
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an exception in a thread, as soon as it runs Python code; None takes it back."""
-    raised = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+def _raise_in(thread: int | None, error: type[BaseException]) -> None:
+    """Raise an exception in a thread, as soon as it runs Python code."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), ctypes.py_object(error))
 
 
 def _layer_at_work(traceback: TracebackType | None, model: nn.Module) -> str:

@@ -13,20 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.bits import pack, unpack
-from nss_prune.core.files import read_file, write_file
+from nss_prune.core.files import checked_contents, read_file, write_file
 from nss_prune.core.models import submodule
 from nss_prune.core.multihead import heads_called
+from nss_prune.core.schema import check_tensors, names, record, text
 from nss_prune.core.text import listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
-from nss_prune.graph.bases import BasisChange, decode_bases, encode_bases, in_basis
+from nss_prune.graph.bases import (
+    BASES,
+    BasisChange,
+    decode_bases,
+    encode_bases,
+    in_basis,
+    tensors_of_bases,
+)
 from nss_prune.graph.costs import parameters_left
-from nss_prune.graph.encoding import decode_groups, encode_groups
+from nss_prune.graph.encoding import GROUPS, decode_groups, encode_groups, tensors_of_groups
 from nss_prune.graph.masking import normalize_without, zero_columns, zero_inputs, zero_outputs
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.norms import norm_of
 
 KIND = "nss_prune slice"
+REQUIRED = {"groups": GROUPS, "kept": names}
+OPTIONAL = {"rule": text, "bases": BASES}
 HTML_ROWS = 30  # of the table in a notebook
 
 
@@ -170,7 +180,10 @@ class Slice:
             FileFormatError: The file is damaged, foreign, or of a newer version.
             OSError: The file cannot be read.
         """
-        return decode_slice(*read_file(path, KIND))
+        tensors, notes = read_file(path, KIND, record(REQUIRED, OPTIONAL))
+        with checked_contents(path):
+            check_tensors(tensors, tensors_of_slice(notes))
+            return decode_slice(tensors, notes)
 
     def compression_rate(self, model: nn.Module) -> float:
         """Share of the parameters of ``model`` that belong to neurons outside the slice.
@@ -192,6 +205,12 @@ def encode_slice(critical: Slice) -> tuple[dict[str, Tensor], dict[str, Any]]:
         bases, notes["bases"] = encode_bases(critical.bases)
         tensors |= bases
     return tensors, {**notes, "rule": critical.rule} if critical.rule else notes
+
+
+def tensors_of_slice(notes: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that the notes refer to."""
+    kept = [f"kept/{name}" for name in notes["kept"]]
+    return [*tensors_of_groups(notes["groups"]), *kept, *tensors_of_bases(notes.get("bases", ()))]
 
 
 def decode_slice(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Slice:

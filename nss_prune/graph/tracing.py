@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nss_prune.core.models import flags_kept
 from nss_prune.core.nested import tensors_in
+from nss_prune.core.undo import left_as_found
 from nss_prune.errors import ArgumentError, GraphError
 
 
@@ -25,6 +26,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
     """
     hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
     with (
+        left_as_found(model),
         flags_kept(model) as parameters,
         _without_caches(model),
         torch.enable_grad(),
@@ -36,7 +38,9 @@ def traceable(model: nn.Module) -> Iterator[None]:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+                yield
         finally:
             for module, before in hooks:
                 for key in set(module._forward_hooks) - set(before):
@@ -114,7 +118,7 @@ def trace(
             graph = tp.DependencyGraph().build_dependency(
                 model,
                 as_arguments(example_inputs),
-                forward_fn=forward_fn,
+                forward_fn=forward_fn or call_as_torch_pruning,
                 output_transform=recorder,
                 verbose=False,
                 **graph_arguments,
@@ -125,6 +129,19 @@ def trace(
                 "layers must be called and connected by autograd"
             ) from error
     return graph, recorder.nodes
+
+
+def call_as_torch_pruning(model: nn.Module, example_inputs: Any) -> Any:
+    """Call a model as torch-pruning does by itself, where it would catch a KeyboardInterrupt."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    try:
+        return model(*example_inputs)
+    except Exception as error:
+        try:
+            return model(example_inputs)
+        except Exception:
+            raise error from None
 
 
 def as_arguments(example_inputs: Any) -> Any:

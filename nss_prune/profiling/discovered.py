@@ -9,6 +9,7 @@ from torch import nn
 
 from nss_prune.core.batches import entered, first_batch
 from nss_prune.core.models import Forward
+from nss_prune.core.undo import left_as_found
 from nss_prune.discovery.samples import readable
 from nss_prune.discovery.whole import discover
 from nss_prune.graph.neurons import NeuronMap
@@ -39,5 +40,6 @@ def readable_neurons(
         GraphError, NothingToPruneError: From tracing the model.
     """
     ignored = resolve_layers(model, ignored_layers)
-    neurons = discover(model, example_inputs, ignored, forward=forward, adapters=adapters)
-    return readable(model, neurons, example_inputs, forward)
+    with left_as_found(model):
+        neurons = discover(model, example_inputs, ignored, forward=forward, adapters=adapters)
+        return readable(model, neurons, example_inputs, forward)

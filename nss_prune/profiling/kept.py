@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
+from nss_prune.core.schema import (
+    array,
+    check_finite,
+    check_tensor,
+    either,
+    names,
+    number,
+    one_of,
+    record,
+    row,
+    table,
+    truth,
+    whole,
+)
 from nss_prune.core.text import elided
+from nss_prune.errors import FileFormatError
 from nss_prune.profiling.categories import joined
 from nss_prune.profiling.contributions.protocol import Contribution, metric_named
 from nss_prune.profiling.flat import DrawnSamples
-from nss_prune.profiling.similarity import Landscape, LandscapeSums
+from nss_prune.profiling.similarity import FEATURES, Landscape, LandscapeSums
 from nss_prune.profiling.streaming import Part, Sums
 from nss_prune.profiling.sums import CategorySums, GroupSums
 from nss_prune.statistics.covariance import Covariance
+
+CATEGORY = whole(-(2**62), 2**62)
+STATISTICS = record(
+    {
+        "metrics": names,
+        "landscape": record(
+            {
+                "features": one_of(*FEATURES),
+                "centered": truth,
+                "positions": either(one_of(None), whole(1)),
+            }
+        ),
+        "sums": array(row(CATEGORY, whole(), table(whole()))),
+    },
+    {"format": one_of(1, 2), "drawn": table(row(whole(1), number(0, 2)))},
+)
+"""Of the sums in the notes of a file."""
 
 FORMAT = 2
 """Of the sums in a file. Those of format 1 are raw sums, of which "flat" landscapes were compared
@@ -88,10 +120,33 @@ def encode_statistics(statistics: Statistics) -> tuple[dict[str, Tensor], dict[s
     }
 
 
-def decode_statistics(tensors: dict[str, Tensor], notes: dict[str, Any]) -> Statistics | None:
-    """What :func:`encode_statistics` encoded; None for sums that mean something else today."""
+def tensors_of_statistics(notes: dict[str, Any]) -> list[str]:
+    """Names of the tensors that the notes, which :data:`STATISTICS` allows, refer to."""
+    sums = ("mean", "scatter") if notes.get("format", 1) == FORMAT else ("total", "matrix")
+    found = [
+        f"sums/{category}/{name}/{part}"
+        for category, _, rows in notes["sums"]
+        for name in rows
+        for part in (*sums, *notes["metrics"])
+    ]
+    drawn = [f"{key}/drawn {part}" for key in notes.get("drawn", {}) for part in ("keys", "values")]
+    return [*found, *drawn]
+
+
+def decode_statistics(
+    tensors: dict[str, Tensor], notes: dict[str, Any], layers: Mapping[str, int]
+) -> Statistics | None:
+    """What :func:`encode_statistics` encoded; None for sums that mean something else today.
+
+    Args:
+        layers: Layer -> number of neurons.
+
+    Raises:
+        FileFormatError: The sums are of other layers or shapes.
+    """
     metrics = tuple(metric_named(name) for name in notes["metrics"])
     landscape = Landscape(**notes["landscape"])
+    _check_sums(tensors, notes, layers)
     if notes.get("format", 1) == 1 and not _still_valid(metrics, landscape):
         return None
     sums: Sums = {}
@@ -106,6 +161,38 @@ def decode_statistics(tensors: dict[str, Tensor], notes: dict[str, Any]) -> Stat
             )
         sums[category] = CategorySums(samples, groups)
     return Statistics(metrics, landscape, sums)
+
+
+def _check_sums(
+    tensors: Mapping[str, Tensor], notes: dict[str, Any], layers: Mapping[str, int]
+) -> None:
+    categories = [category for category, *_ in notes["sums"]]
+    if len(set(categories)) < len(categories):
+        raise FileFormatError("the sums have a category twice")
+    for category, _, rows in notes["sums"]:
+        if rows.keys() != layers.keys():
+            raise FileFormatError(f"the sums of category {category} are of other layers")
+        for name in rows:
+            _check_group(tensors, f"sums/{category}/{name}", layers[name], notes)
+
+
+def _check_group(tensors: Mapping[str, Tensor], key: str, size: int, notes: dict[str, Any]) -> None:
+    shapes: dict[str, tuple[int | None, ...]] = {
+        **dict.fromkeys(("mean", "total"), (size,)),
+        **dict.fromkeys(("scatter", "matrix"), (size, size)),
+        **dict.fromkeys(notes["metrics"], (None, size)),
+    }
+    for part, shape in shapes.items():
+        if f"{key}/{part}" in tensors:
+            check_tensor(f"{key}/{part}", tensors[f"{key}/{part}"], shape)
+            check_finite(f"{key}/{part}", tensors[f"{key}/{part}"])
+    if key not in notes.get("drawn", {}):
+        return
+    keys, values = tensors[f"{key}/drawn keys"], tensors[f"{key}/drawn values"]
+    check_tensor(f"{key}/drawn keys", keys, (None,))
+    check_tensor(f"{key}/drawn values", values, (size, len(keys), None))
+    if len(keys) > notes["drawn"][key][0]:
+        raise FileFormatError(f"{key!r} keeps more samples than it has seen")
 
 
 def _still_valid(metrics: tuple[Contribution, ...], landscape: Landscape) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from nss_prune.core.models import device_of, evaluation
 from nss_prune.core.processes import agreed, processes, refuse_sharded, total_counts
 from nss_prune.core.shards import without_padding
+from nss_prune.core.undo import left_as_found
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.profiling.accumulation import Collector, alone
 from nss_prune.profiling.notes import notes_on_rule
@@ -38,7 +39,10 @@ def one_pass(
     landscape, keep_statistics = comparison.landscape, upkeep.keep_statistics
     metrics, groups = comparison.chosen, neurons.groups
     refuse_sharded(model)
-    data, meaning = objective.meaning(model, without_padding(data), metrics, comparison.categories)
+    with left_as_found(model):
+        data, meaning = objective.meaning(
+            model, without_padding(data), metrics, comparison.categories
+        )
     scores = Scores(groups, metrics, landscape, keep_statistics, ranking=comparison.ranking)
     baseline = objective.reference(data, metrics)
     consumers = ConsumerSums(model, groups)
@@ -58,7 +62,7 @@ def one_pass(
         limit / processes(),
     )
     room = max(1, limit // sum(BYTES * group.size**2 for group in groups))
-    with evaluation(model):
+    with left_as_found(model), evaluation(model):
         for part, sums in stream_parts(
             model, data, collector, room, separate=keep_statistics, progress=upkeep.progress
         ):

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from nss_prune.core.files import read_file, write_file
 from nss_prune.core.text import elided, listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.encoding import decode_groups, encode_groups
@@ -21,6 +20,7 @@ from nss_prune.profiling.kept import (
     encode_statistics,
     total_statistics,
 )
+from nss_prune.profiling.schema import VALUES, read_profile, write_profile
 from nss_prune.profiling.scores import Scores
 from nss_prune.profiling.selection import Strategy, slice_profile
 from nss_prune.profiling.similarity import Ranking, check_interval, entry_thresholds, ranked
@@ -176,7 +176,7 @@ class Profile:
         if statistics and self.statistics is not None:
             more, notes["statistics"] = encode_statistics(self.statistics)
             tensors.update(more)
-        write_file(path, KIND, tensors, notes)
+        write_profile(path, tensors, notes)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Profile:
@@ -188,11 +188,9 @@ class Profile:
             FileFormatError: The file is damaged, foreign, or of a newer version.
             OSError: The file cannot be read.
         """
-        return _decode(*read_file(path, KIND))
+        return read_profile(path, _decode)
 
 
-KIND = "nss_prune profile"
-VALUES = ("contributions", "overall", "curves")
 OUTDATED = (
     "the file's sums are of an earlier version, where 'flat' and 'var' were computed in another "
     "way; to merge them, profile that data anew"
@@ -235,7 +233,8 @@ def _decode(tensors: dict[str, Tensor], notes: dict[str, Any]) -> Profile:
     )
     statistics, more = None, []
     if "statistics" in notes:
-        statistics = decode_statistics(tensors, notes["statistics"])
+        layers = {group.name: group.size for group in neurons.groups}
+        statistics = decode_statistics(tensors, notes["statistics"], layers)
         more = [] if statistics else [OUTDATED]
     return Profile(
         neurons=neurons,

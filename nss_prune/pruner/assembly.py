@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nss_prune.core.undo import left_as_found
 from nss_prune.pruner.arguments import (
     Aim,
     check_fold,
@@ -162,7 +163,8 @@ def observed(strategy: Strategy[Any], subject: Subject, given: ProfileEvidence |
     """
     if given is not None and isinstance(strategy, ByProfile):
         return given
-    evidence: Evidence = strategy.observe(subject)
+    with left_as_found(subject.model):
+        evidence: Evidence = strategy.observe(subject)
     if given is None or evidence.statistics is not None:
         return evidence
     notes = (*given.notes, *evidence.notes)

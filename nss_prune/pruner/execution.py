@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nss_prune.core.processes import agreed, copy_from_first
-from nss_prune.core.undo import undone_on_error
+from nss_prune.core.undo import restored_on_error
 from nss_prune.graph.bases import change_basis
 from nss_prune.pruner.configuration import follow_configuration
 from nss_prune.pruner.planning import Plan
@@ -25,11 +25,12 @@ def carry_out(plan: Plan, repairs: Sequence[Repair], wrapper: nn.Module | None =
 
     Raises:
         RemovalError: The smaller model would not work.
-        DataError, NumericalError: From the repairs. In every case the model is as before.
+        DataError, NumericalError: From the repairs, and what the data raises goes on as it is. In
+            every case the model is as before.
     """
     subject, chosen = plan.subject, replace(plan.slice, bases=())
     seen = [repair.observe(subject, plan.evidence) for repair in repairs]
-    with undone_on_error(subject.model), agreed():
+    with restored_on_error(subject.model), agreed():
         change_basis(subject.model, plan.slice.bases)
         done = [
             repair.before(subject, chosen, known)

@@ -260,8 +260,9 @@ class NSSPruner(Stages, WithoutRegularizer):
         chosen = importance or self._semantic_importance
 
         def build(recorder: Any, apart: Sequence[nn.Module]) -> Any:
-            ignored = settings["ignored_layers"]
-            own = {**settings, "output_transform": recorder, "ignored_layers": [*ignored, *apart]}
+            ignored = [*settings["ignored_layers"], *apart]
+            own = {**settings, "output_transform": recorder, "ignored_layers": ignored}
+            own["forward_fn"] = tracer.forward_fn
             super(NSSPruner, self).__init__(model, tracer.arguments, chosen, **own)
             self.ignored_layers = [layer for layer in self.ignored_layers if layer not in apart]
             return self.DG

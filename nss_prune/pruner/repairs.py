@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from nss_prune.compensation.folding import Folded, fold
+from nss_prune.compensation.folding import Folded, apply, folding
 from nss_prune.compensation.recalibration import (
     NormStatistics,
     kept_statistics,
@@ -16,6 +16,8 @@ from nss_prune.compensation.recalibration import (
     running_norms,
 )
 from nss_prune.compensation.refit import refit
+from nss_prune.compensation.verified import verified
+from nss_prune.core.processes import processes
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.repair import Repaired
 from nss_prune.pruner.schedule import FORWARD, Stage, kept_bytes
@@ -81,7 +83,11 @@ class Fold:
         """Fold."""
         if seen is None:
             return Repaired(("nothing was folded: there is no data",))
-        return _as_repaired(fold(subject.model, chosen, seen))
+        folds = folding(subject.model, chosen, seen)
+        # What can be read only once is gone, and each process has a part of the data.
+        if self.data is not None and not isinstance(self.data, Iterator) and processes() == 1:
+            folds = verified(subject.model, chosen, folds, self.data, subject.forward)
+        return _as_repaired(apply(subject.model, folds))
 
     def after(self, subject: Subject, chosen: Slice, seen: Any) -> Repaired:
         """Nothing more."""

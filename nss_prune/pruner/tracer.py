@@ -19,10 +19,16 @@ from nss_prune.discovery.parts import discover_parts
 from nss_prune.discovery.trial import Verdicts, tried
 from nss_prune.discovery.whole import TIMEOUT, WHOLE_SHARE
 from nss_prune.errors import GraphError
-from nss_prune.graph.deadline import deadline
+from nss_prune.graph.deadline import within
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
-from nss_prune.graph.tracing import OutputRecorder, as_arguments, trace, traceable
+from nss_prune.graph.tracing import (
+    OutputRecorder,
+    as_arguments,
+    call_as_torch_pruning,
+    trace,
+    traceable,
+)
 from nss_prune.pruner.subject import Subject
 
 __all__ = ["TIMEOUT", "Tracer"]
@@ -30,6 +36,10 @@ __all__ = ["TIMEOUT", "Tracer"]
 GRAPH_ARGUMENTS = ("forward_fn", "output_transform", "customized_pruners", "unwrapped_parameters")
 
 ROOT_TYPES = inspect.signature(tp.pruner.BasePruner).parameters["root_module_types"].default
+
+
+Build = Callable[[OutputRecorder, Sequence[nn.Module]], Any]
+"""Function of (output_transform, layers to ignore) that gives torch-pruning's graph."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +91,12 @@ class Tracer:
         """The example inputs as torch-pruning takes them."""
         return as_arguments(self.example_inputs)
 
-    def first(
-        self, model: nn.Module, build: Callable[[OutputRecorder, Sequence[nn.Module]], Any]
-    ) -> Subject:
+    @property
+    def forward_fn(self) -> Callable[[nn.Module, Any], Any]:
+        """The one given, or what torch-pruning does by itself but for catching interrupts."""
+        return self.graph_arguments.get("forward_fn") or call_as_torch_pruning
+
+    def first(self, model: nn.Module, build: Build) -> Subject:
         """The subject of the first step.
 
         Args:
@@ -98,10 +111,9 @@ class Tracer:
         with traceable(model):
             try:
                 verdicts = self._verdicts(model)
-                with deadline(WHOLE_SHARE * self.timeout, model):
-                    recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
-                    graph = build(recorder, [model.get_submodule(n) for n in verdicts.uneven])
-                    found = self._neurons(model, graph, recorder.nodes, verdicts)
+                graph, found = within(
+                    WHOLE_SHARE * self.timeout, model, lambda: self._built(model, build, verdicts)
+                )
             except Exception as error:
                 graph, tracer = None, replace(self, untraceable=self._in_words(model, error))
                 found = tracer._neurons_in_parts(model)
@@ -119,10 +131,17 @@ class Tracer:
         if self.untraceable is not None:
             found = self._neurons_in_parts(model)
         else:
-            with deadline(self.timeout, model):
-                graph, output_nodes = self.graph(model)
-                found = self._neurons(model, graph, output_nodes, verdicts)
+            graph, found = within(self.timeout, model, lambda: self._traced(model, verdicts))
         return self._subject(model, graph, self._completed(model, found, verdicts))
+
+    def _built(self, model: nn.Module, build: Build, verdicts: Verdicts) -> tuple[Any, NeuronMap]:
+        recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
+        graph = build(recorder, [model.get_submodule(name) for name in verdicts.uneven])
+        return graph, self._neurons(model, graph, recorder.nodes, verdicts)
+
+    def _traced(self, model: nn.Module, verdicts: Verdicts) -> tuple[Any, NeuronMap]:
+        graph, output_nodes = self.graph(model)
+        return graph, self._neurons(model, graph, output_nodes, verdicts)
 
     def graph(self, model: nn.Module) -> tuple[Any, set[Any]]:
         """torch-pruning's graph, and the autograd nodes that make the outputs."""

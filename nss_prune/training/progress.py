@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from nss_prune.core.schema import Check, array, number, record, table
 from nss_prune.training.settings import Metrics
 
 Values = dict[str, Tensor]
@@ -20,8 +21,15 @@ class Saved(Protocol):
     def save(self, notes: Mapping[str, Any], best: Mapping[str, Tensor] | None = None) -> None:
         """Keep all that the training needs to go on."""
 
-    def load(self) -> tuple[dict[str, Any], Values | None] | None:
-        """Put back what was kept; its notes and best values, or None where there is nothing."""
+    def load(self, check: Check) -> tuple[dict[str, Any], Values | None] | None:
+        """Put back what was kept; its notes and best values, or None where there is nothing.
+
+        Args:
+            check: Of the notes.
+        """
+
+
+_NOTES = record({"history": array(table(number())), "scaler": table(number())})
 
 
 @dataclass
@@ -81,7 +89,7 @@ class Progress:
         Raises:
             FileFormatError, ModelMismatchError: The file is damaged or of another training.
         """
-        found = saved.load()
+        found = saved.load(_NOTES)
         if found is None:
             return Progress()
         notes, best = found

@@ -12,10 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.bits import pack, unpack
-from nss_prune.core.files import read_file, write_file
+from nss_prune.core.bits import SHAPES, pack, unpack
+from nss_prune.core.files import checked_contents, read_file, write_file
 from nss_prune.core.renamed import with_new_names
-from nss_prune.core.undo import Snapshot
+from nss_prune.core.schema import (
+    check_tensors,
+    either,
+    names,
+    number,
+    one_of,
+    record,
+    text,
+    truth,
+    whole,
+)
+from nss_prune.core.undo import Snapshot, restored_on_error
 from nss_prune.errors import ArgumentError, ModelMismatchError, NothingToPruneError
 from nss_prune.unstructured.allocation import Allocation, find_method
 from nss_prune.unstructured.masks import masks_of, refresh, set_masks
@@ -50,6 +61,34 @@ __all__ = [
 ]
 
 _CHECKPOINT = "nss_prune iterations"
+_PREFIXES = ("mask ", "value ")
+_NOTES = record(
+    {
+        "settings": record(
+            {
+                "rate": number(0, 1),
+                "method": text,
+                "dense_weights": whole(),
+                "finetune": truth,
+                "layers": names,
+            }
+        ),
+        "shapes": SHAPES,
+        "start": record(
+            {
+                "last": record(
+                    {
+                        "number": whole(),
+                        "compression_rate": number(-1e6, 1),
+                        "accuracy": either(one_of(None), number(0, 1)),
+                        "seconds": number(0),
+                    }
+                ),
+                "remaining": whole(),
+            }
+        ),
+    }
+)
 
 
 def iterative_sparsify(
@@ -236,7 +275,7 @@ class _Checkpoint:
 
     def restore(self, model: nn.Module) -> _Start:
         """Give the model the state of the file."""
-        tensors, notes = read_file(self.path, _CHECKPOINT)
+        tensors, notes = read_file(self.path, _CHECKPOINT, _NOTES)
         for key, value in self.settings.items():
             if notes["settings"][key] != value:
                 raise ModelMismatchError(
@@ -245,11 +284,16 @@ class _Checkpoint:
                     "choose another checkpoint"
                 )
         bits = _named("mask ", tensors)
-        masks = match(unpack(bits, notes["shapes"]), readable_layers(model))
+        with checked_contents(self.path):
+            check_tensors(bits, notes["shapes"])
+            check_tensors(tensors, [name for name in tensors if name.startswith(_PREFIXES)])
+            stored = unpack(bits, notes["shapes"])
+        masks = match(stored, readable_layers(model))
         values = self._matched(_named("value ", tensors), _state(model))
-        _copy(values)
-        set_masks(model, masks)
-        refresh(model)
+        with restored_on_error(model, values=True):
+            _copy(values)
+            set_masks(model, masks)
+            refresh(model)
         return _Start(Iteration(**notes["start"]["last"]), notes["start"]["remaining"])
 
     def _matched(
@@ -260,7 +304,7 @@ class _Checkpoint:
         differing = sorted(
             name
             for name in values.keys() | state.keys()
-            if name not in values or name not in state or values[name].shape != state[name].shape
+            if name not in values or name not in state or not _alike(values[name], state[name])
         )
         if differing:
             raise ModelMismatchError(
@@ -268,6 +312,10 @@ class _Checkpoint:
                 "the model as before or choose another checkpoint"
             )
         return [(state[name], value) for name, value in values.items()]
+
+
+def _alike(value: Tensor, tensor: Tensor) -> bool:
+    return value.shape == tensor.shape and value.dtype == tensor.dtype
 
 
 def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

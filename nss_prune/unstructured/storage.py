@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from nss_prune.core.bits import pack, unpack
-from nss_prune.core.files import read_file, write_file
+from nss_prune.core.bits import SHAPES, pack, unpack
+from nss_prune.core.files import checked_contents, read_file, write_file
+from nss_prune.core.schema import check_tensors, record
 from nss_prune.errors import ModelMismatchError, NothingToPruneError
 from nss_prune.unstructured.masks import masks_of, set_masks
 from nss_prune.unstructured.weights import Layer, readable_layers
@@ -50,8 +51,11 @@ def load_masks(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Tens
         OSError: the file cannot be read.
         In each case the model is as it was.
     """
-    tensors, notes = read_file(path, _MASKS)
-    masks = match(unpack(tensors, notes["shapes"]), readable_layers(model))
+    tensors, notes = read_file(path, _MASKS, record({"shapes": SHAPES}))
+    with checked_contents(path):
+        check_tensors(tensors, notes["shapes"])
+        stored = unpack(tensors, notes["shapes"])
+    masks = match(stored, readable_layers(model))
     set_masks(model, masks)
     return {layer.name: mask for layer, mask in masks.items()}
 

@@ -548,7 +548,7 @@ def test_shared_weights_and_readers_without_statistics_stay() -> None:
     before = fingerprint(model)
     folded = fold(model, critical, statistics)
     assert_unchanged(model, before)
-    assert folded.notes == ("2 is left unfolded: another layer has the same weight",)
+    assert folded.notes == ("2 is left unfolded: its weight is used elsewhere too",)
 
 
 def test_single_precision_models_and_frozen_parameters() -> None:

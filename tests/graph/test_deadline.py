@@ -1,16 +1,21 @@
-"""A time limit that works, names the layer, and never fires afterwards."""
+"""A time limit that works, names the layer, and never reaches the caller's code."""
 
 from __future__ import annotations
 
-import contextlib
+import _thread
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
+from networks import fingerprint, mlp
+from nss_prune import NSSPruner
 from nss_prune.errors import GraphError
-from nss_prune.graph.deadline import _Expired, deadline
+from nss_prune.graph import deadline
+from nss_prune.graph.deadline import _Expired, within
 
 
 def circle(module: nn.Module) -> None:
@@ -24,8 +29,8 @@ def circle(module: nn.Module) -> None:
 def test_what_never_ends_is_interrupted_and_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     start = time.monotonic()
-    with pytest.raises(GraphError, match=r"0\.2 s.*'0'.*timeout"), deadline(0.2, model):
-        circle(model[0])
+    with pytest.raises(GraphError, match=r"0\.2 s.*'0'.*timeout"):
+        within(0.2, model, lambda: circle(model[0]))
     assert time.monotonic() - start < 10
 
 
@@ -45,76 +50,105 @@ def test_an_interruption_that_a_finaliser_swallows_comes_again() -> None:
         Finalised()
         circle(model)
 
-    with pytest.raises(GraphError), deadline(0.1, model):
-        finalise_and_circle()
+    with pytest.raises(GraphError):
+        within(0.1, model, finalise_and_circle)
 
 
-def test_what_is_done_in_time_is_left_in_peace() -> None:
-    model = nn.Linear(2, 2)
-    with deadline(0.05, model):
-        pass
-    time.sleep(0.1)
-    with pytest.raises(ZeroDivisionError), deadline(5, model):
-        raise ZeroDivisionError
-
-
-def test_an_interruption_at_once_comes_in_the_body_alone() -> None:
-    model = nn.Linear(2, 2)
-    for _ in range(50):
-        with pytest.raises(GraphError), deadline(0.0, model):
-            circle(model)
-
-
-def test_none_escapes_from_a_body_that_ends_just_in_time() -> None:
-    model = nn.Linear(2, 2)
-    for number in range(100):
-        seconds = 0.001 + number * 1e-6
-        with contextlib.suppress(GraphError), deadline(seconds, model):
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                sum(range(10))
-        sum(range(100))  # an interruption that came after the body would be raised here
-
-
-def test_an_interruption_while_it_stops_is_survived(monkeypatch) -> None:
-    interrupted = []
-    join = threading.Thread.join
-
-    def interrupted_join(thread: threading.Thread, *arguments: float) -> None:
-        if not interrupted:
-            interrupted.append(thread)
-            raise _Expired
-        join(thread, *arguments)
-
-    monkeypatch.setattr(threading.Thread, "join", interrupted_join)
-    with deadline(5, nn.Linear(2, 2)):
-        pass
-    assert not interrupted[0].is_alive()
-
-
-def ends_with(error: type[BaseException] | None) -> None:
-    if error is not None:
+def raising(error: type[BaseException]) -> Callable[[], None]:
+    def function() -> None:
         raise error
 
+    return function
 
-@pytest.mark.parametrize("where", ["body", "stop"])
-def test_a_keyboard_interrupt_passes_and_nothing_comes_after_it(monkeypatch, where: str) -> None:
-    join = threading.Thread.join
-    raised = []
 
-    def interrupted_join(thread: threading.Thread, *arguments: float) -> None:
-        if where == "stop" and not raised:
-            raised.append(thread)
-            raise KeyboardInterrupt
-        join(thread, *arguments)
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_what_is_done_in_time_is_left_in_peace(error: type[BaseException]) -> None:
+    model = nn.Linear(2, 2)
+    assert within(5, model, lambda: 3) == 3
+    with pytest.raises(error):
+        within(5, model, raising(error))
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted_join)
-    threads = threading.active_count()
-    ended = KeyboardInterrupt if where == "body" else None
-    with pytest.raises(KeyboardInterrupt), deadline(0.05, nn.Linear(2, 2)):
-        ends_with(ended)
+
+def test_none_escapes_from_what_ends_just_in_time() -> None:
+    """Nothing is raised in this thread or one that starts afterwards; all threads have ended."""
+    model, threads = nn.Linear(2, 2), threading.active_count()
+    outcomes = {True: 0, False: 0}
+
+    def until(end: float) -> None:
+        while time.monotonic() < end:
+            sum(range(10))
+
+    for number in range(200):
+        seconds = 0.002 + number * 1e-6
+        end = time.monotonic() + seconds + 2e-4
+        try:
+            within(seconds, model, lambda end=end: until(end))
+            outcomes[True] += 1
+        except GraphError:
+            outcomes[False] += 1
+        started = threading.Thread(target=sum, args=(range(1000),))
+        started.start()
+        started.join()
+    assert sum(outcomes.values()) == 200
     assert threading.active_count() == threads
-    time.sleep(0.1)
+
+
+def test_only_the_thread_of_the_function_is_interrupted(monkeypatch) -> None:
+    hit, inside, original = set(), set(), deadline._raise_in
+
+    def counted(thread: int | None, error: type[BaseException]) -> None:
+        hit.add(thread)
+        original(thread, error)
+
+    def function() -> None:
+        inside.add(threading.get_ident())
+        circle(model)
+
+    monkeypatch.setattr(deadline, "_raise_in", counted)
+    model = nn.Linear(2, 2)
+    with pytest.raises(GraphError):
+        within(0.05, model, function)
+    assert hit == inside
+    assert threading.get_ident() not in hit
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.2])
+def test_a_keyboard_interrupt_passes_and_the_function_has_ended(seconds: float) -> None:
+    model, threads = nn.Linear(2, 2), threading.active_count()
+    timer = threading.Timer(seconds, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        within(30, model, lambda: circle(model))
+    timer.join()
+    assert threading.active_count() == threads
+
+
+class Interrupted(nn.Sequential):
+    """Ctrl-C comes while it computes."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+
+def test_a_keyboard_interrupt_passes_through_a_trace() -> None:
+    model = Interrupted(*mlp())
+    before = fingerprint(model)
+    with pytest.raises(KeyboardInterrupt):
+        NSSPruner(model, torch.randn(2, 12).double())
+    after = fingerprint(model)
+    assert after["hooks"] == before["hooks"]
+    assert after["gradients"] == before["gradients"]
+
+
+def test_a_function_that_expects_the_interruption_may_return() -> None:
+    def survives() -> int:
+        try:
+            circle(nn.Linear(2, 2))
+        except _Expired:
+            return 3
+        return 4
+
+    assert within(0.05, nn.Linear(2, 2), survives) == 3
 
 
 def test_a_thread_that_cannot_start_leaves_nothing(monkeypatch) -> None:
@@ -122,14 +156,22 @@ def test_a_thread_that_cannot_start_leaves_nothing(monkeypatch) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuses)
-    with pytest.raises(RuntimeError, match="new thread"), deadline(0.05, nn.Linear(2, 2)):
-        pass
+    with pytest.raises(RuntimeError, match="new thread"):
+        within(0.05, nn.Linear(2, 2), lambda: None)
 
 
-def test_a_deadline_in_an_exit_stack() -> None:
+def test_the_function_sees_the_state_of_the_caller() -> None:
+    def state() -> tuple[object, ...]:
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_default_device(),
+        )
+
     model = nn.Linear(2, 2)
-    stack = contextlib.ExitStack()
-    with stack:
-        stack.enter_context(pytest.raises(GraphError))
-        stack.enter_context(deadline(0.05, model))
-        circle(model)
+    assert within(5, model, state) == state()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert within(5, model, state) == state()
+    with torch.inference_mode():
+        assert within(5, model, state) == state()

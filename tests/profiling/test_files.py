@@ -15,7 +15,7 @@ from networks import Residual, batches, cnn, mlp
 from nss_prune import Profile, Slice, profile
 from nss_prune.core import files
 from nss_prune.errors import ArgumentError, FileFormatError
-from nss_prune.profiling.profile import KIND
+from nss_prune.profiling.schema import KIND
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_damaged_foreign_and_newer_files_are_refused(known, tmp_path: Path, monk
     with pytest.raises(FileFormatError, match="nss_prune slice"):
         Profile.load(path)
     with monkeypatch.context() as newer:
-        newer.setattr(files, "VERSION", 2)
+        newer.setattr(files, "VERSION", files.VERSION + 1)
         known.save(path)
     with pytest.raises(FileFormatError, match="upgrade"):
         Profile.load(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from networks import Residual, assert_unchanged, batches, cnn, fingerprint, mlp,
 from nss_prune import NSSPruner, Slice, load_pruned, profile, remove, save_pruned, sparsify
 from nss_prune.core import files
 from nss_prune.errors import ArgumentError, FileFormatError, ModelMismatchError
+from nss_prune.pruner import loading
 from nss_prune.unstructured import make_permanent
 
 
@@ -410,3 +412,82 @@ def test_biases_that_folding_made_are_loaded(tmp_path: Path) -> None:
     save_pruned(model, tmp_path / "pruned.safetensors")
     load_pruned(tmp_path / "pruned.safetensors", fresh)
     assert torch.equal(fresh(inputs), model(inputs))
+
+
+HOSTILE = {
+    "pretrained_cfg": {"url": "https://example.org/weights.pth"},
+    "pretrained": True,
+    "checkpoint_path": "/etc/hostname",
+    "scriptable": True,
+    "num_classes": 10**12,
+    "img_size": [10**6, 10**6],
+    "global_pool": ["avg"],
+    "in_chans": "3",
+}
+
+
+def with_recipe(path: Path, recipe: dict[str, object]) -> None:
+    tensors, notes = files.read_file(path, "nss_prune model")
+    notes["timm"] = recipe
+    files.write_file(path, "nss_prune model", tensors, notes)
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_other_arguments_for_timm_need_trust(key: str, tmp_path: Path, monkeypatch) -> None:
+    path, known = tmp_path / "model.safetensors", "resnet18"
+    save_pruned(timm.create_model(known, num_classes=4), path)
+    with_recipe(path, {"model_name": known, "num_classes": 4, key: HOSTILE[key]})
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(timm, "create_model", lambda **given: asked.append(given) or convnext())
+    with pytest.raises(FileFormatError, match="trust=True"):
+        load_pruned(path)
+    assert not asked
+    with pytest.raises(ModelMismatchError):
+        load_pruned(path, trust=True)
+    assert asked[0][key] == HOSTILE[key]
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet18", "local-dir:/etc", "/etc/hostname"])
+def test_an_architecture_is_one_that_timm_has(name: str, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_pruned(mlp(), path)
+    with_recipe(path, {"model_name": name})
+    monkeypatch.setattr(timm, "create_model", lambda **given: pytest.fail(f"asked for {given}"))
+    with pytest.raises(ModelMismatchError, match="timm does not have"):
+        load_pruned(path)
+
+
+def test_a_small_file_that_names_a_giant_takes_no_memory_for_it(tmp_path: Path) -> None:
+    """1.8 billion parameters, 7.4 GB, of which the file has a few thousand."""
+    path = tmp_path / "model.safetensors"
+    save_pruned(timm.create_model("vit_tiny_patch16_224", num_classes=5), path)
+    with_recipe(path, {"model_name": "vit_gigantic_patch14_224", "num_classes": 5})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelMismatchError, match="pass model="):
+        load_pruned(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+def test_a_model_is_built_without_values_even_if_its_shapes_fit(tmp_path: Path) -> None:
+    """The parameters of the model are those of the file: timm's own were never made."""
+    path, (model, inputs) = tmp_path / "model.safetensors", pruned(convnext, (4, 64, 64))
+    save_pruned(model, path)
+    loaded = load_pruned(path)
+    assert_same_model(loaded, model, inputs)
+    assert all(not parameter.is_meta for parameter in loaded.parameters())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_an_interrupt_while_a_model_is_filled_leaves_it_as_it_was(tmp_path, monkeypatch) -> None:
+    model, _ = pruned(cnn, (3, 12, 12))
+    save_pruned(model, tmp_path / "model.safetensors")
+    fresh = cnn()
+    before = fingerprint(fresh)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "_set_numbers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_pruned(tmp_path / "model.safetensors", fresh)
+    assert_unchanged(fresh, before)

@@ -120,11 +120,11 @@ def test_a_foreign_file_is_refused(saved):
 
 
 def test_a_newer_version_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(files, "VERSION", 2)
+    monkeypatch.setattr(files, "VERSION", files.VERSION + 1)
     sparsify(model := fresh(), 0.5)
     save_masks(saved, model)
     monkeypatch.undo()
-    assert_refused(saved, FileFormatError, "version 2.*upgrade")
+    assert_refused(saved, FileFormatError, "version 3.*upgrade")
 
 
 def test_a_missing_file(tmp_path):

@@ -1,0 +1,156 @@
+"""Keep a folding only where it helps: measured on the data, at every consumer and at the outputs.
+
+The statistics of a folding are those of the whole model. In the smaller one a norm sees fewer
+neurons, and earlier consumers are folded, so what a consumer reads there can be so different that
+its folding does harm. Here it is measured: the squared distance of each consumer's output to that
+of the whole model, with and without the folding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.compensation.folding import apply
+from nss_prune.compensation.solve import ConsumerFold
+from nss_prune.core.batches import counted_batches
+from nss_prune.core.hooks import attached
+from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
+from nss_prune.core.nested import tensors_in
+from nss_prune.core.undo import Snapshot
+from nss_prune.graph.slices import Slice
+
+SAMPLES = 256  # that are looked at, of the first batches
+ROUNDS = 3
+ROUNDING = 1e-6  # relative to the larger of the error and the output's power times its precision
+OUTPUTS = ""  # stands for the outputs of the model among its consumers
+
+Folds = Mapping[str, ConsumerFold]
+
+
+def verified(
+    model: nn.Module,
+    critical: Slice,
+    folds: Folds,
+    data: Iterable[Any],
+    forward: Forward = call_model,
+) -> dict[str, ConsumerFold]:
+    """The folds without those that make the error of their consumer's output larger.
+
+    Args:
+        folds: By :func:`nss_prune.compensation.folding.folding`; not applied yet.
+        data: Batches that can be iterated again; the model is left as it is.
+
+    Returns:
+        A fold for each consumer; those left out have a note that says by how much.
+
+    Raises:
+        DataError, NumericalError: The data cannot be used.
+    """
+    kept = dict(folds)
+    if not _changing(kept):
+        return kept
+    plain = _errors(model, critical, {}, data, forward)
+    for _ in range(ROUNDS):
+        found = _errors(model, critical, kept, data, forward)
+        worse = [name for name in found if found[name] > plain[name] * (1 + ROUNDING)]
+        if not worse:
+            return kept
+        harmful = [name for name in worse if name in _changing(kept)]
+        # Where only what is behind them suffers, it cannot be told which one is to blame.
+        for name in harmful or _changing(kept):
+            place = name if name in harmful else worse[0]
+            kept[name] = ConsumerFold(note=_note(name, place, plain[place], found[place]))
+        if not _changing(kept):
+            return kept
+    found = _errors(model, critical, kept, data, forward)
+    still = any(found[name] > plain[name] * (1 + ROUNDING) for name in found)
+    for name in _changing(kept):
+        if still:
+            kept[name] = ConsumerFold(note=_note(name, name, plain[name], found[name]))
+    return kept
+
+
+def _changing(folds: Folds) -> list[str]:
+    return [
+        name for name, fold in folds.items() if fold.weight is not None or fold.constant is not None
+    ]
+
+
+def _note(name: str, place: str, plain: float, folded: float) -> str:
+    where = "its output" if place == name else f"the output of {place or 'the model'}"
+    return (
+        f"{name} is left unfolded: on the data the error of {where} would be "
+        f"{(folded / max(plain, 1e-300)) ** 0.5:.2f} times as large"
+    )
+
+
+def _errors(
+    model: nn.Module, critical: Slice, folds: Folds, data: Iterable[Any], forward: Forward
+) -> dict[str, float]:
+    """Consumer -> squared distance of what it puts out in the sliced and in the whole model."""
+    names = {member.name for group in critical.groups for member in group.consumers}
+    total: dict[str, float] = dict.fromkeys((*names, OUTPUTS), 0.0)
+    with evaluation(model), torch.no_grad():
+        for number, inputs in _first_batches(model, data):
+            whole = _outputs(model, names, inputs, number, forward)
+            with _folded(model, folds), critical.masked(model):
+                sliced = _outputs(model, names, inputs, number, forward)
+            for name, values in whole.items():
+                for first, second in zip(values, sliced.get(name, ()), strict=False):
+                    total[name] += _distance(first, second, folds.get(name))
+    return total
+
+
+def _first_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    seen = 0
+    for number, inputs, samples in counted_batches(model, data, False, ""):
+        yield number, inputs
+        seen += samples
+        if seen >= SAMPLES:
+            return
+
+
+@contextlib.contextmanager
+def _folded(model: nn.Module, folds: Folds) -> Iterator[None]:
+    before = Snapshot(model)
+    try:
+        apply(model, folds)
+        yield
+    finally:
+        before.restore()
+
+
+def _outputs(
+    model: nn.Module, names: Iterable[str], inputs: Any, number: int, forward: Forward
+) -> dict[str, list[Tensor]]:
+    """Consumer -> what it puts out, call by call."""
+    found: dict[str, list[Tensor]] = {}
+
+    def seen(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        found.setdefault(name, []).extend(tensors_in(output))
+
+    hooks = [
+        (submodule(model, name).register_forward_hook, functools.partial(seen, name))
+        for name in names
+    ]
+    with attached(*hooks):
+        outputs = run(model, inputs, number, forward)
+    return {**found, OUTPUTS: [each for each in tensors_in(outputs) if each.is_floating_point()]}
+
+
+def _distance(whole: Tensor, sliced: Tensor, fold: ConsumerFold | None) -> float:
+    if whole.shape != sliced.shape or not whole.is_floating_point():
+        return 0.0
+    difference = sliced.double() - whole.double()
+    if fold is not None and fold.norm is not None and fold.constant is not None:
+        # The norm behind adds the constant.
+        difference = difference + fold.constant.view(-1, *(1,) * (whole.dim() - 2))
+    # What rounding alone can be is no error.
+    rounding = torch.finfo(whole.dtype).eps ** 2 * float(whole.double().square().sum())
+    return max(0.0, float(difference.square().sum()) - rounding)

@@ -1,0 +1,159 @@
+"""Files that are cut, flipped, or crafted with right digests: refused in words, nothing changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hostile import KINDS, attempt, contents, crafted
+from networks import batches, mlp
+from nss_prune import Slice, profile
+from nss_prune.core import files
+from nss_prune.core.files import read_file, write_file
+from nss_prune.errors import FileFormatError
+from nss_prune.unstructured import load_masks
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of every kind."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, kind in KINDS.items():
+        kind.write(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_crafted_contents_are_refused_or_used(name: str, written: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    refused = 0
+    for seed in range(60):
+        shutil.copy(written / name, path)
+        what = crafted(path, seed)
+        outcome = attempt(KINDS[name], path)
+        assert outcome.foreign is None, f"{seed}, {what}: {outcome.foreign!r}"
+        assert not outcome.damaged, f"{seed}, {what}: {outcome.refusal!r}"
+        refused += outcome.refusal is not None
+    assert refused > 45  # some changes give what is allowed, such as another name
+
+
+def test_a_file_cut_at_any_length_is_refused(written: Path, tmp_path: Path) -> None:
+    whole, path = (written / "slice").read_bytes(), tmp_path / "file"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileFormatError, match="file"):
+            Slice.load(path)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_flipped_bits_are_refused(name: str, written: Path, tmp_path: Path) -> None:
+    whole, path = (written / name).read_bytes(), tmp_path / "file"
+    draw = random.Random(name)
+    for _ in range(60):
+        changed = bytearray(whole)
+        changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        outcome = attempt(KINDS[name], path)
+        assert isinstance(outcome.refusal, FileFormatError)
+        assert not outcome.damaged
+
+
+def test_a_file_pays_for_what_it_takes(written: Path, tmp_path: Path) -> None:
+    """Of a few hundred bytes none is allowed to take hundreds of megabytes."""
+    path = tmp_path / "file"
+    shutil.copy(written / "masks", path)
+    kind, tensors, notes = contents(path)
+    notes["shapes"]["1"] = [2**20, 2**10]
+    write_file(path, kind, tensors, notes)
+    with pytest.raises(FileFormatError, match="allowed is"):
+        load_masks(path, mlp())
+    shutil.copy(written / "slice", path)
+    kind, tensors, notes = contents(path)
+    for member in notes["groups"][0][2]:
+        member[2], member[4] = 2**34, [0, 2**28]
+    write_file(path, kind, tensors, notes)
+    with pytest.raises(FileFormatError, match="more than this file can have"):
+        Slice.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, '{"groups": 1', "nul", "[1, 2"])
+def test_notes_that_are_no_json_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    header = {"kind": "any", "version": str(files.VERSION), "notes": text}
+    save_file({}, path, {**header, "digest": files._digest({}, header)})
+    with pytest.raises(FileFormatError):
+        read_file(path, "any")
+
+
+def test_kind_and_version_are_covered_by_the_digest(written: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    whole = (written / "slice").read_bytes()
+    for old, new in (
+        (b'"version":"2"', b'"version":"1"'),
+        (b"nss_prune slice", b"nss_prune masks"),
+    ):
+        assert old in whole
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(FileFormatError, match="damaged"):
+            read_file(path, "nss_prune masks" if b"masks" in new else "nss_prune slice")
+
+
+def test_files_of_version_1_still_load(written: Path, tmp_path: Path) -> None:
+    """Their digest was of the notes, then of each tensor's name, dtype, shape and bytes."""
+    path = tmp_path / "file"
+    kind, tensors, notes = contents(written / "slice")
+    text = json.dumps(notes)
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.numpy().tobytes())
+    header = {"kind": kind, "version": "1", "notes": text, "digest": digest.hexdigest()}
+    save_file(tensors, path, header)
+    expected = Slice.load(written / "slice")
+    assert all(
+        torch.equal(Slice.load(path).kept[name], kept) for name, kept in expected.kept.items()
+    )
+
+
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "make",
+    [pipe, lambda path: Path("/dev/zero"), lambda path: path.mkdir() or path],
+    ids=["pipe", "device", "folder"],
+)
+def test_what_is_no_file_is_refused_at_once(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = make(tmp_path / "place")
+    begin = time.monotonic()
+    with pytest.raises(FileFormatError, match="pipe or device"):
+        Slice.load(path)
+    critical = profile(mlp(), batches(48, (12,), 3)).slice(0.9)
+    with pytest.raises(OSError, match="place|zero"):
+        critical.save(path)
+    assert time.monotonic() - begin < 10
+    assert path.exists()
+    assert not path.is_file()
+
+
+def test_a_foreign_error_of_the_decoding_is_an_error_of_the_file(tmp_path: Path) -> None:
+    def refuses(value: Any, where: str) -> None:
+        raise KeyError("no such thing")
+
+    write_file(tmp_path / "file", "any", {}, {})
+    with pytest.raises(FileFormatError, match="KeyError"):
+        read_file(tmp_path / "file", "any", refuses)
