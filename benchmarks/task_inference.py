@@ -103,7 +103,7 @@ def inferred(method: str, model: nn.Module, tasks: Sequence[Subtask], course: Co
             learner.learn(task)
         assert isinstance(learner, NonCriticalNeurons)
         given = [accuracy_given(learner, i, task) for i, task in enumerate(tasks)]
-        shares = {score: accuracy(learner, tasks, score) for score in SCORES}
+        shares: dict[str, float] = {score: accuracy(learner, tasks, score) for score in SCORES}
     sizes = [task.features.nbytes for task in learner.trainer.tasks if task.features is not None]
     return Inferred(
         method, len(tasks), course.seed, statistics.fmean(given), shares, statistics.fmean(sizes)

@@ -193,7 +193,8 @@ class TaskFeatures:
                 raise refuse("a layer with features", name, "one of the slice")
             parts = [tensors[f"features/{part}/{name}"] for part in PARTS]
             _check_parts(name, parts, len(critical.kept[name]))
-            layers[name] = LayerFeatures(*parts, residual)
+            neurons, means, directions, variances = parts
+            layers[name] = LayerFeatures(neurons, means, directions, variances, residual)
             usual[name] = mean, deviation
         return TaskFeatures(layers, usual, tuple(notes.get("energy", (0.0, 1.0))))
 
@@ -256,12 +257,14 @@ def entropy(scores: Tensor, classes: int) -> Tensor:
     """
     if classes < 2:
         return scores.new_full((len(scores),), 2.0, dtype=torch.float64)
-    return torch.special.entr(scores.double().softmax(1)).sum(1) / math.log(classes)
+    found: Tensor = torch.special.entr(scores.double().softmax(1)).sum(1)
+    return found / math.log(classes)
 
 
 def energy(scores: Tensor) -> Tensor:
     """−log Σ exp(scores), ``[samples]`` (Liu et al., 2020, Eq. 4, at temperature 1)."""
-    return -scores.double().logsumexp(1)
+    total: Tensor = scores.double().logsumexp(1)
+    return -total
 
 
 def _moments(values: Tensor) -> tuple[float, float]:

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from nss_prune.core.batches import (
     as_computed,
-    check_inputs,
+    entered,
     first_batch,
     labelled_batches,
-    split_batch,
 )
 from nss_prune.core.classifier import find_classifier_by_shift, shifted_bias
 from nss_prune.core.draws import Draws
@@ -289,8 +288,7 @@ def _head(
 ) -> str | None:
     """The last layer whose bias moves the scores by as much, or None."""
     with evaluation(model), torch.no_grad():
-        inputs, labels = split_batch(first_batch(data, device_of(model))[0])
-        check_inputs(model, inputs, 0)
+        inputs, labels, _ = entered(model, first_batch(data, device_of(model))[0], 0)
         if outputs is None:
             outputs = resolve_outputs(None, run(model, inputs, 0, forward), labels)
     return find_classifier_by_shift(model, inputs, 0, scores=outputs.scores, forward=forward)

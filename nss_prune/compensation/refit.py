@@ -14,7 +14,7 @@ from nss_prune.compensation.folding import Folded, apply
 from nss_prune.compensation.paired import paired_statistics
 from nss_prune.compensation.problem import changed_channels, resolved
 from nss_prune.compensation.solve import ConsumerFold, solved
-from nss_prune.core.batches import check_inputs, first_batch, shown, split_batch
+from nss_prune.core.batches import entered, first_batch, shown
 from nss_prune.core.models import Forward, call_model, device_of, evaluation, submodule
 from nss_prune.core.processes import agreed
 from nss_prune.errors import ArgumentError
@@ -66,8 +66,7 @@ def refit(
     sliced = copy.deepcopy(model)
     folds: dict[str, ConsumerFold] = {}
     with evaluation(model), evaluation(sliced), torch.no_grad():
-        inputs, _ = split_batch(first_batch(data, device_of(model))[0])
-        check_inputs(model, inputs, 0)
+        inputs, _, _ = entered(model, first_batch(data, device_of(model))[0], 0)
         shared |= used_elsewhere(model, inputs, forward)
         found = survey(model, consumers, inputs, forward)
         for name in shown(found.calls, progress, "refit", "consumer"):

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import (
-    check_inputs,
     counted_batches,
+    entered,
     first_batch,
-    split_batch,
 )
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
@@ -351,8 +350,7 @@ def outputs_of(
         ArgumentError, DataError, NumericalError: As :func:`resolve_outputs`; or there is no batch.
     """
     with evaluation(model), torch.no_grad():
-        inputs, labels = split_batch(first_batch(data, device_of(model))[0])
-        check_inputs(model, inputs, 0)
+        inputs, labels, _ = entered(model, first_batch(data, device_of(model))[0], 0)
         found = resolve_outputs(spec, run(model, inputs, 0, forward), labels)
     return with_units(found, spec, model, data, forward, progress)
 

@@ -53,7 +53,9 @@ class Measuring:
     def divergence(self, critical: Slice) -> float:
         """Of the masked and repaired model's outputs from the whole model's, nats a sample."""
         subject = self._subject
-        outputs, data = outputs_for(subject, self._eliminating.data, self._eliminating.outputs)
+        given = self._eliminating.data
+        assert given is not None  # otherwise nothing is measured
+        outputs, data = outputs_for(subject, given, self._eliminating.outputs)
         smaller = replace(subject, model=copy.deepcopy(subject.model))
         for repair, seen in self._repairs:
             repair.before(smaller, critical, seen)
