@@ -19,8 +19,8 @@ from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
 from nss_prune.profiling.selection import STRATEGIES, check_theta
 from nss_prune.pruner.cost import CallLatency, Cost, CostSpec, MACs, Parameters, cost_named
+from nss_prune.pruner.limits import AUTO, check_round_to
 from nss_prune.pruner.quality import Quality, find_quality
-from nss_prune.pruner.rounding import AUTO, check_round_to
 from nss_prune.pruner.strategy import Score
 
 THETA = 0.95

@@ -1,27 +1,19 @@
-"""The arguments of NSSPruner -> its strategy and its repairs."""
+"""The arguments of NSSPruner -> its strategy."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nss_prune.core.undo import left_as_found
-from nss_prune.pruner.arguments import (
-    Aim,
-    check_fold,
-    check_repairs,
-    check_repeatable,
-    check_strategy,
-)
-from nss_prune.pruner.balancing import Balance
+from nss_prune.pruner.arguments import Aim, check_strategy
 from nss_prune.pruner.classes import Classes, ClassHead, ClassScores, find_classes, of_classes
 from nss_prune.pruner.eliminating import Eliminating
-from nss_prune.pruner.observation import ProfileEvidence, Profiling
+from nss_prune.pruner.observation import Profiling
+from nss_prune.pruner.profile_evidence import ProfileEvidence
 from nss_prune.pruner.ranking import Ranking
 from nss_prune.pruner.repair import Repair
-from nss_prune.pruner.repairs import Fold, Recalibrate, Refit
 from nss_prune.pruner.strategies import (
     BudgetByCriterion,
     BudgetByRanking,
@@ -34,18 +26,6 @@ from nss_prune.pruner.strategies import (
 )
 from nss_prune.pruner.strategy import Evidence, Importance, Strategy
 from nss_prune.pruner.subject import Subject
-from nss_prune.pruner.upkeep import Upkeep
-
-
-def upkeep_for(
-    progress: bool | None, memory_limit: float, checkpoint: str | os.PathLike[str] | None
-) -> Upkeep:
-    """What the passes may take, keep and show.
-
-    Raises:
-        ArgumentError: The limit is not above 0.
-    """
-    return Upkeep.of(progress, memory_limit, checkpoint)
 
 
 def chosen_strategy(strategy: Any, aim: Aim, importance: Importance | None, plain: bool) -> Any:
@@ -169,35 +149,3 @@ def observed(strategy: Strategy[Any], subject: Subject, given: ProfileEvidence |
         return evidence
     notes = (*given.notes, *evidence.notes)
     return replace(evidence, statistics=given.statistics, notes=notes)
-
-
-def repairs_for(
-    data: Iterable[Any] | None,
-    fold: bool | str,
-    recalibrate: bool,
-    balance: bool,
-    more: Iterable[Repair],
-    outputs: Any,
-    upkeep: Upkeep,
-) -> tuple[Repair, ...]:
-    """The repairs in their order.
-
-    Raises:
-        ArgumentError: One cannot work with the data, or lacks a method.
-    """
-    check_fold(fold, data)
-    found: list[Repair] = []
-    if fold == "refit":
-        assert data is not None
-        found.append(Refit(data, upkeep.progress))
-    elif fold:
-        found.append(Fold(data, upkeep))
-    if recalibrate:
-        check_repeatable("recalibrate=True", data)
-        assert data is not None
-        found.append(Recalibrate(data, upkeep))
-    if balance:
-        check_repeatable("balance=True", data)
-        assert data is not None
-        found.append(Balance(data, upkeep, outputs))
-    return (*found, *check_repairs(more))

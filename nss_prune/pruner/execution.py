@@ -12,7 +12,7 @@ from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.core.undo import restored_on_error
 from nss_prune.graph.bases import change_basis
 from nss_prune.pruner.configuration import follow_configuration
-from nss_prune.pruner.planning import Plan
+from nss_prune.pruner.plan import Plan
 from nss_prune.pruner.repair import Repair, Repaired
 from nss_prune.pruner.wrapper import wrap_again
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nss_prune.core.timing import call_seconds, stage
 from nss_prune.graph.costs import Cost
-from nss_prune.pruner.planning import Plan
+from nss_prune.pruner.plan import Plan
 from nss_prune.pruner.report import Report
 from nss_prune.pruner.rows import actual_rows, report_rows
 from nss_prune.pruner.subject import Subject

@@ -1,56 +1,22 @@
-"""A profile as evidence: of a pass over the data, or made before."""
+"""The pass over the data that makes a profile."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from nss_prune.allocation.importance import NSSImportance
-from nss_prune.core.nested import tensors_in
-from nss_prune.errors import ModelMismatchError
-from nss_prune.profiling.categories import Categories, check_categories
+from nss_prune.profiling.categories import check_categories
 from nss_prune.profiling.contributions.protocol import metric_named
-from nss_prune.profiling.profile import Profile
 from nss_prune.profiling.run import profile_neurons
-from nss_prune.profiling.similarity import Features, Landscape
-from nss_prune.pruner.strategy import Evidence
+from nss_prune.profiling.similarity import Landscape
+from nss_prune.pruner.example_data import example_data
+from nss_prune.pruner.profile_evidence import ProfileEvidence, evidence_of
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.types import Categories, Features, Profile
 from nss_prune.pruner.upkeep import BACKWARD, DEFAULT, Stage, Upkeep
 from nss_prune.statistics.consumers import ConsumerSums
 from nss_prune.statistics.memory import group_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileEvidence(Evidence):
-    """A profile of the subject's neurons."""
-
-    profile: Profile
-
-    @cached_property
-    def importance(self) -> NSSImportance:
-        """The semantic importance of every neuron."""
-        return NSSImportance(self.profile)
-
-
-def evidence_of(profile: Profile, subject: Subject) -> ProfileEvidence:
-    """What a profile that was made before says of a subject.
-
-    Raises:
-        ModelMismatchError: It is of another model.
-    """
-    neurons = subject.neurons.without(profile.neurons.left_alone)
-    sizes = {group.name: group.size for group in neurons.groups}
-    if any(profile.layers.get(name) != size for name, size in sizes.items()):
-        raise ModelMismatchError(
-            f"the profile has the layers {profile.layers}, the model {sizes}; profile this "
-            "model as it is, with the same ignored_layers"
-        )
-    return ProfileEvidence(
-        neurons=neurons, statistics=profile.consumers, notes=profile.notes, profile=profile
-    )
 
 
 @dataclass(frozen=True)
@@ -105,23 +71,6 @@ class Profiling:
         return profile_neurons(
             subject.model, data, subject.neurons, subject.example_inputs, **settings
         )
-
-
-def example_data(subject: Subject, use: str) -> list[Any]:
-    """The example inputs as data of one batch without labels, with a warning.
-
-    Args:
-        use: What happens to them.
-    """
-    inputs = subject.example_inputs
-    if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
-        inputs = inputs[0]
-    warnings.warn(
-        f"no data was given: the example inputs ({len(tensors_in(inputs)[0])} sample(s)) are "
-        f"{use}; pass data=, batches of (inputs, labels), for slices that hold on other inputs",
-        stacklevel=2,
-    )
-    return [(inputs, None)]
 
 
 def profiling_for(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from nss_prune.allocation.budget import Limits, ShareOf
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.eliminating import EliminationEvidence
+from nss_prune.pruner.elimination_evidence import EliminationEvidence
 from nss_prune.pruner.figures import Figures, category_shares
-from nss_prune.pruner.observation import ProfileEvidence
-from nss_prune.pruner.sensitivity import SensitivityTable
+from nss_prune.pruner.profile_evidence import ProfileEvidence
+from nss_prune.pruner.sensitivity import SensitivityTable, sensitivity_of
 from nss_prune.pruner.strategy import Evidence
 
 
@@ -33,3 +34,16 @@ def figures_of(
         return Figures(cost, kept)
     curve = tuple(sorted(sensitivity.curve))
     return Figures(cost, kept, evidence.predictor.of(chosen), curve, sensitivity.by_layer)
+
+
+def predicted_sensitivity(
+    evidence: Evidence, chosen: Slice, share: ShareOf, cost: str, limits: Limits
+) -> SensitivityTable | None:
+    """The sensitivity of the layers, where the evidence predicts it.
+
+    Args:
+        share: What a slice keeps of the cost of that name.
+    """
+    if not isinstance(evidence, EliminationEvidence):
+        return None
+    return sensitivity_of(evidence, chosen, share, cost, limits)

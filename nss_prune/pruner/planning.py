@@ -1,78 +1,23 @@
-"""What a step is going to do, and what is said where it falls short."""
+"""From what a strategy observed to what a step is going to do."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
-from nss_prune.allocation.budget import FLOOR, TOLERANCE, Limits, ShareOf
+from nss_prune.allocation.budget import TOLERANCE, Limits, ShareOf
 from nss_prune.core.processes import decided
-from nss_prune.graph.bases import BasisChange
-from nss_prune.graph.groups import MAKES_THE_OUTPUT
-from nss_prune.graph.neurons import NeuronGroup
-from nss_prune.graph.norms import least_neurons
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.classes import ClassHead
 from nss_prune.pruner.cost import everything, largest, shares
-from nss_prune.pruner.eliminating import EliminationEvidence
-from nss_prune.pruner.figures import Figures
-from nss_prune.pruner.plan_figures import figures_of
-from nss_prune.pruner.rounding import RoundTo, roundings
-from nss_prune.pruner.schedule import Schedule as Schedule
-from nss_prune.pruner.schedule import schedule as schedule
-from nss_prune.pruner.schedule import showing as showing
-from nss_prune.pruner.sensitivity import SensitivityTable, sensitivity_of
+from nss_prune.pruner.limits import RoundTo, limits_of
+from nss_prune.pruner.plan import Decision, Plan, bases_of
+from nss_prune.pruner.plan_figures import figures_of, predicted_sensitivity
+from nss_prune.pruner.shortfall import budgets_shortfall, ratio_shortfall
 from nss_prune.pruner.strategy import Evidence, Strategy, Target
 from nss_prune.pruner.subject import Subject
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a step is going to do.
-
-    Attributes:
-        subject: With the neurons that are known to be removable.
-        evidence: What the strategy observed of it.
-        slice: What is to stay.
-        whole: The first model's costs, where there are budgets or a quality.
-        notes: What the slice falls short of.
-        figures: What the evidence says of the slice.
-        classes: Class -> output, where the smaller model is for some of them.
-        sensitivity: Of the layers, where it was predicted.
-    """
-
-    subject: Subject
-    evidence: Evidence
-    slice: Slice
-    whole: tuple[float, ...]
-    notes: tuple[str, ...]
-    figures: Figures = field(default_factory=Figures)
-    classes: Mapping[int, int] = field(default_factory=dict)
-    sensitivity: SensitivityTable | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the first of several processes decides for all.
-
-    Attributes:
-        kept: Layer -> True where a neuron stays, ``[neurons]``.
-        rule: By which the slice was chosen.
-        whole, notes, sensitivity: Those of the plan.
-        reached: Name of the cost that is limited, and the share of it that is kept.
-    """
-
-    kept: dict[str, Tensor]
-    rule: str
-    whole: tuple[float, ...]
-    notes: tuple[str, ...]
-    reached: tuple[str, float | None] = ("", None)
-    sensitivity: SensitivityTable | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +30,7 @@ class Planner:
         first_sizes: Layer -> neurons before the first step.
         max_pruning_ratio: Share of the neurons that a layer may lose over all steps.
         round_to: Neurons are kept in multiples of this; "auto" for as coarse as the budget allows,
-            see :mod:`nss_prune.pruner.rounding`.
+            see :mod:`nss_prune.pruner.limits`.
         uniform: Whether the ratio is that of every layer and of every step in equal parts.
         head: Where the class scores are made, where the smaller model is for some classes.
     """
@@ -140,9 +85,7 @@ class Planner:
         if not kept:
             return Decision(dict(chosen.kept), chosen.rule, whole, notes)
         share, cost = kept[0], self.aim.costs[0].name
-        sensitivity = None
-        if isinstance(evidence, EliminationEvidence):
-            sensitivity = sensitivity_of(evidence, chosen, share, cost, limits)
+        sensitivity = predicted_sensitivity(evidence, chosen, share, cost, limits)
         reached = cost, share(chosen)
         return Decision(dict(chosen.kept), chosen.rule, whole, notes, reached, sensitivity)
 
@@ -151,10 +94,8 @@ class Planner:
     ) -> tuple[Slice, Limits]:
         """What stays, with the coarsest rounding that meets the budget, and within which limits."""
         found: list[tuple[Slice, Limits]] = []
-        plain = self._limits(subject)
-        for limits in roundings(
-            plain, self.round_to, subject.groups, self.first_sizes, subject.model
-        ):
+        given = self.first_sizes, self.max_pruning_ratio, self.round_to
+        for limits in limits_of(subject, *given):
             found.append((self.strategy.select(subject, evidence, target, limits), limits))
             if target.budget is None or target.share is None:
                 break
@@ -211,109 +152,6 @@ class Planner:
         left = 1 - aim.ratio * (done - 1 / steps)
         return Target(ratio=(1 - aim.ratio * done) / left)
 
-    def _limits(self, subject: Subject) -> Limits:
-        sizes = self.first_sizes
-        share = 1 - self.max_pruning_ratio
-        least = {name: math.ceil(size * share - 1e-9) for name, size in sizes.items()}
-        for group in subject.groups:
-            few = least_neurons(group, subject.model)
-            least[group.name] = max(few, least.get(group.name, 1))
-        heads = (
-            group.name
-            for group in subject.groups
-            if not group.has_channels and not group.is_inside_heads
-        )
-        floor = {name: math.ceil(size * FLOOR) for name, size in sizes.items()}
-        return Limits(least, 1, frozenset(heads), floor)
-
 
 def _most(target: Target) -> float:
     return 1.0 if target.budget is None else target.budget + TOLERANCE
-
-
-def bases_of(
-    chosen: Slice, bases: Mapping[str, tuple[BasisChange, ...]]
-) -> tuple[BasisChange, ...]:
-    """The coordinates that count: those of heads of which something goes."""
-    losing = chosen.removed_channels() if bases else {}
-    return tuple(
-        change
-        for consumer, changes in bases.items()
-        if (consumer, "in") in losing
-        for change in changes
-    )
-
-
-def budgets_shortfall(
-    reached: Sequence[tuple[str, float]], budgets: Sequence[float]
-) -> tuple[str, ...]:
-    """What the report says about budgets of which one is not met, or all could be smaller.
-
-    Args:
-        reached: Kind of cost, and the share of it that is kept.
-    """
-    pairs = list(zip(reached, budgets, strict=True))
-    binding = max(share - wanted for (_, share), wanted in pairs)
-    return tuple(
-        note
-        for (kind, share), wanted in pairs
-        if share > wanted or share - wanted == binding
-        for note in budget_shortfall(kind, wanted, share)
-    )
-
-
-def budget_shortfall(kind: str, wanted: float, reached: float) -> tuple[str, ...]:
-    """What the report says about a budget that is not met, in zero or one lines."""
-    if abs(reached - wanted) <= TOLERANCE:
-        return ()
-    why = (
-        "all neurons that may go are gone, a tenth of each layer stays; the layers left alone, "
-        "the limits and the rest of the model take more"
-        if reached > wanted
-        else "one more neuron, or the next multiple of round_to, would go beyond it"
-    )
-    return (f"{reached:.1%} of the {kind} are kept, the budget is {wanted:.1%}: {why}",)
-
-
-def ratio_shortfall(
-    subject: Subject, chosen: Slice, ratio: float, first_sizes: Mapping[str, int]
-) -> tuple[str, ...]:
-    """What the report says about a ratio that is not met, in zero or one lines.
-
-    Args:
-        ratio: Share of the channels of all layers to remove up to this step.
-        first_sizes: Layer -> neurons before the first step.
-    """
-    left_alone = {
-        name: size
-        for name, size in subject.neurons.left_alone_sizes.items()
-        if subject.neurons.left_alone[name] not in (MAKES_THE_OUTPUT, "ignored")
-    }
-    whole = kept = sum(left_alone.values())
-    for group in subject.groups:
-        channels = _channels_of_neuron(group)
-        whole += channels * first_sizes.get(group.name, group.size)
-        kept += channels * int(chosen.kept[group.name].sum())
-    gone = 1 - kept / whole if whole else ratio
-    if ratio - gone <= TOLERANCE:
-        return ()
-    heads = [group.name for group in subject.groups if not group.has_channels]
-    reasons = [
-        *([f"heads go whole, with prune_num_heads ({_some(heads)})"] if heads else []),
-        *([f"left alone are {_some(list(left_alone))}"] if left_alone else []),
-    ]
-    why = "; ".join(reasons) or "the limits, or the union over categories, keep more"
-    return (f"{gone:.1%} of the channels are removed, pruning_ratio asks for {ratio:.1%}: {why}",)
-
-
-def _channels_of_neuron(group: NeuronGroup) -> int:
-    """Channels of the root layer in each neuron."""
-    if group.has_channels:
-        return group.ties
-    root = next(member for member in group.members if member.name == group.name)
-    return len(root.channels) // group.size
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

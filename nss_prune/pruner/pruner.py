@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from nss_prune.errors import GraphError
 from nss_prune.pruner.arguments import (
     WithoutRegularizer,
     as_called,
@@ -25,16 +23,13 @@ from nss_prune.pruner.arguments import (
 from nss_prune.pruner.assembly import (
     Given,
     chosen_strategy,
-    repairs_for,
     strategy_for,
-    upkeep_for,
 )
-from nss_prune.pruner.interactive import count_heads, history, pruning_groups
-from nss_prune.pruner.journal import Journal, Report
-from nss_prune.pruner.observation import evidence_of, profiling_for
-from nss_prune.pruner.planning import Plan, Planner, Schedule, schedule, showing
-from nss_prune.pruner.stages import Stages
-from nss_prune.pruner.state import restored_on_error, share_history, trace_graph, without_graph
+from nss_prune.pruner.observation import profiling_for
+from nss_prune.pruner.planning import Planner
+from nss_prune.pruner.profile_evidence import evidence_of
+from nss_prune.pruner.repairs import repairs_for
+from nss_prune.pruner.steps import Steps
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.tracer import TIMEOUT, Tracer
 from nss_prune.pruner.types import (
@@ -53,9 +48,10 @@ from nss_prune.pruner.types import (
     Score,
     Strategy,
 )
+from nss_prune.pruner.upkeep import Upkeep
 
 
-class NSSPruner(Stages, WithoutRegularizer):
+class NSSPruner(Steps, WithoutRegularizer):
     """Semantic slicing with the interface of torch-pruning's pruners.
 
     With nothing but ``theta``, a step removes every neuron outside the semantic slice at θ. With
@@ -147,15 +143,6 @@ class NSSPruner(Stages, WithoutRegularizer):
         GraphError, NothingToPruneError: From tracing the model.
     """
 
-    DG: Any
-    current_step: int
-    iterative_steps: int
-    ignored_layers: list[nn.Module]
-    num_heads: dict[nn.Module, int]
-    report: Report | None = None
-    folded: tuple[str, ...] = ()
-    _stale = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -205,21 +192,19 @@ class NSSPruner(Stages, WithoutRegularizer):
         self.strategy = chosen_strategy(strategy, aim, importance, plain)
         subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
         data, outputs = subset.data, subset.outputs
-        upkeep = self._upkeep = upkeep_for(progress, memory_limit, checkpoint)
+        upkeep = self._upkeep = Upkeep.of(progress, memory_limit, checkpoint)
         self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, upkeep)
         own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
         self._profiling = profiling_for(data, bool(fold), *named, own, upkeep)
         model, self.wrapper = unwrapped(model)
         example_inputs = as_called(model, example_inputs, given.get("forward_fn"))
         settings = own_arguments(model, given, aim)
-        needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
-        tracer = Tracer.of(example_inputs, settings, adapters, check_timeout(timeout), needs_graph)
-        self._subject = self._first_subject(model, importance, tracer, settings)
+        tracing = (example_inputs, settings, adapters, check_timeout(timeout))
+        self._subject = self._first_subject(model, importance, aim, *tracing)
         self._arrange(aim, importance, subset, settings, outputs)
         check_steps(self.iterative_steps, importance, data, profile, aim)
         self._given = None if profile is None else evidence_of(profile, self._subject)
         self._profiled = self._given
-        share_history(self)
 
     def _arrange(
         self,
@@ -230,8 +215,7 @@ class NSSPruner(Stages, WithoutRegularizer):
         outputs: Any,
     ) -> None:
         """Set the strategy, the repairs and the planner, once the neurons are known."""
-        self._history: list[Any] = []
-        self._journal = Journal()
+        self._begin()
         sizes = self._subject.sizes
         head = given.head(self._subject)
         self.repairs = (*self.repairs, *([head] if head else []))
@@ -253,10 +237,15 @@ class NSSPruner(Stages, WithoutRegularizer):
         self,
         model: nn.Module,
         importance: Importance | None,
-        tracer: Tracer,
+        aim: Any,
+        example_inputs: Any,
         settings: dict[str, Any],
+        adapters: Sequence[Adapter],
+        timeout: float,
     ) -> Subject:
         """From torch-pruning's constructor; the model is left as found."""
+        needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
+        tracer = Tracer.of(example_inputs, settings, adapters, timeout, needs_graph)
         chosen = importance or self._semantic_importance
 
         def build(recorder: Any, apart: Sequence[nn.Module]) -> Any:
@@ -274,91 +263,3 @@ class NSSPruner(Stages, WithoutRegularizer):
 
     def _semantic_importance(self, group: Any) -> Any:
         return evidence_of(self.profile, self._subject).importance(group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return without_graph(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        trace_graph(self)
-
-    def step(self, interactive: bool = False) -> Iterator[Any] | None:
-        """Remove the neurons of this step.
-
-        Args:
-            interactive: Yield torch-pruning groups instead, each with the neurons to remove, for
-                the caller to ``.prune()``. Nothing is folded, recalibrated, balanced or undone
-                then.
-
-        Raises:
-            DataError, NumericalError: The data cannot be used.
-            GraphError: ``interactive``, and the model could only be traced in parts.
-            RemovalError: The smaller model would not work. In every case model and pruner are as
-                before.
-        """
-        if self.current_step >= self.iterative_steps:
-            warnings.warn(
-                f"all {self.iterative_steps} step(s) are done, nothing was pruned; make a new "
-                "pruner, or pass iterative_steps=",
-                stacklevel=2,
-            )
-            return iter(()) if interactive else None
-        if interactive and self.DG is None:
-            raise GraphError(
-                "interactive=True needs torch-pruning's graph of the whole model, which could not "
-                f"be built: {self._subject.untraceable}; call step() without it"
-            )
-        with restored_on_error(self):
-            self.current_step += 1
-            self._renew()
-            self._journal.begin(self._subject)
-            if interactive:
-                return self._groups(self._verified(inside_heads=False))
-            with showing(self._strategy, self.repairs, self._subject, self._upkeep.progress):
-                plan = self._next()
-                with self._journal.stage("removing"):
-                    plan, repaired = self._pruned(plan)
-            self._finish(plan)
-        self.folded = repaired.changed
-        self.report = self._journal.end(plan, repaired.notes)
-        return None
-
-    def _renew(self) -> None:
-        """Trace the model again after an earlier step, and forget what was observed of it."""
-        if not self._stale:
-            return
-        self._subject = self._subject.fresh()
-        self.DG = self._subject.graph
-        share_history(self)
-        self._given = self._profiled = self._evidence = self._plan = None
-        self._stale = False
-
-    def _finish(self, plan: Plan) -> None:
-        """Keep what was done, and let what is around the model follow."""
-        self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
-        self._stale = True
-        self._history += map(list, history(plan.slice))
-        if self._upkeep.checkpoint and self.current_step == self.iterative_steps:
-            self._upkeep.checkpoint.clear()
-        count_heads(self.num_heads, self.model, plan.slice)
-
-    def _groups(self, plan: Plan) -> Iterator[Any]:
-        """torch-pruning's groups of a plan, one by one."""
-        self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
-
-        def groups() -> Iterator[Any]:
-            self._stale = True
-            with self._journal.stage("removing"):
-                yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
-            self.report = self._journal.end(plan, planned=False)
-
-        return groups()
-
-    def plan(self) -> Schedule:
-        """The passes of the next step, with seconds by one timed batch; nothing is changed."""
-        data = self._profiling.data
-        return schedule(self._strategy, self.repairs, self._subject, data)
-
-    def pruning_history(self) -> list[Any]:
-        """What all steps removed, for ``load_pruning_history`` on a fresh model."""
-        return list(self._history)

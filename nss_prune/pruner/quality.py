@@ -12,7 +12,8 @@ from nss_prune.allocation.path import Path, smallest_passing, whole, within_dive
 from nss_prune.core.undo import Snapshot
 from nss_prune.errors import ArgumentError, NumericalError
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.eliminating import Eliminating, EliminationEvidence
+from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.elimination_evidence import EliminationEvidence
 from nss_prune.pruner.measuring import Measuring
 from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategy import Score, Strategy, Target

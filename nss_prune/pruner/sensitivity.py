@@ -8,7 +8,7 @@ from typing import Any
 from nss_prune.allocation.budget import Limits, ShareOf
 from nss_prune.allocation.path import Path
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.eliminating import EliminationEvidence
+from nss_prune.pruner.elimination_evidence import EliminationEvidence
 
 SHARES = tuple(step / 10 for step in range(1, 10))
 SIZES = 20  # of the curve, besides the whole model

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from nss_prune.errors import RemovalError
-from nss_prune.graph.neurons import NeuronMap
-from nss_prune.graph.slices import Slice
-from nss_prune.profiling.profile import Profile
 from nss_prune.pruner.assembly import is_by_profile, observed
 from nss_prune.pruner.execution import carry_out
 from nss_prune.pruner.journal import Journal, Report
 from nss_prune.pruner.observation import Profiling
-from nss_prune.pruner.planning import Plan, Planner
-from nss_prune.pruner.repair import Repair
+from nss_prune.pruner.plan import Plan
+from nss_prune.pruner.planning import Planner
+from nss_prune.pruner.schedule import Schedule, schedule, showing
 from nss_prune.pruner.sensitivity import SensitivityTable
-from nss_prune.pruner.strategy import Strategy
 from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.types import NeuronMap, Profile, Repair, Slice, Strategy
+from nss_prune.pruner.upkeep import Upkeep
 
 
 class Stages:
@@ -33,6 +33,7 @@ class Stages:
     _profiling: Profiling
     _strategy: Strategy[Any]
     _subject: Subject
+    _upkeep: Upkeep
     _plan: Plan | None = None
     _whole: tuple[float, ...] = ()
     _given: Any = None
@@ -102,3 +103,11 @@ class Stages:
     def cumulative_report(self) -> Report | None:
         """What all steps did together, or None before the first."""
         return self._journal.total
+
+    def plan(self) -> Schedule:
+        """The passes of the next step, with seconds by one timed batch; nothing is changed."""
+        return schedule(self._strategy, self.repairs, self._subject, self._profiling.data)
+
+    def _showing(self) -> AbstractContextManager[None]:
+        """One progress bar over the passes of a step."""
+        return showing(self._strategy, self.repairs, self._subject, self._upkeep.progress)

@@ -12,8 +12,10 @@ from nss_prune.allocation.budget import Limits, Scores, limited, solve
 from nss_prune.allocation.divergence import allocate
 from nss_prune.errors import NothingToPruneError
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.eliminating import Eliminating, EliminationEvidence
-from nss_prune.pruner.observation import ProfileEvidence, Profiling
+from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.elimination_evidence import EliminationEvidence
+from nss_prune.pruner.observation import Profiling
+from nss_prune.pruner.profile_evidence import ProfileEvidence
 from nss_prune.pruner.ranking import Asked, Ranking, importance_of
 from nss_prune.pruner.schedule import Stage
 from nss_prune.pruner.strategy import Evidence, Importance, Target

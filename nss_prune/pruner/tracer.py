@@ -12,11 +12,9 @@ import torch_pruning as tp
 from torch import nn
 
 from nss_prune.core.models import call_model, evaluation
-from nss_prune.discovery.calls import recording
-from nss_prune.discovery.claims import claims
 from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
-from nss_prune.discovery.trial import Verdicts, tried
+from nss_prune.discovery.trial import Verdicts, verdicts_of
 from nss_prune.discovery.whole import TIMEOUT, WHOLE_SHARE
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import within
@@ -153,11 +151,7 @@ class Tracer:
 
     def _verdicts(self, model: nn.Module) -> Verdicts:
         """What became of the claims of the adapters, tried with the inputs of one call."""
-        claimed = list(claims(model, self.adapters, self.ignored))
-        with recording({module for module, _, _ in claimed}) as calls:
-            if claimed:
-                self.forward(model, self.example_inputs)
-        return tried(claimed, calls)
+        return verdicts_of(model, self.adapters, self.ignored, self.forward, self.example_inputs)
 
     def _neurons(
         self, model: nn.Module, graph: Any, output_nodes: set[Any], verdicts: Verdicts

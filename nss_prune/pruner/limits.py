@@ -1,7 +1,11 @@
-"""Which layers keep neurons in multiples of what: widths that hardware is fast with."""
+"""Within which limits neurons are chosen: how many of a layer stay at least, in multiples of what.
+
+Multiples are the widths that hardware is fast with.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
@@ -9,9 +13,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nss_prune.allocation.budget import Limits
+from nss_prune.allocation.budget import FLOOR, Limits
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.norms import least_neurons
+from nss_prune.pruner.subject import Subject
 
 RoundTo = int | Literal["auto"] | None
 
@@ -35,6 +41,30 @@ def check_round_to(given: object) -> RoundTo:
     if isinstance(given, int) and not isinstance(given, bool) and given >= 1:
         return given
     raise ArgumentError(f"round_to is {given!r}; give a whole number from 1, 'auto' or None")
+
+
+def limits_of(
+    subject: Subject, first_sizes: Mapping[str, int], max_pruning_ratio: float, round_to: RoundTo
+) -> Iterator[Limits]:
+    """The limits; where ``round_to`` is "auto" several, the coarsest first and the exact one last.
+
+    Args:
+        first_sizes: Layer -> neurons before the first step.
+        max_pruning_ratio: Share of the neurons that a layer may lose over all steps.
+    """
+    share = 1 - max_pruning_ratio
+    least = {name: math.ceil(size * share - 1e-9) for name, size in first_sizes.items()}
+    for group in subject.groups:
+        few = least_neurons(group, subject.model)
+        least[group.name] = max(few, least.get(group.name, 1))
+    heads = (
+        group.name
+        for group in subject.groups
+        if not group.has_channels and not group.is_inside_heads
+    )
+    floor = {name: math.ceil(size * FLOOR) for name, size in first_sizes.items()}
+    plain = Limits(least, 1, frozenset(heads), floor)
+    return roundings(plain, round_to, subject.groups, first_sizes, subject.model)
 
 
 def roundings(
