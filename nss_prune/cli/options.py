@@ -44,6 +44,11 @@ def _layers(given: Any, model: nn.Module) -> Any:
     return [_value(item, model) for item in items]
 
 
+def _numbers(given: Any, model: nn.Module) -> Any:
+    items = given if isinstance(given, list) else str(given).split(",")
+    return [int(item) for item in items]
+
+
 def _by_layer(given: Any, model: nn.Module) -> Any:
     if not isinstance(given, Mapping):
         raise ArgumentError(f"{given!r} is no mapping; give {{layer: value}}")
@@ -93,7 +98,13 @@ PRUNER_OPTIONS = (
     PrunerOption("params_budget", "share of the parameters to keep, in (0, 1]", float),
     PrunerOption("latency_budget", "share of the seconds of a call to keep, in (0, 1]", float),
     PrunerOption("budget", "share of --cost to keep, in (0, 1]", float),
-    PrunerOption("cost", "module:Class of a cost of your own", str, _object),
+    PrunerOption("cost", "macs, parameters, latency or module:Class", str, _object),
+    PrunerOption("max_divergence", "nats a sample that the outputs may diverge by", float),
+    PrunerOption("score", "module:function of a model, larger for better", str),
+    PrunerOption("min_score", "score that the smaller model must have", float),
+    PrunerOption("max_drop", "score that the smaller model may lose", float),
+    PrunerOption("classes", "those that the smaller model is for, 3,7,12", plain, _numbers),
+    PrunerOption("keep_head", "true: keep the outputs of all classes"),
     PrunerOption("importance", "module:Class, such as "
                  "torch_pruning.importance:GroupMagnitudeImportance", str, _object),
     PrunerOption("metric", "contribution metric: taylor, avg, var, ens, deeplift", str, _object),
@@ -110,6 +121,8 @@ PRUNER_OPTIONS = (
     PrunerOption("repairs", "module:Class of repairs of your own", plain, _objects),
     PrunerOption("profile", "file that nss-prune profile wrote", str, _profile),
     PrunerOption("timeout", "seconds that tracing the model may take", float),
+    PrunerOption("memory_limit", "bytes for the sums of a pass", float),
+    PrunerOption("checkpoint", "folder from which a run that was broken off goes on", str),
     PrunerOption("adapters", "module:Class of structures of your own", plain, _objects),
     PrunerOption("global_pruning", "true: one ranking for all layers"),
     PrunerOption("pruning_ratio_dict", "{layer: ratio}", plain, _by_layer),

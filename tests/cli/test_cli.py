@@ -265,7 +265,8 @@ def test_ctrl_c_leaves_the_files_as_they_were(
 def test_every_option_of_the_pruner_can_be_given() -> None:
     arguments = set(inspect.signature(NSSPruner).parameters)
     arguments |= set(inspect.signature(tp.pruner.BasePruner).parameters)
-    elsewhere = {"model", "example_inputs", "data", "progress", "torch_pruning_arguments"}
+    elsewhere = {"model", "example_inputs", "data", "progress", "positional"}
+    elsewhere |= {"torch_pruning_arguments"}
     old_names = {"channel_groups", "ch_sparsity", "ch_sparsity_dict"}
     assert arguments - elsewhere - old_names == {option.name for option in PRUNER_OPTIONS}
 

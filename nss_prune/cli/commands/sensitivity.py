@@ -28,6 +28,7 @@ from nss_prune.pruner.pruner import NSSPruner
 from nss_prune.pruner.sensitivity import SHARES
 
 STAGES = 3
+AIMS = ("budget", "max_divergence", "min_score", "max_drop")  # what asks for a size
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -58,9 +59,7 @@ def run(options: argparse.Namespace, console: Console) -> Outcome:
     example = example_for(model, options.input_size, batches)
     console.stage("measuring")
     given = pruner_arguments(options, model)
-    aim: dict[str, Any] = (
-        {} if any(name.endswith("budget") for name in given) else {"macs_budget": 0.5}
-    )
+    aim: dict[str, Any] = {} if any(name.endswith(AIMS) for name in given) else {"macs_budget": 0.5}
     pruner = NSSPruner(
         model, example, data=batches, strategy="divergence", progress=console.progress,
         **aim, **{name: value for name, value in given.items() if name != "strategy"},
