@@ -113,10 +113,8 @@ def _nothing(model: nn.Module) -> None:
 
 
 def _train(path: Path, model: nn.Module, epochs: int, resume: bool) -> None:
-    ReadaptTrainer(
-        model, None, None, train="all", epochs=epochs, checkpoint=path, resume=resume,
-        progress=False,
-    ).fit(batches(24, (12,), 3))  # fmt: skip
+    trainer = ReadaptTrainer(model, None, None, train="all", progress=False)
+    trainer.fit(batches(24, (12,), 3), epochs=epochs, checkpoint=path, resume=resume)
 
 
 KINDS = {

@@ -77,7 +77,13 @@ def entered(model: nn.Module, batch: Any, number: int) -> tuple[Any, Any, int]:
     Raises:
         DataError: The batch cannot be used.
     """
-    inputs, labels = moved(split_batch(batch), device_of(model))
+    home = device_of(model)
+    try:
+        inputs, labels = moved(split_batch(batch), home)
+    except (NotImplementedError, RuntimeError) as error:
+        raise DataError(
+            f"batch {number} cannot be moved to {home}, where the model is: {error}"
+        ) from error
     return inputs, labels, samples_in(inputs, number)
 
 

@@ -24,8 +24,8 @@ logger = logging.getLogger("nss_prune")
 
 @contextlib.contextmanager
 def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Log the name of a stage (level INFO), and add the seconds of the body to it."""
-    logger.info("%s", name)
+    """Log the name of a stage (level DEBUG), and add the seconds of the body to it."""
+    logger.debug("%s", name)
     begin = time.perf_counter()
     try:
         yield

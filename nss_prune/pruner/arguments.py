@@ -303,6 +303,10 @@ def check_steps(steps: int, importance: Any, data: Any, profile: Any, aim: Aim) 
             f"iterative_steps is {steps} with max_divergence= or score=, which are about the one "
             "step from the whole model; leave iterative_steps out"
         )
+    if aim.quality is not None and data is None:
+        raise ArgumentError(
+            "max_divergence= and score= choose the size from what data predicts; give data="
+        )
     if importance is None and data is None and profile is not None and steps > 1:
         raise ArgumentError(
             f"iterative_steps is {steps} with a profile of the first step only; give data= as "

@@ -83,6 +83,7 @@ class Subject:
         """Layer -> neurons, those inside the heads of each attention module included."""
         return {group.name: group.size for group in self.groups} | head_widths(self.model)
 
+    @property
     def layers(self) -> dict[str, int]:
         """Layer -> neurons that may be removed."""
         return {group.name: group.size for group in self.groups}

@@ -266,7 +266,7 @@ BAD_DATA = {
     "three items": (DataError, "inputs, labels", [(torch.zeros(2, 12), 0, 0)]),
     "another shape": (DataError, "refuses batch 0", bad(torch.randn(20, 13).double())),
     "another type": (DataError, "refuses batch 0", bad(torch.randn(20, 12).float())),
-    "another device": (DataError, "on meta", bad(torch.zeros(20, 12, device="meta"))),
+    "another device": (DataError, "moved to cpu", bad(torch.zeros(20, 12, device="meta"))),
     "NaN": (NumericalError, "NaN", bad(torch.full((20, 12), math.nan).double())),
     "infinite": (NumericalError, "NaN|infinite", bad(torch.full((20, 12), math.inf).double())),
     "second batch": (DataError, "batch 1", bad() + bad(torch.randn(20, 13).double())),
