@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.arguments import heads_called, on_input
-from nss_prune.core.models import clone, evaluation
+from nss_prune.core.models import Forward, clone, evaluation
 from nss_prune.core.text import first_line
-from nss_prune.discovery.calls import Call, look
-from nss_prune.discovery.claims import Claim, joined
+from nss_prune.discovery.calls import Call, look, recorded_calls
+from nss_prune.discovery.claims import Claim, claims, joined
 from nss_prune.errors import RemovalError
 from nss_prune.graph.axes import input_axis, parameter_axes
 from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap
@@ -69,6 +69,31 @@ class Verdicts:
         """Those of groups that torch-pruning cannot follow, as heads that share keys and values."""
         uneven = (group for group in self.taken if group.is_uneven)
         return {member.name for group in uneven for member in group.makers}
+
+
+def verdicts_of(
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    ignored: Sequence[nn.Module | nn.Parameter],
+    forward: Forward,
+    example_inputs: Any,
+) -> Verdicts:
+    """What becomes of the claims of adapters; the model is called once if anything is claimed.
+
+    Args:
+        adapters: The structures in which neurons are more than channels.
+        ignored: Modules whose output channels must stay, and parameters.
+        forward: Function of (model, example_inputs) that gives the outputs.
+        example_inputs: Inputs of one call.
+
+    Raises:
+        GraphError: The model does not run.
+    """
+    claimed = list(claims(model, adapters, ignored))
+    if not claimed:
+        return Verdicts()
+    modules = {module for module, _, _ in claimed}
+    return tried(claimed, recorded_calls(model, modules, example_inputs, forward))
 
 
 def tried(claimed: Sequence[Claim], calls: Mapping[nn.Module, Call]) -> Verdicts:
