@@ -107,4 +107,4 @@ class SettledNeurons(NonCriticalNeurons):
         objective = self.objective(task)
         with self.trainer.tasks[-1].masked(self.model):
             study(freezing, task.data.train, None, objective, self.again, self.course.seed)
-        self.trainer.update_features()
+        self.trainer.update_features(self._profiled(task))

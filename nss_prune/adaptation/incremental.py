@@ -20,7 +20,7 @@ from nss_prune.adaptation.datasets import Data, classes_in, mixed, on_device_of,
 from nss_prune.adaptation.learned import LearnedTasks
 from nss_prune.adaptation.old_names import OldNames, present_shares
 from nss_prune.adaptation.replay import Replay, replayed
-from nss_prune.adaptation.task_finder import THETAS, Allocation, TaskFinder, with_features
+from nss_prune.adaptation.task_finder import THETAS, Allocation, TaskFinder
 from nss_prune.adaptation.task_training import Metrics, TaskTraining, Validation
 from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.training import Loss, Objective, TaskLoss, objective_for
@@ -253,21 +253,6 @@ class IncrementalTrainer(LearnedTasks, OldNames):
             self._validations[task.name] = validation
         self._add_accuracies()
 
-    def update_features(self, data: Data | None = None) -> None:
-        """Find anew where the activations of the last task's neurons lie, by which it is inferred.
-
-        For a training loop of your own under its mask, see :meth:`masked_freezing`; :meth:`fit`
-        and :meth:`finetune_masked` do it by themselves.
-
-        Args:
-            data: Batches of (inputs, labels) of the task; by default what it was found with.
-
-        Raises:
-            ArgumentError: No data of the task is known.
-        """
-        given = self._data_of_last() if data is None else repeatable(data)
-        self.tasks = (*self.tasks[:-1], with_features(self.tasks[-1], self.model, self.head, given))
-
     def _data_of_last(self) -> Data:
         if len(self._data) < len(self.tasks):
             raise ArgumentError(
@@ -332,7 +317,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
             loss=loss or TaskLoss(classes),
         )
         task = finder.prune_weights(self.model, self.head, task, self.tasks)
-        return with_features(task, self.model, self.head, data)
+        return self._with_features(task, data)
 
     def _first(self, slice: Slice | None, classes: Collection[int] | None) -> Task:
         if slice is None and not self._data:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from nss_prune.adaptation.datasets import Data, repeatable
 from nss_prune.adaptation.task_inference import Score, TaskFeatures, entropy, pooled
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.batches import samples_in
@@ -20,6 +22,7 @@ class InferredTask:
     """Predictions of a model that has learned several tasks."""
 
     model: nn.Module
+    head: str
     tasks: tuple[Task, ...]
 
     def task(
@@ -78,6 +81,27 @@ class InferredTask:
                 for task, scores in scored
             ]
         return torch.stack(found).argmin(0)
+
+    def update_features(self, data: Data) -> None:
+        """Find anew where the activations of the last task's neurons lie, by which it is inferred.
+
+        For a training loop of your own under its mask, see
+        :meth:`nss_prune.adaptation.learned.LearnedTasks.masked_freezing`.
+
+        Args:
+            data: Batches of (inputs, labels) of the task, which can be iterated repeatedly, on any
+                device.
+
+        Raises:
+            DataError: The data can be iterated only once.
+        """
+        *earlier, last = self.tasks
+        self.tasks = (*earlier, self._with_features(last, repeatable(data)))
+
+    def _with_features(self, task: Task, data: Data) -> Task:
+        """The task with where the activations of its neurons lie, which tells it from others."""
+        with task.inference(self.model, self.head, masked=True):
+            return replace(task, features=TaskFeatures.of(self.model, task.slice, data))
 
     def _scores(self, inputs: Any) -> list[Tensor]:
         """The scores that each task gives, ``[samples, classes]``."""

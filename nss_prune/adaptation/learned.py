@@ -133,7 +133,7 @@ class LearnedTasks(InferredTask):
                     ...
 
         The task answers rightly under its mask from then on: ``trainer.task(masked=True)``. To
-        infer the task of a sample, call ``trainer.update_features()`` of an IncrementalTrainer.
+        infer the task of a sample, call ``trainer.update_features(data)``.
 
         Args:
             inputs: Of one call of the model, on its device.

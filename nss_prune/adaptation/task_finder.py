@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nss_prune.adaptation.datasets import Data, on_device_of, parts
 from nss_prune.adaptation.protection import all_needed_entries, needed_entries
-from nss_prune.adaptation.task_inference import TaskFeatures
 from nss_prune.adaptation.task_weights import prune_task_weights
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.classifier import outputs_of
@@ -140,16 +139,6 @@ class TaskFinder:
         drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
         entropy = -(wanted.exp() * wanted).sum(1).mean()
         return float(drift) <= max(self.divergence, OF_ENTROPY * float(entropy))
-
-
-def with_features(task: Task, model: nn.Module, classifier: str, data: Data) -> Task:
-    """The task with where the activations of its neurons lie, which tells it from others.
-
-    Args:
-        data: Batches of (inputs, labels) of the task, on any device.
-    """
-    with task.inference(model, classifier, masked=True):
-        return replace(task, features=TaskFeatures.of(model, task.slice, data))
 
 
 @torch.no_grad()

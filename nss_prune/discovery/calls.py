@@ -46,15 +46,17 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
 
 
 def recorded_calls(
-    model: nn.Module, example_inputs: Any, forward: Forward = call_model
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    example_inputs: Any,
+    forward: Forward = call_model,
 ) -> dict[nn.Module, Call]:
-    """The first call of every module that has children, in one call of the model.
+    """The first call of each of some modules in one call of the model.
 
     Raises:
         GraphError: The model does not run.
     """
-    parents = [module for module in model.modules() if next(module.children(), None) is not None]
-    with recording(parents) as calls, evaluation(model), torch.no_grad():
+    with recording(modules) as calls, evaluation(model), torch.no_grad():
         try:
             forward(model, example_inputs)
         except Exception as error:

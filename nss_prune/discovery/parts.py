@@ -39,7 +39,8 @@ def discover_parts(
     There may be none.
     """
     search = _Search(ignored, root_module_types, time.monotonic() + timeout, PART_SHARE * timeout)
-    calls = recorded_calls(model, example_inputs, forward)
+    parents = [module for module in model.modules() if next(module.children(), None) is not None]
+    calls = recorded_calls(model, parents, example_inputs, forward)
     for name, child in model.named_children():
         search.visit(name, child, calls)
     names = (name for name, _ in model.named_modules(remove_duplicate=False))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nss_prune.core.arguments import heads_called, on_input
 from nss_prune.core.models import Forward, clone, evaluation
 from nss_prune.core.text import first_line
-from nss_prune.discovery.calls import Call, look, recording
+from nss_prune.discovery.calls import Call, look, recorded_calls
 from nss_prune.discovery.claims import Claim, claims, joined
 from nss_prune.errors import RemovalError
 from nss_prune.graph.axes import input_axis, parameter_axes
@@ -71,6 +71,31 @@ class Verdicts:
         return {member.name for group in uneven for member in group.makers}
 
 
+def verdicts_of(
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    ignored: Sequence[nn.Module | nn.Parameter],
+    forward: Forward,
+    example_inputs: Any,
+) -> Verdicts:
+    """What becomes of the claims of adapters; the model is called once if anything is claimed.
+
+    Args:
+        adapters: The structures in which neurons are more than channels.
+        ignored: Modules whose output channels must stay, and parameters.
+        forward: Function of (model, example_inputs) that gives the outputs.
+        example_inputs: Inputs of one call.
+
+    Raises:
+        GraphError: The model does not run.
+    """
+    claimed = list(claims(model, adapters, ignored))
+    if not claimed:
+        return Verdicts()
+    modules = {module for module, _, _ in claimed}
+    return tried(claimed, recorded_calls(model, modules, example_inputs, forward))
+
+
 def tried(claimed: Sequence[Claim], calls: Mapping[nn.Module, Call]) -> Verdicts:
     """Try the claims of adapters, each on a copy of its module.
 
@@ -100,26 +125,6 @@ def tried(claimed: Sequence[Claim], calls: Mapping[nn.Module, Call]) -> Verdicts
     for module, roots in reasons.items():
         refused.update({} if module in taken else roots)
     return Verdicts(tuple(group for groups in taken.values() for group in groups), refused)
-
-
-def verdicts_of(
-    model: nn.Module,
-    adapters: Sequence[Adapter],
-    ignored: Sequence[nn.Module | nn.Parameter],
-    forward: Forward,
-    example_inputs: Any,
-) -> Verdicts:
-    """What adapters claim in a model, tried with the inputs of one call; the model stays.
-
-    Args:
-        ignored: Modules whose output channels must stay.
-        forward: Calls the model, where anything is claimed.
-    """
-    claimed = list(claims(model, adapters, ignored))
-    with recording({module for module, _, _ in claimed}) as calls:
-        if claimed:
-            forward(model, example_inputs)
-    return tried(claimed, calls)
 
 
 def with_verdicts(model: nn.Module, neurons: NeuronMap, verdicts: Verdicts) -> NeuronMap:

@@ -8,16 +8,14 @@ from typing import Any
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model
-from nss_prune.discovery.calls import recording
-from nss_prune.discovery.claims import claims
 from nss_prune.discovery.completed import completed
 from nss_prune.discovery.parts import discover_parts
-from nss_prune.discovery.trial import tried
+from nss_prune.discovery.trial import verdicts_of
 from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import within
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
-from nss_prune.graph.tracing import trace
+from nss_prune.graph.tracing import as_arguments, call_as_torch_pruning, trace, traceable
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 
@@ -50,25 +48,25 @@ def discover(
         GraphError: The model does not run, or no part of it can be traced.
         NothingToPruneError: No group is left.
     """
-    claimed = list(claims(model, adapters, ignored))
     reason: GraphError | None = None
-    with recording({module for module, _, _ in claimed}) as calls:
-        try:
-            graph, output_nodes = within(
-                WHOLE_SHARE * timeout, model, lambda: _traced(model, example_inputs, forward)
-            )
-            verdicts = tried(claimed, calls)
-            found = within(
-                WHOLE_SHARE * timeout,
-                model,
-                lambda: find_neurons(model, graph, output_nodes, ignored, apart=verdicts.makers),
-            )
-        except GraphError as error:
-            reason, rest = error, (1 - WHOLE_SHARE) * timeout
-            found = discover_parts(
-                model, example_inputs, ignored, error, timeout=rest, forward=forward
-            )
-            verdicts = tried(claimed, calls)
+    with traceable(model):
+        # A list may be several arguments or a single one, as when the model is traced.
+        called = (forward, example_inputs)
+        if forward is call_model:
+            called = (call_as_torch_pruning, as_arguments(example_inputs))
+        verdicts = verdicts_of(model, adapters, ignored, *called)
+    try:
+        graph, output_nodes = within(
+            WHOLE_SHARE * timeout, model, lambda: _traced(model, example_inputs, forward)
+        )
+        found = within(
+            WHOLE_SHARE * timeout,
+            model,
+            lambda: find_neurons(model, graph, output_nodes, ignored, apart=verdicts.makers),
+        )
+    except GraphError as error:
+        reason, rest = error, (1 - WHOLE_SHARE) * timeout
+        found = discover_parts(model, example_inputs, ignored, error, timeout=rest, forward=forward)
     return completed(
         model,
         found,

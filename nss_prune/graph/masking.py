@@ -1,9 +1,9 @@
-"""Hooks that let a model compute as if only its critical neurons were there."""
+"""A model that computes as if only its critical neurons were there, by hooks."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,45 @@ from torch.utils.hooks import RemovableHandle
 
 from nss_prune.core.arguments import input_of, on_input, with_input
 from nss_prune.core.models import clone, submodule
+from nss_prune.core.multihead import heads_called
 from nss_prune.graph.axes import input_axis
-from nss_prune.graph.norms import norm_axis
+from nss_prune.graph.bases import BasisChange, in_basis
+from nss_prune.graph.neurons import Member
+from nss_prune.graph.norms import norm_axis, norm_of
+
+
+@contextlib.contextmanager
+def channels_masked(
+    model: nn.Module,
+    removed: Iterable[tuple[Member, Tensor]],
+    queries: Iterable[tuple[Member, Tensor]] = (),
+    bases: Sequence[BasisChange] = (),
+) -> Iterator[None]:
+    """Within the context, a model computes as if some of its channels were gone.
+
+    What reads a removed channel reads zero, and a norm over channels sees the others only.
+
+    Args:
+        removed: Sides of modules, each with its channels that are gone, ``[removed]``.
+        queries: Where queries are made that lose dimensions, and the channels of these.
+        bases: The coordinates in which channels are gone; the model has other weights meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(in_basis(model, bases))
+        for member, channels in queries:
+            layer = submodule(model, member.name)
+            stack.callback(zero_outputs(layer, channels).remove)
+        stack.enter_context(heads_called(model))
+        for member, channels in removed:
+            norm = norm_of(member, model)
+            if norm is not None:
+                stack.callback(normalize_without(norm, member.width, channels).remove)
+            elif member.side == "in" and member.axis is None:
+                consumer = submodule(model, member.name)
+                stack.callback(zero_inputs(consumer, channels).remove)
+            elif member.side == "in" and member.axis is not None:
+                stack.enter_context(zero_columns(model, member.name, member.axis, channels))
+        yield
 
 
 def zero_inputs(consumer: nn.Module, channels: Tensor) -> RemovableHandle:

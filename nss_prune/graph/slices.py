@@ -14,25 +14,15 @@ from torch import Tensor, nn
 
 from nss_prune.core.bits import pack, unpack
 from nss_prune.core.files import checked_contents, read_file, write_file
-from nss_prune.core.models import submodule
-from nss_prune.core.multihead import heads_called
 from nss_prune.core.schema import check_tensors, names, record, text
 from nss_prune.core.text import listing, shortened
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits
-from nss_prune.graph.bases import (
-    BASES,
-    BasisChange,
-    decode_bases,
-    encode_bases,
-    in_basis,
-    tensors_of_bases,
-)
+from nss_prune.graph.bases import BASES, BasisChange, decode_bases, encode_bases, tensors_of_bases
 from nss_prune.graph.costs import parameters_left
 from nss_prune.graph.encoding import GROUPS, decode_groups, encode_groups, tensors_of_groups
-from nss_prune.graph.masking import normalize_without, zero_columns, zero_inputs, zero_outputs
+from nss_prune.graph.masking import channels_masked
 from nss_prune.graph.neurons import Member, NeuronGroup
-from nss_prune.graph.norms import norm_of
 
 KIND = "nss_prune slice"
 REQUIRED = {"groups": GROUPS, "kept": names}
@@ -148,20 +138,8 @@ class Slice:
             ModelMismatchError: ``model`` has other layers or widths than the profiled one.
         """
         check_fits(self.groups, model)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(in_basis(model, self.bases))
-            for queries, channels in self.removed_queries():
-                layer = submodule(model, queries.name)
-                stack.callback(zero_outputs(layer, channels).remove)
-            stack.enter_context(heads_called(model))
-            for (name, side), (member, channels) in self.removed_channels().items():
-                norm = norm_of(member, model)
-                if norm is not None:
-                    stack.callback(normalize_without(norm, member.width, channels).remove)
-                elif side == "in" and member.axis is None:
-                    stack.callback(zero_inputs(submodule(model, name), channels).remove)
-                elif side == "in" and member.axis is not None:
-                    stack.enter_context(zero_columns(model, name, member.axis, channels))
+        removed = self.removed_channels().values()
+        with channels_masked(model, removed, self.removed_queries(), self.bases):
             yield model
 
     def save(self, path: str | os.PathLike[str]) -> None:

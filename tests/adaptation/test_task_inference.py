@@ -1,5 +1,6 @@
 """Which task a sample belongs to, against the formulas in float64."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import nn
 from nss_prune.adaptation.incremental import IncrementalTrainer
 from nss_prune.adaptation.task_inference import DIRECTIONS, LayerFeatures, energy, entropy
 from nss_prune.adaptation.tasks import Task
-from nss_prune.errors import ArgumentError
+from nss_prune.errors import ArgumentError, DataError
 from tests.networks import mlp
 
 
@@ -122,6 +123,27 @@ def test_the_scores_of_a_task_stay_while_later_ones_are_learned(
     for name, layer in before.layers.items():
         assert torch.equal(layer.directions, loaded.layers[name].directions)
         assert loaded.layers[name].residual == layer.residual
+
+
+def test_features_follow_a_training_loop_of_ones_own(learned: IncrementalTrainer) -> None:
+    trainer = IncrementalTrainer(
+        copy.deepcopy(learned.model), tasks=learned.tasks, head=learned.head, progress=False
+    )
+    first, last = trainer.tasks
+    inputs, labels = apart((3, 4))[0]
+    optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
+    with last.masked(trainer.model), trainer.masked_freezing(inputs).attach(optimizer):
+        nn.functional.cross_entropy(trainer.model(inputs), labels).backward()
+        optimizer.step()
+    trainer.update_features(apart((3, 4)))
+    assert trainer.tasks[0] is first
+    found = trainer.tasks[1].features
+    assert found.usual != last.features.usual
+    with trainer.task(1, masked=True):
+        again = type(found).of(trainer.model, last.slice, apart((3, 4)))
+    assert (found.usual, found.usual_energy) == (again.usual, again.usual_energy)
+    with pytest.raises(DataError, match="only once"):
+        trainer.update_features(iter(apart((3, 4))))
 
 
 def test_a_task_without_data_is_told_by_its_outputs(learned: IncrementalTrainer) -> None:
