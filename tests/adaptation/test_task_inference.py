@@ -97,7 +97,7 @@ def learned() -> IncrementalTrainer:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
-    trainer = IncrementalTrainer(model, data=apart((0, 1, 2)), share=0.5, progress=False)
+    trainer = IncrementalTrainer(model, data=apart((0, 1, 2)), keep=0.5, progress=False)
     trainer.fit(apart((3, 4)), epochs=10, learning_rate=0.01)
     return trainer
 
