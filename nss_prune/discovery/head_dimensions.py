@@ -39,7 +39,8 @@ def with_head_dimensions(
         neurons: With the heads; where these are left alone, so are their dimensions.
     """
     heads = {group.name: group for group in neurons.groups if not group.has_channels}
-    calls = recorded_calls(model, example_inputs, forward) if heads else {}
+    attending = [module for name, module in model.named_modules() if name and _root(name, module)]
+    calls = recorded_calls(model, attending, example_inputs, forward) if heads else {}
     verdicts: dict[Any, str | None] = {}
     found: list[NeuronGroup] = []
     reasons: dict[str, str] = {}
