@@ -45,7 +45,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture = Image.new("RGB", (40, 40), colour)
             picture.save(folder / "pictures" / f"class{label}" / f"{number}.png")
     torch.manual_seed(0)
-    torch.save(timm.create_model("resnet10t").state_dict(), folder / "weights.pth")
+    torch.save(timm.create_model("resnet10t", num_classes=CLASSES).state_dict(), folder / "weights.pth")
     return folder
 
 
