@@ -40,12 +40,14 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     for label in range(CLASSES):
         (folder / "pictures" / f"class{label}").mkdir(parents=True)
-        for number in range(4):
-            colour = (25 * label, 255 - 25 * label, 60 * number)
+        for number in range(2):
+            colour = (25 * label, 255 - 25 * label, 120 * number)
             picture = Image.new("RGB", (40, 40), colour)
             picture.save(folder / "pictures" / f"class{label}" / f"{number}.png")
     torch.manual_seed(0)
-    torch.save(timm.create_model("resnet10t", num_classes=CLASSES).state_dict(), folder / "weights.pth")
+    torch.save(
+        timm.create_model("resnet10t", num_classes=CLASSES).state_dict(), folder / "weights.pth"
+    )
     return folder
 
 

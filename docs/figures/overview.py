@@ -1,6 +1,6 @@
 """Draws overview.svg: what semantic slicing does to a network.
 
-    python docs/figures/overview.py
+python docs/figures/overview.py
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def circle(x: float, y: float, categories: str) -> Iterator[str]:
         return
     step = 2 * RADIUS / len(categories)
     name = f"clip{x:.0f}-{y:.0f}"
-    yield (
-        f'<clipPath id="{name}"><circle cx="{x}" cy="{y}" r="{RADIUS}"/></clipPath>'
-    )
+    yield (f'<clipPath id="{name}"><circle cx="{x}" cy="{y}" r="{RADIUS}"/></clipPath>')
     for number, category in enumerate(categories):
         yield (
             f'<rect clip-path="url(#{name})" x="{x - RADIUS + number * step:.1f}" '
