@@ -27,6 +27,7 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if "results" not in page.part
 BLOCK = re.compile(r"^```(\w*)(?: title=\"(.+?)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PUBLIC = ("nss_prune", "nss_prune.unstructured", "nss_prune.adaptation", "nss_prune.adapters")
 CLASSES = 10
+EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
@@ -89,7 +90,7 @@ def run_shell(text: str) -> None:
         elif program:
             assert line.startswith("pip install "), line
             for extra in re.findall(r"nss_prune\[(\w+)\]", line):
-                assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
+                assert extra in EXTRAS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
@@ -158,6 +159,14 @@ def test_every_public_name_is_documented() -> None:
         ]
         bare += [own for own, each in [(name, value), *methods] if not inspect.getdoc(each)]
     assert bare == []
+
+
+def test_extras_named_in_errors_exist() -> None:
+    package = Path(nss_prune.__file__).parent
+    sources = "\n".join(path.read_text("utf-8") for path in package.rglob("*.py"))
+    named = set(re.findall(r"nss_prune\[(\w+)\]", sources))
+    assert named >= {"pandas", "plot", "hub", "finetune", "lightning", "transformers", "avalanche"}
+    assert named - set(EXTRAS) == set()
 
 
 def test_the_version_has_its_section_in_the_changelog() -> None:
