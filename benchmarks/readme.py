@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, and of that of the results, from the committed results.
+"""Writes the tables of README.md, docs/headlines.md and those of all results, from committed files.
 
     python benchmarks/readme.py
 
@@ -41,8 +41,9 @@ from benchmarks.reports.rq2 import SUMMARY_COLUMNS as GAINS
 from benchmarks.reports.rq3 import SUMMARY_COLUMNS as CLAIMS
 from benchmarks.reports.rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
 
-README = Path(__file__).parent.parent / "README.md"
-PAGES = (README, results.FOLDER / "README.md")
+ROOT = Path(__file__).parent.parent
+ALL_RESULTS = results.FOLDER / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "headlines.md", ALL_RESULTS)
 TABLE = re.compile(r"(<!-- results: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 SHOWN_THETAS = (0.90, 0.95, 0.99)
 

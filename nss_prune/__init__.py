@@ -20,7 +20,7 @@ from nss_prune.pruner.restructure import Restructured, restructure
 from nss_prune.surgery.removal import remove
 from nss_prune.unstructured import sparsify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 __all__ = [

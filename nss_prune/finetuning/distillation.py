@@ -51,7 +51,7 @@ def similarity_loss(features: Tensor, wanted: Tensor) -> Tensor:
 class Distillation:
     """How a student learns from a teacher.
 
-    L = (1 − weight) L(labels) + weight T² KL(teacher ‖ student) + features Σ_layers similarity.
+    L = (1 − weight) L(labels) + weight T² KL(teacher ‖ student) + features mean_l similarity_l.
 
     Attributes:
         teacher: The whole model, on the device of the student. Nothing of it changes.
