@@ -29,7 +29,7 @@ from benchmarks.common.options import add_metrics, checked_seeds, common, run, u
 from benchmarks.common.settings import Setting, chosen, profiled_batches
 from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.common.training import accuracy, trained
-from benchmarks.paper import slicing as targets
+from benchmarks.published import slicing as targets
 from nss_prune import Profile, Slice, profile
 from nss_prune.profiling.similarity import ranked
 

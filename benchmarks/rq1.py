@@ -37,7 +37,14 @@ from torch import nn
 
 from benchmarks.common import results
 from benchmarks.common.data import Data, Split, load
-from benchmarks.common.options import add_metrics, checked_seeds, common, run, usable_device
+from benchmarks.common.options import (
+    add_batch,
+    add_metrics,
+    checked_seeds,
+    common,
+    run,
+    usable_device,
+)
 from benchmarks.common.settings import SIMILAR, Setting, chosen, profiled_batches
 from benchmarks.common.tables import text_table
 from benchmarks.common.training import accuracy, trained
@@ -162,6 +169,7 @@ def report(
 
 def parser() -> argparse.ArgumentParser:
     parser = common(__doc__, seeds=3)
+    add_batch(parser)
     add_metrics(parser)
     add = parser.add_argument
     add("--learning-rate", type=float, metavar="RATE",
@@ -178,6 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
     device = usable_device(asked.device)
     for setting in chosen(asked.settings):
         setting = setting.with_epochs(asked.epochs).with_learning_rate(asked.learning_rate)
+        setting = setting.with_batch(asked.batch)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
         points = run_setting(

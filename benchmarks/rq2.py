@@ -46,7 +46,7 @@ from torch import nn
 
 from benchmarks.common import results
 from benchmarks.common.data import Data, load
-from benchmarks.common.options import checked_seeds, common, named, run, usable_device
+from benchmarks.common.options import add_batch, checked_seeds, common, named, run, usable_device
 from benchmarks.common.settings import Setting, chosen
 from benchmarks.common.tables import text_table
 from benchmarks.common.training import Recipe, accuracy, suitable_threads, train, trained
@@ -229,6 +229,7 @@ def report_all(
 
 def parser() -> argparse.ArgumentParser:
     parser = common(__doc__, seeds=5)
+    add_batch(parser)
     add = parser.add_argument
     add("--methods", default="lamp",
         help=f"comma list of {', '.join(METHODS)}, or all (default: %(default)s)")  # fmt: skip
@@ -256,7 +257,7 @@ def main(words: Sequence[str] | None = None) -> None:
     device = usable_device(asked.device)
     rule = Rule(asked.stop, asked.tolerance / 100, asked.margin / 100)
     settings = [
-        setting.with_epochs(asked.epochs).with_theta(asked.theta)
+        setting.with_epochs(asked.epochs).with_batch(asked.batch).with_theta(asked.theta)
         for setting in chosen(asked.settings)
     ]
     everything: list[Pair] = []

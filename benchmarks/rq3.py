@@ -55,6 +55,7 @@ from torch import Tensor, nn
 from benchmarks.common import results
 from benchmarks.common.data import Data, load
 from benchmarks.common.options import (
+    add_batch,
     add_resume,
     checked_seeds,
     common,
@@ -84,7 +85,7 @@ from benchmarks.learners.readapted import (
     new_samples,
     strength_for,
 )
-from benchmarks.paper import adaptation as targets
+from benchmarks.published import adaptation as targets
 from benchmarks.reports.rq3 import (
     ATTACKS,
     BEFORE,
@@ -298,6 +299,7 @@ def report_all(adversaries: Adversaries, *, device: str, output: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = common(__doc__, seeds=3)
+    add_batch(parser)
     add = parser.add_argument
     add("--methods", default="all",
         help=f"comma list of {', '.join(METHODS)}, or all (default)")  # fmt: skip
@@ -336,8 +338,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if asked.repeats < 1:
         raise ArgumentError(f"--repeats is {asked.repeats}; it is 1 or more.")
     for setting in chosen(asked.settings):
-        setting = setting.with_epochs(asked.epochs)
+        # The new samples are few: they are learned in the setting's own batches.
         recipe = readapt_recipe(setting, asked.readapt_epochs, asked.readapt_learning_rate)
+        setting = setting.with_epochs(asked.epochs).with_batch(asked.batch)
         course = Course(recipe, asked.adversaries, asked.tpr / 100, asked.threshold)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)

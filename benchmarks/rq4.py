@@ -73,6 +73,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.data import Data, Split, load
 from benchmarks.common.options import (
+    add_batch,
     add_resume,
     checked_seeds,
     common,
@@ -254,6 +255,7 @@ def report(record: Record[Outcome], data: Data) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = common(__doc__, seeds=3)
+    add_batch(parser)
     add = parser.add_argument
     add("--methods", default="all",
         help=f"comma list of {', '.join(METHODS)}, or all (default)")  # fmt: skip
@@ -270,7 +272,7 @@ def main(words: Sequence[str] | None = None) -> None:
     seeds, methods = checked_seeds(asked.seeds), named(asked.methods, METHODS, "method")
     device = usable_device(asked.device)
     for setting in chosen(asked.settings):
-        setting = setting.with_epochs(asked.epochs)
+        setting = setting.with_epochs(asked.epochs).with_batch(asked.batch)
         data = load(setting.data, asked.data, cache=asked.cache).to(device)
         data = data.measured_with(asked.evaluated)
         record = record_of(setting, data, asked, device)

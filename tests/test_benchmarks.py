@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import rq2
 from benchmarks.common import data, provenance, results, settings, tables, training
-from benchmarks.paper import slicing as targets
+from benchmarks.published import slicing as targets
 from benchmarks.reports import rq2 as rq2_report
 from benchmarks.reports import stopping
 from nss_prune.errors import ArgumentError, DataError, FileFormatError

@@ -16,7 +16,7 @@ from benchmarks.common.settings import SETTINGS
 from benchmarks.common.training import initialised, trained
 from benchmarks.learners import readapted
 from benchmarks.learners.readapted import Course, Subject
-from benchmarks.paper import adaptation as targets
+from benchmarks.published import adaptation as targets
 from benchmarks.reports.rq3 import Outcome
 from nss_prune import Profile, profile
 from nss_prune.adaptation import FGSM, PGD

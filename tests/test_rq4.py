@@ -17,7 +17,7 @@ from benchmarks.common.training import Recipe, accuracy, train
 from benchmarks.learners import course, plain, rivals, semantic
 from benchmarks.learners.course import Course
 from benchmarks.learners.rivals import PackedWeights
-from benchmarks.paper import adaptation as targets
+from benchmarks.published import adaptation as targets
 from benchmarks.reports import rq4 as report
 from benchmarks.reports.rq4 import Outcome
 from benchmarks.rivals.hat import HardAttention

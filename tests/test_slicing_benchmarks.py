@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import pilot, rq1, speed
 from benchmarks.common import models, results
-from benchmarks.paper import slicing as targets
+from benchmarks.published import slicing as targets
 from benchmarks.reports import rq1 as rq1_report
 from benchmarks.reports.rq1 import Point
 from benchmarks.timings import freezing as speed_freezing

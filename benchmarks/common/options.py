@@ -45,6 +45,12 @@ def add_metrics(parser: argparse.ArgumentParser) -> None:
         help="comma list of contribution metrics (default: %(default)s)")  # fmt: skip
 
 
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """The option --batch, for scripts whose models may train in other batches."""
+    parser.add_argument("--batch", type=int, metavar="N",
+        help="samples of a training step (default: the setting's)")  # fmt: skip
+
+
 def add_resume(parser: argparse.ArgumentParser) -> None:
     """The option --resume, for scripts that write their results model by model."""
     parser.add_argument("--resume", action="store_true",

@@ -54,6 +54,21 @@ class Setting:
             return self
         return replace(self, recipe=replace(self.recipe, learning_rate=rate))
 
+    def with_batch(self, batch: int | None) -> Setting:
+        """This setting, trained in batches of `batch` samples; as it is for None.
+
+        The learning rate of SGD grows with the square root of the batch: linearly, it would be too
+        high for the first steps at four times the batch.
+        """
+        if batch is None or batch == self.recipe.batch:
+            return self
+        if batch < 1:
+            raise ArgumentError(f"--batch is {batch}; it is the samples of a step, at least 1.")
+        rate = self.recipe.learning_rate
+        if self.recipe.optimiser == "sgd":
+            rate *= (batch / self.recipe.batch) ** 0.5
+        return replace(self, recipe=replace(self.recipe, batch=batch, learning_rate=rate))
+
     def with_theta(self, theta: float | None) -> Setting:
         """This setting, sliced at `theta`; as it is for None."""
         return self if theta is None else replace(self, theta=theta)

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.tables import Cell, Column, spread
-from benchmarks.paper import slicing as targets
+from benchmarks.published import slicing as targets
 
 STRATEGIES = ("semantic", "category", "global")
 THETAS = tuple(round(0.90 + 0.01 * i, 2) for i in range(10))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.tables import Cell, Column, spread
-from benchmarks.paper import slicing as targets
+from benchmarks.published import slicing as targets
 from benchmarks.reports.stopping import Pair, Point, Rule, Run, gain, means
 
 METHODS = {"lamp": "LAMP", "global": "Global", "uniform+": "Uniform+", "erk": "ERK"}

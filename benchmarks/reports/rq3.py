@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.record import Tables
 from benchmarks.common.tables import Cell, Column, spread
-from benchmarks.paper import adaptation as targets
+from benchmarks.published import adaptation as targets
 
 ATTACKS = {"fgsm": "FGSM", "pgd": "PGD"}
 METHODS = {

@@ -11,7 +11,7 @@ from benchmarks.common.figures import pyplot, save_figure
 from benchmarks.common.record import Tables
 from benchmarks.common.tables import Cell, Column, spread
 from benchmarks.learners.methods import METHODS
-from benchmarks.paper import adaptation as targets
+from benchmarks.published import adaptation as targets
 
 SUMMARY_COLUMNS = (
     Column("claim", "what was wanted"),

@@ -163,7 +163,17 @@ class _MixedBatchNorm(torch.autograd.Function):
             inputs, per_value * of_weight, per_value * of_bias, mean, variance,
             False, 0.0, ctx.eps,
         )[0]  # fmt: skip
-        shape = [1, -1] + [1] * (inputs.dim() - 2)
-        of_inputs = of_statistics.addcmul_(gradient, factor.view(shape).to(gradient.dtype))
+        of_inputs = of_statistics.add_(_scaled(gradient, factor))
         wanted = zip(ctx.needs_input_grad, (of_inputs, of_weight, of_bias), strict=False)
         return (*(value if needed else None for needed, value in wanted), None, None, None, None)
+
+
+def _scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """Values times the factor of their channel.
+
+    By the operation for norms: on a CPU, a product that broadcasts takes ten times as long in
+    bfloat16.
+    """
+    none, one = torch.zeros_like(factor), torch.ones_like(factor)
+    scaled: Tensor = torch.native_batch_norm(values, factor, none, none, one, False, 0.0, 0.0)[0]
+    return scaled

@@ -28,6 +28,8 @@ BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adadelta, RMSprop)
 """Optimisers that treat each entry by itself: a block gets the values it would get in the whole."""
 
 LARGE = 2**20  # entries of a matrix
+SMALL = 2**14
+"""Entries below which a parameter trains under a mask: calls for its block would take longer."""
 
 
 class Block:
@@ -122,7 +124,8 @@ def extract_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]
     """Replace parameters in the optimiser by the blocks of them that train.
 
     Args:
-        freezing: What trains. A parameter of which all trains, or entries that are no block, stays.
+        freezing: What trains. A parameter of which all trains, or entries that are no block, stays,
+            and so does a small one.
         optimizer: Fresh, of the model's parameters. One that treats entries by what others are, as
             those do that scale whole layers, keeps them all.
 
@@ -134,7 +137,7 @@ def extract_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]
     updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     blocks = {}
     for name, parameter in freezing.model.named_parameters():
-        if name in freezing.trainable and parameter in updated:
+        if name in freezing.trainable and parameter in updated and parameter.numel() >= SMALL:
             block = _block(parameter, freezing.trainable[name])
             if block is not None:
                 blocks[name] = block

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from frozen import assert_only_these_moved, bits, entries_with_names
 from networks import assert_unchanged, fingerprint
+from nss_prune.adaptation import partial_gradients
 from nss_prune.adaptation.adversarial_training import AdversarialTraining
 from nss_prune.adaptation.freezing import (
     Freezing,
@@ -39,6 +40,25 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adamw": lambda model: AdamW(model.parameters(), 1e-3, weight_decay=0.1),
 }
 MODELS = ["mlp", "cnn", "vit", "tied", "norm with activation"]
+
+
+@pytest.fixture(autouse=True)
+def _small_parameters_have_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the models here are small."""
+    monkeypatch.setattr(partial_gradients, "SMALL", 0)
+
+
+def test_small_parameters_train_under_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 5))
+    rows = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in
+            model.named_parameters()}  # fmt: skip
+    for mask in rows.values():
+        mask[:3] = True
+    monkeypatch.setattr(partial_gradients, "SMALL", 600)
+    update = OPTIMIZERS["sgd"](model)
+    blocks = extract_blocks(Freezing(model, rows), update)
+    assert list(blocks) == ["0.weight"]  # of 600 entries; the others have 20, 100 and 5
+    assert model[1].weight in set(update.param_groups[0]["params"])
 
 
 def compact(freezing: Freezing, optimizer: Optimizer) -> BlockTraining:
