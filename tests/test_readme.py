@@ -78,7 +78,7 @@ def test_links_within_the_repository_lead_somewhere() -> None:
 
 
 def test_ci_runs_the_test_command() -> None:
-    (command,) = re.findall(r"^(python3 .*pytest)$", TEXT, flags=re.MULTILINE)
+    (command,) = re.findall(r"^(python3 .*pytest -n auto)$", TEXT, flags=re.MULTILINE)
     assert command in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
