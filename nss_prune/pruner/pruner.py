@@ -187,9 +187,8 @@ class NSSPruner(Steps, WithoutRegularizer):
         kept = (params_budget, macs_budget, latency_budget)
         wanted = (max_divergence, score, min_score, max_drop)
         aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance, wanted)
-        plain = profile is not None or loss is not None
         self.theta = aim.theta
-        self.strategy = chosen_strategy(strategy, aim, importance, plain)
+        self.strategy = chosen_strategy(strategy, aim, importance, bool(profile or loss))
         subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
         data, outputs = subset.data, subset.outputs
         upkeep = self._upkeep = Upkeep.of(progress, memory_limit, checkpoint)
@@ -197,7 +196,6 @@ class NSSPruner(Steps, WithoutRegularizer):
         own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
         self._profiling = profiling_for(data, bool(fold), *named, own, upkeep)
         model, self.wrapper = unwrapped(model)
-        example_inputs = as_called(model, example_inputs, given.get("forward_fn"))
         settings = own_arguments(model, given, aim)
         tracing = (example_inputs, settings, adapters, check_timeout(timeout))
         self._subject = self._first_subject(model, importance, aim, *tracing)
@@ -245,7 +243,8 @@ class NSSPruner(Steps, WithoutRegularizer):
     ) -> Subject:
         """From torch-pruning's constructor; the model is left as found."""
         needs_graph = self.strategy == "semantic" and (aim.ratio is not None or bool(importance))
-        tracer = Tracer.of(example_inputs, settings, adapters, timeout, needs_graph)
+        called = as_called(model, example_inputs, settings.get("forward_fn"))
+        tracer = Tracer.of(called, settings, adapters, timeout, needs_graph)
         chosen = importance or self._semantic_importance
 
         def build(recorder: Any, apart: Sequence[nn.Module]) -> Any:
