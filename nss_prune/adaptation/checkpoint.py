@@ -241,6 +241,8 @@ def _check_best(best: Values, values: Values) -> None:
 def _check_state(position: int, entries: Mapping[str, Any], parameter: Tensor) -> None:
     """What optimisers keep for every entry of a parameter has the parameter's shape."""
     for key, value in entries.items():
+        if isinstance(value, Tensor) and value.is_complex() and not parameter.is_complex():
+            raise refuse(f"{key} of parameter {position}", value.dtype, "real numbers")
         if key in BY_ENTRY:
             if not isinstance(value, Tensor):
                 raise refuse(f"{key} of parameter {position}", value, "a tensor")
