@@ -44,8 +44,8 @@ def readaptation(repeats: int, folder: Path | None, cache: Path = DEFAULT_CACHE)
         sides = [copy.deepcopy(model) for _ in range(2)]
         parts = (train_critical(subject.sliced.critical, sides[0]), train_all(sides[1]))
         with suitable_threads(model), contextlib.ExitStack() as stack:
-            steps = [stepper(setting, part, batches, stack) for part in parts]
-            times = in_turn(*steps, repeats)
+            ours, other = (stepper(setting, part, batches, stack) for part in parts)
+            times = in_turn(ours, other, repeats)
         what = f"{name}, {100 * parts[0].share:.0f} % of the parameters train"
         rows.append(ratio_row(what, *times, "<= 1", faster=False))
         show(rows[-1])
