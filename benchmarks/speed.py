@@ -21,6 +21,8 @@ planning    NSSPruner's constructor and step, given a profile, against torch-pru
 latency     a forward pass of the model against that of the model at half of its MACs, and at half
             of its seconds as predicted
 freezing    training steps where half of the neurons are frozen, against those of the whole model
+readaptation where it is named, with `--data DIR`: steps of RQ3 where the critical neurons train,
+            against those of the whole model, in seconds of the processor
 
 Times are of single runs in turn (A B A B ...); a ratio is given as median (minimum .. maximum).
 """
@@ -58,6 +60,7 @@ from benchmarks.common.timing import (
 )
 from benchmarks.timings.freezing import freezing
 from benchmarks.timings.pruner import LATENCY_COLUMNS, latency, planning
+from benchmarks.timings.readaptation import readaptation
 from benchmarks.timings.unstructured import COLUMNS_WITH_MEMORY, lamp_steps
 from nss_prune import NSSPruner, Slice, profile
 from nss_prune.core.models import evaluation
@@ -342,6 +345,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5, metavar="N", help="pairs of runs (default: 5)")
     add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
         help="folder of the result files (default: %(default)s)")  # fmt: skip
+    add("--data", type=Path, metavar="DIR", help="folder of the data sets, for readaptation")
     add("--peak-of", help=argparse.SUPPRESS)
     return parser
 
@@ -364,6 +368,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "planning": lambda: planning(asked.repeats),
         "latency": lambda: latency(asked.repeats),
         "freezing": lambda: freezing(asked.repeats),
+        "readaptation": lambda: readaptation(asked.repeats, asked.data),
     }
     for part in asked.parts.split(","):
         if part not in parts:

@@ -18,6 +18,7 @@ from benchmarks.replication.comparison import COLUMNS, comparison
 from benchmarks.replication.costs import Ledger, Measured, Subject, sample_seconds
 from benchmarks.replication.pieces import QUESTIONS, Piece, missing, pieces
 from benchmarks.replication.plan import Estimate, next_step, planned
+from benchmarks.timings import readaptation
 from nss_prune.errors import ArgumentError
 
 
@@ -203,3 +204,14 @@ def test_a_setting_without_data_is_left_out(tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "vgg19-imagenet10 is left out: There is no" in printed
     assert tuple(paper.parser().parse_args([]).settings.split(",")) == adaptation.SETTINGS
+
+
+def test_a_step_of_readaptation_is_timed_against_one_of_the_whole_model(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(readaptation, "CASES", ("mlp-digits",))
+    monkeypatch.setattr(readaptation, "UNTRAINED", ("mlp-digits",))
+    (row,) = readaptation.readaptation(1, None, tmp_path)
+    assert str(row["what"]).startswith("mlp-digits, ")
+    assert row["ours"] > 0
+    assert row["other"] > 0

@@ -36,7 +36,7 @@ def test_the_model_and_random_numbers_are_as_they_were() -> None:
 
 def test_stages_are_logged_and_add_up(caplog: pytest.LogCaptureFixture) -> None:
     seconds: dict[str, float] = {}
-    with caplog.at_level(logging.INFO, logger="nss_prune"):
+    with caplog.at_level(logging.DEBUG, logger="nss_prune"):
         for _ in range(2):
             with stage("measuring", seconds):
                 time.sleep(0.01)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -115,11 +116,17 @@ def test_only_the_thread_of_the_function_is_interrupted(monkeypatch) -> None:
 @pytest.mark.parametrize("seconds", [0.02, 0.2])
 def test_a_keyboard_interrupt_passes_and_the_function_has_ended(seconds: float) -> None:
     model, threads = nn.Linear(2, 2), threading.active_count()
-    timer = threading.Timer(seconds, _thread.interrupt_main)
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        within(30, model, lambda: circle(model))
-    timer.join()
+    ctrl_c = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+    timer = threading.Timer(seconds, ctrl_c)
+    # Workers of pytest-xdist ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            within(30, model, lambda: circle(model))
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert threading.active_count() == threads
 
 

@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cnn, global": ("cnn", {"pruning_ratio": 0.4, "strategy": "global", "fold": False}),
     "cnn, ratio": ("cnn", {"pruning_ratio": 0.4, "metric": "ens"}),
     "cnn, semantic budget and refit": ("cnn", {**BUDGET, "strategy": "semantic", "fold": "refit"}),
-    "vit, divergence": ("vit", {"macs_budget": 0.7}),
+    "vit, divergence": ("vit", {"macs_budget": 0.7, "prune_head_dims": False}),
     "vit, theta": ("vit", {"theta": 0.9}),
     "values": ("mlp", {**BUDGET, "outputs": "values"}),
     "steps": ("mlp", {**BUDGET, "iterative_steps": 2}),
