@@ -191,7 +191,7 @@ def _refuse_what_has_no_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
     for name, instead in DEPRECATED.items():
         if arguments.get(name) not in (None, {}):
             raise ArgumentError(f"{name} is torch-pruning's old name; give {instead}= instead")
-    _refuse_heads_without_effect(arguments)
+    _refuse_heads_without_effect(arguments, aim)
     if aim.ratio is not None:
         return
     for name, remedy in NEEDS_RATIO.items():
@@ -204,11 +204,12 @@ def _refuse_what_has_no_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
         )
 
 
-def _refuse_heads_without_effect(arguments: Mapping[str, Any]) -> None:
-    if arguments.get("prune_head_dims"):
+def _refuse_heads_without_effect(arguments: Mapping[str, Any], aim: Aim) -> None:
+    if arguments.get("prune_head_dims") and not aim.budgets:
         raise ArgumentError(
-            "prune_head_dims=True has no effect: heads go whole, never in part; leave it out, and "
-            "give prune_num_heads=True with head_pruning_ratio="
+            "prune_head_dims=True has no effect here: dimensions inside heads go within a budget, "
+            "by what data shows; give macs_budget= or params_budget= with data=, or whole heads "
+            "by prune_num_heads=True with head_pruning_ratio="
         )
     for name in ("head_pruning_ratio", "head_pruning_ratio_dict"):
         if arguments.get(name) and not arguments.get("prune_num_heads"):

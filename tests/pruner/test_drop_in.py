@@ -59,7 +59,7 @@ def test_an_argument_by_position_and_by_name() -> None:
     ("arguments", "words"),
     [
         ({"pruning_ratio": 1}, "latency_budget="),
-        ({"prune_head_dims": True}, "heads go whole"),
+        ({"prune_head_dims": True}, "within a budget"),
         ({"head_pruning_ratio": 0.5}, "prune_num_heads=True"),
         ({"num_heads": {nn.Linear(3, 3): 2}}, "not in the model"),
         ({"ch_sparsity": 0.5}, "pruning_ratio="),

@@ -206,6 +206,14 @@ def test_torch_prunings_groups_are_of_whole_heads() -> None:
     assert model(inputs).isfinite().all()
 
 
+def test_asking_for_what_a_budget_does_by_itself_is_no_error() -> None:
+    model, data = built("vit"), pictures()
+    asked = NSSPruner(
+        model, data[0][0][:4], macs_budget=0.6, data=data, prune_head_dims=True, progress=False
+    )
+    assert asked.slice.bases
+
+
 def test_an_error_leaves_the_coordinates() -> None:
     class Fails:
         def observe(self, subject: Any, evidence: Any) -> None: ...
