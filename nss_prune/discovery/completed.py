@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model
-from nss_prune.discovery.coupled import coupled_on_trial
+from nss_prune.discovery.coupled import coupled_on_trial, is_complete
 from nss_prune.discovery.trial import Verdicts, with_verdicts
 from nss_prune.errors import GraphError
 from nss_prune.graph.groups import refuse_nothing
 from nss_prune.graph.neurons import NeuronMap
+from nss_prune.graph.regular import keeps_channels_whole
 from nss_prune.surgery.execute import Pruners
 
 
@@ -25,6 +26,7 @@ def completed(
     ignored: Sequence[nn.Module | nn.Parameter] = (),
     forward: Forward = call_model,
     customized_pruners: Pruners | None = None,
+    graph: Any = None,
     untraceable: GraphError | None = None,
 ) -> NeuronMap:
     """The map with channels that go together in blocks, then with what the adapters claim.
@@ -32,20 +34,22 @@ def completed(
     Args:
         verdicts: What became of the adapters' claims.
         ignored: Layers and parameters whose channels must stay.
+        graph: torch-pruning's; channels that it keeps whole are not followed again.
         untraceable: Why the model was traced in parts.
 
     Raises:
         GraphError: ``untraceable``, where no neurons are left.
         NothingToPruneError: No neurons are left of a model that was traced as a whole.
     """
-    found = coupled_on_trial(
-        model,
-        found,
-        example_inputs,
-        ignored=[*ignored, *(model.get_submodule(name) for name in verdicts.makers)],
-        forward=forward,
-        customized_pruners=customized_pruners,
-    )
+    if graph is None or not is_complete(found) or not keeps_channels_whole(graph):
+        found = coupled_on_trial(
+            model,
+            found,
+            example_inputs,
+            ignored=[*ignored, *(model.get_submodule(name) for name in verdicts.makers)],
+            forward=forward,
+            customized_pruners=customized_pruners,
+        )
     found = with_verdicts(model, found, verdicts)
     if untraceable is not None and not found.groups:
         raise untraceable

@@ -22,6 +22,11 @@ TOLD = (MAKES_THE_OUTPUT, NOT_REACHED, "ignored")  # reasons that need no better
 Failure = Callable[[Sequence[str]], "str | None"]
 
 
+def is_complete(neurons: NeuronMap) -> bool:
+    """Whether nothing is left alone that following channels could find neurons in."""
+    return all(why in TOLD for why in neurons.left_alone.values())
+
+
 def coupled_on_trial(
     model: nn.Module,
     neurons: NeuronMap,

@@ -55,6 +55,7 @@ def discover(
         if forward is call_model:
             called = (call_as_torch_pruning, as_arguments(example_inputs))
         verdicts = verdicts_of(model, adapters, ignored, *called)
+    graph: Any = None
     try:
         graph, output_nodes = within(
             WHOLE_SHARE * timeout, model, lambda: _traced(model, example_inputs, forward)
@@ -65,7 +66,7 @@ def discover(
             lambda: find_neurons(model, graph, output_nodes, ignored, apart=verdicts.makers),
         )
     except GraphError as error:
-        reason, rest = error, (1 - WHOLE_SHARE) * timeout
+        graph, reason, rest = None, error, (1 - WHOLE_SHARE) * timeout
         found = discover_parts(model, example_inputs, ignored, error, timeout=rest, forward=forward)
     return completed(
         model,
@@ -74,6 +75,7 @@ def discover(
         example_inputs,
         ignored=ignored,
         forward=forward,
+        graph=graph,
         untraceable=reason,
     )
 

@@ -115,7 +115,7 @@ class Tracer:
             except Exception as error:
                 graph, tracer = None, replace(self, untraceable=self._in_words(model, error))
                 found = tracer._neurons_in_parts(model)
-        return tracer._subject(model, graph, tracer._completed(model, found, verdicts))
+        return tracer._subject(model, graph, tracer._completed(model, graph, found, verdicts))
 
     def again(self, model: nn.Module) -> Subject:
         """The subject of a further step, traced as that of the first.
@@ -130,7 +130,7 @@ class Tracer:
             found = self._neurons_in_parts(model)
         else:
             graph, found = within(self.timeout, model, lambda: self._traced(model, verdicts))
-        return self._subject(model, graph, self._completed(model, found, verdicts))
+        return self._subject(model, graph, self._completed(model, graph, found, verdicts))
 
     def _built(self, model: nn.Module, build: Build, verdicts: Verdicts) -> tuple[Any, NeuronMap]:
         recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
@@ -151,7 +151,10 @@ class Tracer:
 
     def _verdicts(self, model: nn.Module) -> Verdicts:
         """What became of the claims of the adapters, tried with the inputs of one call."""
-        return verdicts_of(model, self.adapters, self.ignored, self.forward, self.example_inputs)
+        called = (self.forward, self.example_inputs)
+        if self.forward is call_model:
+            called = (call_as_torch_pruning, self.arguments)
+        return verdicts_of(model, self.adapters, self.ignored, *called)
 
     def _neurons(
         self, model: nn.Module, graph: Any, output_nodes: set[Any], verdicts: Verdicts
@@ -172,7 +175,9 @@ class Tracer:
             forward=self.forward,
         )
 
-    def _completed(self, model: nn.Module, found: NeuronMap, verdicts: Verdicts) -> NeuronMap:
+    def _completed(
+        self, model: nn.Module, graph: Any, found: NeuronMap, verdicts: Verdicts
+    ) -> NeuronMap:
         """The traced neurons with those that are more than channels.
 
         Raises:
@@ -186,6 +191,7 @@ class Tracer:
             ignored=self.ignored,
             forward=self.forward,
             customized_pruners=self.graph_arguments.get("customized_pruners"),
+            graph=graph,
             untraceable=self.untraceable,
         )
 
