@@ -101,11 +101,9 @@ class Planner:
                 break
             if abs(target.share(found[-1][0]) - target.budget) <= TOLERANCE:
                 return found[-1]
-        # Where none meets the budget, rounding is not why: the coarsest that is within it.
-        within = [
-            one for one in found if target.share is None or target.share(one[0]) <= _most(target)
-        ]
-        return within[0] if within else found[-1]
+        if target.budget is None or target.share is None:
+            return found[-1]
+        return _nearest(found, target.budget, target.share)
 
     def _shares(
         self, subject: Subject, whole: tuple[float, ...]
@@ -153,5 +151,13 @@ class Planner:
         return Target(ratio=(1 - aim.ratio * done) / left)
 
 
-def _most(target: Target) -> float:
-    return 1.0 if target.budget is None else target.budget + TOLERANCE
+def _nearest(
+    found: Sequence[tuple[Slice, Limits]], budget: float, share: ShareOf
+) -> tuple[Slice, Limits]:
+    """Of slices that all miss the budget, the coarsest as near to it from below as any is."""
+    kept = [share(chosen) for chosen, _ in found]
+    below = [each for each in kept if each <= budget + TOLERANCE]
+    if not below:
+        return found[-1]
+    near = max(below) - TOLERANCE
+    return next(one for one, each in zip(found, kept, strict=True) if near <= each <= max(below))

@@ -74,3 +74,14 @@ def test_one_is_exact_and_theta_is_not_rounded() -> None:
 def test_what_it_may_be(wrong: object) -> None:
     with pytest.raises(ArgumentError, match="round_to is"):
         NSSPruner(network(20, 64, 5), torch.zeros(1, 20), params_budget=0.5, round_to=wrong)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.77])
+def test_where_one_neuron_is_more_than_the_tolerance_rounding_takes_no_more(budget: float) -> None:
+    exact, rounded = network(20, 64, 5), network(20, 64, 5)
+    for model, round_to in ((exact, 1), (rounded, "auto")):
+        example = torch.zeros(1, 20)
+        NSSPruner(model, example, params_budget=budget, data=data(20), round_to=round_to).step()
+    one = 26 / sum(value.numel() for value in network(20, 64, 5).parameters())
+    assert one > TOLERANCE
+    assert widths(exact) == widths(rounded)
