@@ -35,7 +35,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class NormStatistics:
-    """What a BatchNorm says that it reads, and what it reads of some data; all ``[channels]``."""
+    """A BatchNorm's running statistics, and those of its input on some data; ``[channels]``."""
 
     running_mean: Tensor
     running_variance: Tensor

@@ -27,10 +27,10 @@ def ridge(
     each effective parameter, whatever cross-validation says, since it is blind beyond.
 
     Args:
-        missing: Covariance of what is to be said, ``[targets, targets]``, float64.
+        missing: Covariance of what is to be predicted, ``[targets, targets]``, float64.
         cross: Its covariance with what can be used, ``[targets, kept]``.
         known: Covariance of what can be used, ``[kept, kept]``.
-        gram: WᵀW: how much the consumer minds an error, ``[targets, targets]``.
+        gram: WᵀW: how much an error weighs at the consumer, ``[targets, targets]``.
         floor: Variance that is rounding error only.
         observations: n.
 
@@ -46,16 +46,16 @@ def ridge(
     if len(variances) == 0:
         return None
     along = cross @ directions
-    said = (along * (gram @ along)).sum(0)
+    explained = (along * (gram @ along)).sum(0)
     total = float((gram * missing).sum())
-    unsaid = max(0.0, total - float((said / variances).sum()))
+    residual = max(0.0, total - float((explained / variances).sum()))
 
     largest, decades = variances[-1], torch.log10(variances[-1] / floor)
     steps = int(PENALTIES_PER_DECADE * decades) + 1
     penalties = largest * 10 ** -torch.linspace(float(decades), 0, steps).to(known)
     shrunk = variances + penalties[:, None]
     parameters = (variances / shrunk).sum(1) + 1
-    errors = unsaid + (said * penalties[:, None] ** 2 / (variances * shrunk**2)).sum(1)
+    errors = residual + (explained * penalties[:, None] ** 2 / (variances * shrunk**2)).sum(1)
     expected = errors / (1 - parameters / observations) ** 2
     expected[parameters > observations / 2] = torch.inf
     best = int(expected.argmin())

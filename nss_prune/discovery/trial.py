@@ -1,4 +1,4 @@
-"""Claims of adapters, each tried on its module before it is believed.
+"""Claims of adapters, each tried on its module before it is taken.
 
 A structure may look like attention and mix its heads, order its channels otherwise, or tie the
 number of heads to something else. So each claim is tried on a copy of its module, with the inputs

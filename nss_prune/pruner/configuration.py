@@ -1,7 +1,7 @@
 """The configuration of a Hugging Face model follows where its format can say what a step did.
 
 ``from_pretrained`` builds a model by its configuration, which knows one number of heads and one
-width for all layers (or a list of them). New values are tried before they are believed: a model is
+width for all layers (or a list of them). New values are tried before they are taken: a model is
 built by them, without memory, and must have the tensors that the smaller model has. Where it has
 others, such as heads of another width, or where layers of one kind keep different numbers, the
 configuration stays as it was and the report says so.

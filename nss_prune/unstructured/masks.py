@@ -135,8 +135,8 @@ def _compute(module: nn.Module) -> None:
             hook(module, ())
 
 
-def _compute_children(reader: nn.Module, inputs: tuple[Any, ...]) -> None:
-    for child in _children(reader):
+def _compute_children(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    for child in _children(module):
         _compute(child)
 
 
