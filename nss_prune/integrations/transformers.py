@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from nss_prune.integrations.gradual import GradualPruning
 
 try:
@@ -35,10 +33,9 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, gradual: GradualPruning) -> None:
         self.gradual = gradual
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune where the schedule says so."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
         # accelerate wraps the optimiser; its parameters are those of the one inside.
         inner = getattr(optimizer, "optimizer", optimizer)
         self.gradual.after_step(state.global_step, model, inner)
