@@ -36,7 +36,7 @@ from nss_prune.statistics.capture import Watcher
 Score = Literal["entropy", "energy", "features"]
 """What decides which task a sample belongs to."""
 
-DIRECTIONS = 16
+DIRECTIONS = 64
 """Of largest variance within a class, kept for each layer."""
 
 PARTS = ("neurons", "means", "directions", "variances")
@@ -44,7 +44,8 @@ PARTS = ("neurons", "means", "directions", "variances")
 
 
 FEATURES = {
-    "features": table(row(number(0), number(-LARGEST), number(0))),
+    "features": table(number(0)),
+    "distance": row(number(-LARGEST), number(0)),
     "energy": row(number(-LARGEST), number(0)),
 }
 """Of the notes of a file."""
@@ -115,12 +116,12 @@ class TaskFeatures:
 
     Attributes:
         layers: Layer -> of its critical neurons.
-        usual: Layer -> mean and standard deviation of the task's own samples' distances.
+        usual: Mean and standard deviation of the task's own samples' distances.
         usual_energy: Mean and standard deviation of their energies.
     """
 
     layers: Mapping[str, LayerFeatures]
-    usual: Mapping[str, tuple[float, float]]
+    usual: tuple[float, float]
     usual_energy: tuple[float, float]
 
     @staticmethod
@@ -143,11 +144,12 @@ class TaskFeatures:
                 for name, values in activations.items():
                     found[name].append(values.cpu())
         classes = torch.cat(labels)
-        layers, usual = {}, {}
-        for name in (name for name, parts in found.items() if parts):
-            values = torch.cat(found[name])
-            layers[name] = LayerFeatures.of(values, classes, critical.kept[name].nonzero()[:, 0])
-            usual[name] = _moments(layers[name].distance(values))
+        seen = {name: torch.cat(parts) for name, parts in found.items() if parts}
+        layers = {
+            name: LayerFeatures.of(values, classes, critical.kept[name].nonzero()[:, 0])
+            for name, values in seen.items()
+        }
+        usual = _moments(_distance(layers, seen))
         return TaskFeatures(layers, usual, _moments(torch.cat(energies)))
 
     def score(self, activations: Mapping[str, Tensor]) -> Tensor:
@@ -156,11 +158,7 @@ class TaskFeatures:
         Args:
             activations: Layer -> ``[samples, neurons]`` by :func:`pooled`, under the task's mask.
         """
-        distances = [
-            _standardized(features.distance(activations[name]), self.usual[name])
-            for name, features in self.layers.items()
-        ]
-        return torch.stack(distances).mean(0)
+        return _standardized(_distance(self.layers, activations), self.usual)
 
     def energy_score(self, scores: Tensor) -> Tensor:
         """Energy of the outputs ``[samples, outputs]``, in deviations above the usual one."""
@@ -173,8 +171,9 @@ class TaskFeatures:
             for name, found in self.layers.items()
             for part in PARTS
         }
-        notes = {name: [found.residual, *self.usual[name]] for name, found in self.layers.items()}
-        return tensors, {"features": notes, "energy": list(self.usual_energy)}
+        notes = {name: found.residual for name, found in self.layers.items()}
+        usual = {"distance": list(self.usual), "energy": list(self.usual_energy)}
+        return tensors, {"features": notes, **usual}
 
     @staticmethod
     def decoded(
@@ -187,16 +186,16 @@ class TaskFeatures:
         """
         if "features" not in notes:
             return None
-        layers, usual = {}, {}
-        for name, (residual, mean, deviation) in notes["features"].items():
+        layers = {}
+        for name, residual in notes["features"].items():
             if name not in critical.kept:
                 raise refuse("a layer with features", name, "one of the slice")
             parts = [tensors[f"features/{part}/{name}"] for part in PARTS]
             _check_parts(name, parts, len(critical.kept[name]))
             neurons, means, directions, variances = parts
             layers[name] = LayerFeatures(neurons, means, directions, variances, residual)
-            usual[name] = mean, deviation
-        return TaskFeatures(layers, usual, tuple(notes.get("energy", (0.0, 1.0))))
+        usual, energies = (tuple(notes.get(name, (0.0, 1.0))) for name in ("distance", "energy"))
+        return TaskFeatures(layers, usual, energies)
 
     @property
     def nbytes(self) -> int:
@@ -206,6 +205,12 @@ class TaskFeatures:
             for found in self.layers.values()
             for tensor in (getattr(found, part) for part in PARTS)
         )
+
+
+def _distance(layers: Mapping[str, LayerFeatures], activations: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the layers of the distances, ``[samples]``."""
+    found = [features.distance(activations[name]) for name, features in layers.items()]
+    return torch.stack(found).mean(0)
 
 
 def tensors_of_features(notes: Mapping[str, Any]) -> list[str]:
