@@ -4,8 +4,8 @@
     python benchmarks/task_inference.py --settings mlp-mnist,mlp-fmnist --tasks 2,5 --data DIR
 
 A model learns its tasks as in `rq4.py`, by neusemslice and neusemslice-settled. Each test sample is
-then answered by the task that `trainer.predict(inputs, by=...)` infers: by "entropy", "energy" or
-"features" (see nss_prune/adaptation/task_inference.py). The columns are the share of samples that
+then answered by the task that `trainer.predict(inputs, by=...)` infers: by "entropy", "energy",
+"features" or "both" (see nss_prune/adaptation/task_inference.py). The columns are the share of samples that
 are named rightly, mean over tasks, and bytes kept for a task's features.
 """
 
@@ -76,7 +76,7 @@ def tables(entries: Sequence[Inferred]) -> Tables:
         Column("method", "Method"),
         Column("given", "task given %"),
         *[Column(score, f"by {score} %") for score in SCORES],
-        Column("ahead", "features ahead of entropy, points"),
+        Column("ahead", "both ahead of entropy, points"),
         Column("storage", "bytes a task", 0),
     ]
     rows = []
@@ -87,7 +87,7 @@ def tables(entries: Sequence[Inferred]) -> Tables:
         for score in SCORES:
             row[score] = spread([100 * entry.by_score[score] for entry in found])
         row["ahead"] = spread(
-            [100 * (entry.by_score["features"] - entry.by_score["entropy"]) for entry in found]
+            [100 * (entry.by_score["both"] - entry.by_score["entropy"]) for entry in found]
         )
         row["storage"] = spread([entry.storage for entry in found])
         rows.append(row)

@@ -58,29 +58,24 @@ class InferredTask:
         Args:
             inputs: Of one call of the model, on its device.
             by: "features", how far the activations of a task's critical neurons are from those
-                of its own samples; "energy" or "entropy" of its outputs, see
-                :mod:`nss_prune.adaptation.task_inference`. By default "features" where the data
-                of all tasks was given, else "entropy".
+                of its own samples; "energy" or "entropy" of its outputs; "both", features and
+                energy, see :mod:`nss_prune.adaptation.task_inference`. By default "both" where
+                the data of all tasks was given, else "entropy".
 
         Raises:
             ArgumentError: There is no such score, or a task's data, which it needs, was not given.
         """
         if by is None:
             known = all(task.features is not None for task in self.tasks)
-            by = "features" if known else "entropy"
+            by = "both" if known else "entropy"
         if by not in get_args(Score):
             raise ArgumentError(f"by is {by!r}; use one of {get_args(Score)}")
-        if by == "features":
-            found = self._distances(inputs)
-        else:
-            scored = zip(self.tasks, self._scores(inputs), strict=True)
-            found = [
-                entropy(scores, len(task.classes))
-                if by == "entropy"
-                else self._features(task).energy_score(scores)
-                for task, scores in scored
-            ]
-        return torch.stack(found).argmin(0)
+        if by == "entropy":
+            return self._entropies(inputs).argmin(0)
+        if by == "energy":
+            return self._energies(inputs).argmin(0)
+        distances = self._distances(inputs)
+        return (distances if by == "features" else distances + self._energies(inputs)).argmin(0)
 
     def update_features(self, data: Data) -> None:
         """Find anew where the activations of the last task's neurons lie, by which it is inferred.
@@ -111,15 +106,25 @@ class InferredTask:
                 scores.append(class_scores(run(self.model, inputs, 0)))
         return scores
 
-    def _distances(self, inputs: Any) -> list[Tensor]:
-        """How far the samples are from those of each task, ``[samples]``."""
+    def _entropies(self, inputs: Any) -> Tensor:
+        """Of the outputs of each task, ``[tasks, samples]``."""
+        scored = zip(self.tasks, self._scores(inputs), strict=True)
+        return torch.stack([entropy(scores, len(task.classes)) for task, scores in scored])
+
+    def _energies(self, inputs: Any) -> Tensor:
+        """Of the outputs of each task, standardised, ``[tasks, samples]``."""
+        scored = zip(self.tasks, self._scores(inputs), strict=True)
+        return torch.stack([self._features(task).energy_score(scores) for task, scores in scored])
+
+    def _distances(self, inputs: Any) -> Tensor:
+        """How far the samples are from those of each task, standardised, ``[tasks, samples]``."""
         samples = samples_in(inputs, 0)
         found = []
         for position, task in enumerate(self.tasks):
             with self.task(position, masked=True):
                 _, activations = pooled(self.model, task.slice.groups, inputs, samples)
             found.append(self._features(task).score(activations))
-        return found
+        return torch.stack(found)
 
     def _features(self, task: Task) -> TaskFeatures:
         if task.features is None:

@@ -1,4 +1,4 @@
-"""Which task a sample belongs to: three scores, each least for the task that the sample is of.
+"""Which task a sample belongs to: scores, each least for the task that the sample is of.
 
 "entropy" and "energy" look at a task's own outputs under its mask: the entropy of its classes, and
 minus the logarithm of the sum of their exponentials (Liu et al., Energy-based out-of-distribution
@@ -12,7 +12,7 @@ variance for all others, as in probabilistic principal component analysis (Tippi
 Eq. 7), so that a task takes (classes + directions + 1) x neurons numbers a layer.
 
 So that tasks compare, "features" and "energy" are in standard deviations of the task's own samples
-above their mean.
+above their mean; "both" is their sum.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.capture import Watcher
 
-Score = Literal["entropy", "energy", "features"]
+Score = Literal["entropy", "energy", "features", "both"]
 """What decides which task a sample belongs to."""
 
 DIRECTIONS = 64

@@ -105,8 +105,9 @@ def learned() -> IncrementalTrainer:
 def test_features_tell_tasks_apart(learned: IncrementalTrainer) -> None:
     for position, classes in enumerate([(0, 1, 2), (3, 4)]):
         inputs = torch.cat([inputs for inputs, _ in apart(classes, 120)])
-        assert (learned.infer_task(inputs) == position).double().mean() > 0.95
-        assert torch.equal(learned.infer_task(inputs), learned.infer_task(inputs, by="features"))
+        for by in ("features", "both"):
+            assert (learned.infer_task(inputs, by=by) == position).double().mean() > 0.95
+        assert torch.equal(learned.infer_task(inputs), learned.infer_task(inputs, by="both"))
 
 
 def test_the_scores_of_a_task_stay_while_later_ones_are_learned(
