@@ -5,8 +5,8 @@
 
 A model learns its tasks as in `rq4.py`, by neusemslice and neusemslice-settled. Each test sample is
 then answered by the task that `trainer.predict(inputs, by=...)` infers: by "entropy", "energy",
-"features" or "both" (see nss_prune/adaptation/task_inference.py). The columns are the share of samples that
-are named rightly, mean over tasks, and bytes kept for a task's features.
+"features" or "both" (see nss_prune/adaptation/task_inference.py). The columns are the share of
+samples that are named rightly, mean over tasks, and bytes kept for a task's features.
 """
 
 from __future__ import annotations
