@@ -8,9 +8,10 @@ import pytest
 
 from architectures import architecture, check
 
+FOUND = (141,)  # that once were not: a budget counted all of an LSTM's products as staying
 COUNT = int(os.environ.get("NSS_PRUNE_ARCHITECTURES", "50"))
 
 
-@pytest.mark.parametrize("seed", range(COUNT))
+@pytest.mark.parametrize("seed", sorted({*range(COUNT), *FOUND}))
 def test_a_random_network_is_pruned_rightly_or_refused_in_words(seed: int) -> None:
     assert check(architecture(seed)).startswith(("survived", "refused: "))
