@@ -220,7 +220,7 @@ class Tracer:
                 "inputs of one call: a tensor, a tuple of arguments or a dict"
             )
         recurrent = [name for name, m in model.named_modules() if isinstance(m, nn.RNNBase)]
-        if recurrent:
+        if recurrent and isinstance(error, IndexError):  # of its index mappings
             return GraphError(
                 f"torch-pruning, by whose graph pruning_ratio and importance= choose, does not "
                 f"follow the hidden units of {recurrent[0]!r} to the layers behind it "
