@@ -5,26 +5,39 @@
     python benchmarks/reliability.py --minutes 60
 
 Writes ``benchmarks/results/reliability.json``: of each kind how many were tried, survived, were
-refused in words, came out wrong, or raised a foreign exception, with what to make those again by.
+refused in words, came out wrong, or raised a foreign exception, with what to make those again by,
+which networks were refused and why, and which crafted files were accepted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-RESULT = ROOT / "benchmarks" / "results" / "reliability.json"
-SHOWN = 200  # failures that are listed
+if __name__ == "__main__":  # a script imports from the repository, as the tests do
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests")]
+
+from benchmarks.common.results import FOLDER, write
+from benchmarks.common.tables import Cell, Column, text_table
+
+RESULT = FOLDER / "reliability.json"
+SHOWN = 300  # trials that are listed of each outcome
+OUTCOMES = ("survived", "refused", "wrong", "foreign")
+COLUMNS = (
+    Column("what", "what"),
+    Column("tried", "tried", 0),
+    Column("survived", "survived", 0),
+    Column("refused", "refused in words", 0),
+    Column("wrong", "wrong", 0),
+    Column("foreign", "foreign exceptions", 0),
+)
 
 
 def networks() -> Iterator[Callable[[], tuple[str, str]]]:
@@ -42,7 +55,8 @@ def networks() -> Iterator[Callable[[], tuple[str, str]]]:
                 return "wrong", f"seed {seed}, {found.parts}: {error}"
             except Exception as error:
                 return "foreign", f"seed {seed}, {found.parts}: {type(error).__name__}: {error}"
-            return outcome.partition(":")[0], ""
+            kind, _, why = outcome.partition(": ")
+            return kind, f"seed {seed}, {found.parts}: {why}" if why else ""
 
         yield trial
         seed += 1
@@ -67,7 +81,7 @@ def hostile_files(folder: Path) -> Iterator[Callable[[], tuple[str, str]]]:
                     return "foreign", f"{what}: {outcome.foreign!r}"
                 if outcome.damaged:
                     return "wrong", f"{what}: {outcome.refusal!r}"
-                return ("refused" if outcome.refusal else "survived"), ""
+                return ("refused", "") if outcome.refusal else ("survived", what)
 
             yield trial
         seed += 1
@@ -102,20 +116,19 @@ def cut_and_flipped(folder: Path) -> Iterator[Callable[[], tuple[str, str]]]:
         number += 1
 
 
-def run(trials: Iterator[Callable[[], tuple[str, str]]], seconds: float) -> dict[str, Any]:
-    """The counts of what is tried within some time, and the failures."""
-    counts, failures, end = Counter[str](), [], time.monotonic() + seconds
+def run(
+    what: str, trials: Iterator[Callable[[], tuple[str, str]]], seconds: float
+) -> tuple[dict[str, Cell], dict[str, list[str]]]:
+    """The counts of what is tried within some time, and what each outcome was of."""
+    counts, listed = Counter[str](), defaultdict[str, list[str]](list)
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
-        outcome, what = next(trials)()
+        outcome, described = next(trials)()
         counts[outcome] += 1
-        if what:
-            failures.append(f"{outcome}: {what}")
-    kinds = ("survived", "refused", "wrong", "foreign")
-    return {
-        "tried": sum(counts.values()),
-        **{kind: counts[kind] for kind in kinds},
-        "failures": failures[:SHOWN],
-    }
+        if described and len(listed[outcome]) < SHOWN:
+            listed[outcome].append(described)
+    row = {kind: counts[kind] for kind in OUTCOMES}
+    return {"what": what, "tried": sum(counts.values()), **row}, dict(listed)
 
 
 def main() -> None:
@@ -129,15 +142,15 @@ def main() -> None:
         folder = Path(name)
         for each in ("crafted", "damaged"):
             (folder / each).mkdir()
-        found = {
-            "random networks": run(networks(), 0.7 * seconds),
-            "crafted files": run(hostile_files(folder / "crafted"), 0.15 * seconds),
-            "cut and flipped files": run(cut_and_flipped(folder / "damaged"), 0.15 * seconds),
-        }
-    found_all = {"minutes": chosen.minutes, **found}
-    chosen.result.write_text(json.dumps(found_all, indent=1) + "\n")
-    for kind, counts in found.items():
-        print(kind, {key: value for key, value in counts.items() if key != "failures"})
+        found = [
+            run("random networks", networks(), 0.7 * seconds),
+            run("crafted files", hostile_files(folder / "crafted"), 0.15 * seconds),
+            run("cut and flipped files", cut_and_flipped(folder / "damaged"), 0.15 * seconds),
+        ]
+    rows = [row for row, _ in found]
+    listed = {str(row["what"]): described for row, described in found}
+    write(chosen.result, "Reliability", COLUMNS, rows, seeds=[0], listed=listed)
+    print(text_table(COLUMNS, rows))
 
 
 if __name__ == "__main__":

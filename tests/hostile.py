@@ -134,7 +134,7 @@ KINDS = {
     ),
     "training": Kind(
         lambda path: _train(path, _perceptron(), 1, False),
-        lambda path, model: _train(path, model, 1, True),
+        lambda path, model: _train(path, model, 2, True),
     ),
 }
 

@@ -51,6 +51,8 @@ NOTES = {
 BY_ENTRY = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg"})
 """What optimisers of torch keep for every entry of a parameter."""
 
+NEVER_NEGATIVE = frozenset({"step", "exp_avg_sq", "max_exp_avg_sq", "square_avg"})
+
 PREFIXES = ("model/", "best/", "random/", "optimizer/")
 
 Values = dict[str, Tensor]
@@ -114,6 +116,7 @@ class Checkpoint:
             _check_best(best, values)
             for name, _ in self.freezing.model.named_parameters():
                 check_finite(f"model/{name}", values[name])
+            check_tensor("random/cpu", tensors["random/cpu"], (None,), (torch.uint8,))
             if unknown := [name for name in tensors if not name.startswith(PREFIXES)]:
                 raise FileFormatError(f"it has tensors {unknown[:4]} that no training writes")
             state = self._optimizer_state(tensors, written)
@@ -174,6 +177,8 @@ class Checkpoint:
             if parameter >= len(trained):
                 raise FileFormatError(f"the optimiser has state of parameter {parameter}")
             _check_state(parameter, entries, trained[parameter])
+        if len({frozenset(entries) for entries in state.values()}) > 1:
+            raise FileFormatError("the optimiser has more state of some parameters than of others")
         for group, new in zip(groups, written["options"], strict=True):
             _check_options(group, new)
         options = [{**group, **new} for group, new in zip(groups, written["options"], strict=True)]
@@ -243,6 +248,11 @@ def _check_state(position: int, entries: Mapping[str, Any], parameter: Tensor) -
     for key, value in entries.items():
         if isinstance(value, Tensor) and value.is_complex() and not parameter.is_complex():
             raise refuse(f"{key} of parameter {position}", value.dtype, "real numbers")
+        if key == "step" and isinstance(value, Tensor):
+            check_tensor(f"optimizer/{position}/{key}", value, ())
+            check_finite(f"optimizer/{position}/{key}", value)
+        if key in NEVER_NEGATIVE and bool((torch.as_tensor(value) < 0).any()):
+            raise refuse(f"{key} of parameter {position}", "negative", "0 or more")
         if key in BY_ENTRY:
             if not isinstance(value, Tensor):
                 raise refuse(f"{key} of parameter {position}", value, "a tensor")

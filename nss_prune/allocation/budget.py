@@ -115,21 +115,31 @@ def mac_share(
     by_module = macs_by_module(model, example_inputs, forward)
     count = ParameterCount(groups, model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    counted = {
-        f"{name}.weight".lstrip("."): macs
-        for name, macs in by_module.items()
-        if f"{name}.weight".lstrip(".") in sizes
-    }
+    weights = {name: _weights(name, submodule(model, name), sizes) for name in by_module}
+    counted = [
+        (by_module[name], names, sum(sizes[each] for each in names))
+        for name, names in weights.items()
+        if names
+    ]
     products = _products(groups, model, by_module)
 
     def share(critical: Slice) -> float:
         left = count.left(critical.kept)
-        gone = sum(macs * (1 - left[name] / sizes[name]) for name, macs in counted.items())
+        gone = sum(
+            macs * (1 - sum(left[name] for name in names) / size) for macs, names, size in counted
+        )
         for macs, names in products.values():
             gone += macs * (1 - math.prod(_share(critical.kept[name]) for name in names))
         return (by_module[""] - gone) / whole
 
     return share
+
+
+def _weights(name: str, module: nn.Module, sizes: Mapping[str, int]) -> list[str]:
+    """What a layer multiplies its inputs by: a weight, in a recurrent one those of all gates."""
+    keys = [key for key in module._parameters if key.startswith("weight_")]
+    wanted = keys if isinstance(module, nn.RNNBase) else ["weight"]
+    return [full for key in wanted if (full := f"{name}.{key}".lstrip(".")) in sizes]
 
 
 def _products(

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from nss_prune.core.files import checked_contents, read_file, write_file
 from nss_prune.core.undo import restored_on_error
-from nss_prune.errors import ArgumentError
+from nss_prune.errors import ArgumentError, NumericalError
 from nss_prune.graph.tracing import refuse_reparametrised
 from nss_prune.pruner.contents import (
     KIND,
     NOTES,
     check_contents,
+    impossible,
     named_tensors,
     numbers_of,
     some,
@@ -39,12 +40,18 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ArgumentError: A weight is masked or reparametrised, or the model has state that is not a
             plain tensor.
+        NumericalError: A parameter has NaN, or a norm a variance that is negative or NaN.
         OSError: The file cannot be written.
     """
     _refuse_masks(model)
     refuse_reparametrised(model)
     tensors = named_tensors(model)
     _refuse_other_state(model, tensors)
+    if wrong := sorted(impossible(model, tensors)):
+        raise NumericalError(
+            f"the model has NaN or negative variances in {some(wrong)}; save one that was trained "
+            "without them"
+        )
     ties = ties_of(tensors)
     notes = {
         "modules": {

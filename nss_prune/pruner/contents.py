@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,6 +131,26 @@ def _is_number(value: Any) -> bool:
     if type(value) in (tuple, torch.Size):
         return all(type(item) is int for item in value)
     return type(value) in (int, float)
+
+
+def impossible(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Parameters with NaN, and variances of norms that are negative or NaN.
+
+    Other buffers may hold what they like, such as the infinities of a mask.
+
+    Args:
+        tensors: Name -> values, of the model itself or for it.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            value = tensors.get(join(name, key))
+            if parameter is not None and value is not None and bool(value.isnan().any()):
+                yield join(name, key)
+        variance = tensors.get(join(name, "running_var"))
+        if variance is None or not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        if not bool((variance >= 0).all()):
+            yield join(name, "running_var")
 
 
 def join(module: str, key: str) -> str:

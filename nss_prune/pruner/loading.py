@@ -14,7 +14,15 @@ from nss_prune.core.models import submodule
 from nss_prune.core.multihead import HeadwiseAttention
 from nss_prune.errors import FileFormatError, ModelMismatchError
 from nss_prune.pruner.classes import KEPT_CLASSES
-from nss_prune.pruner.contents import REMEDY, join, named_tensors, numbers_of, some, ties_of
+from nss_prune.pruner.contents import (
+    REMEDY,
+    impossible,
+    join,
+    named_tensors,
+    numbers_of,
+    some,
+    ties_of,
+)
 
 _Convolution, _Norm = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase
 
@@ -51,6 +59,11 @@ class Loading:
         _check_tensors(present, {n: value for n, value in saved.items() if n not in added})
         for name in added:
             _check_bias(model, name, saved)
+        if wrong := sorted(impossible(model, saved)):
+            raise FileFormatError(
+                f"{os.fspath(self.path)!r} has NaN or negative variances in {some(wrong)}; save a "
+                "model without them"
+            )
         for name, module in model.named_modules(remove_duplicate=False):
             _check_length(name, module, saved)
             _check_numbers(self.path, name, module, self.notes["modules"][name]["numbers"], saved)
@@ -166,10 +179,16 @@ def _check_numbers(
 ) -> None:
     """The widths that a layer of torch takes from the file are those of the weight there."""
     weight, present = saved.get(join(name, "weight")), numbers_of(module)
+    for key in ("start_dim", "end_dim") if isinstance(module, nn.Flatten) else ():
+        if numbers.get(key) != present[key]:
+            raise FileFormatError(
+                f"{os.fspath(path)!r} gives {name!r} {key} = {numbers.get(key)}, the model "
+                f"{present[key]}, which no pruning changes; save the model again"
+            )
     if weight is None:
         return
     for key, width in _widths(module, weight, numbers).items():
-        value = numbers.get(key, width)
+        value = numbers.get(key, None if key in present else width)
         value = tuple(value) if isinstance(value, list) else value
         if value not in (width, present.get(key)):
             raise FileFormatError(

@@ -219,6 +219,14 @@ class Tracer:
                 f"{type(model).__name__} does not run on the example inputs: {own}; give the "
                 "inputs of one call: a tensor, a tuple of arguments or a dict"
             )
+        recurrent = [name for name, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+        if recurrent and isinstance(error, IndexError):  # of its index mappings
+            return GraphError(
+                f"torch-pruning, by whose graph pruning_ratio and importance= choose, does not "
+                f"follow the hidden units of {recurrent[0]!r} to the layers behind it "
+                f"({type(error).__name__}: {error}); a budget or theta, without importance=, "
+                "prunes recurrent layers too"
+            )
         return GraphError(
             f"torch-pruning could not trace {type(model).__name__}: {type(error).__name__}: "
             f"{error}; with a budget or theta, without importance=, its parts are traced one by one"

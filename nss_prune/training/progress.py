@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from nss_prune.core.schema import Check, array, number, record, table
+from nss_prune.core.schema import LARGEST, Check, array, number, record, refuse, table
 from nss_prune.training.settings import Metrics
 
 Values = dict[str, Tensor]
@@ -29,7 +30,26 @@ class Saved(Protocol):
         """
 
 
-_NOTES = record({"history": array(table(number())), "scaler": table(number())})
+_EVERY_EPOCH = {
+    "loss": number(-sys.float_info.max, sys.float_info.max),
+    "learning_rate": number(0, LARGEST),
+    "seconds": number(0, LARGEST),
+}
+
+
+def _epochs(value: Any, where: str) -> None:
+    """The metrics of epochs in order, of which a validation may add others."""
+    array(table(number()))(value, where)
+    for position, metrics in enumerate(value):
+        known = {key: metrics[key] for key in _EVERY_EPOCH if key in metrics}
+        record(_EVERY_EPOCH)(known, f"{where}[{position}]")
+        if metrics.get("epoch") != position + 1:
+            raise refuse(f"{where}[{position}].epoch", metrics.get("epoch"), str(position + 1))
+    if len({frozenset(metrics) for metrics in value}) > 1:
+        raise refuse(where, [sorted(metrics) for metrics in value], "the same metrics each epoch")
+
+
+_NOTES = record({"history": _epochs, "scaler": table(number())})
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,12 +17,15 @@ from nss_prune.core.bits import SHAPES, pack, unpack
 from nss_prune.core.files import checked_contents, read_file, write_file
 from nss_prune.core.renamed import with_new_names
 from nss_prune.core.schema import (
+    LARGEST,
+    check_finite,
     check_tensors,
     either,
     names,
     number,
     one_of,
     record,
+    refuse,
     text,
     truth,
     whole,
@@ -81,7 +85,7 @@ _NOTES = record(
                         "number": whole(),
                         "compression_rate": number(-1e6, 1),
                         "accuracy": either(one_of(None), number(0, 1)),
-                        "seconds": number(0),
+                        "seconds": number(0, LARGEST),
                     }
                 ),
                 "remaining": whole(),
@@ -288,13 +292,29 @@ class _Checkpoint:
             check_tensors(bits, notes["shapes"])
             check_tensors(tensors, [name for name in tensors if name.startswith(_PREFIXES)])
             stored = unpack(bits, notes["shapes"])
+            _check_values(model, _named("value ", tensors))
         masks = match(stored, readable_layers(model))
         values = self._matched(_named("value ", tensors), _state(model))
         with restored_on_error(model, values=True):
             _copy(values)
             set_masks(model, masks)
             refresh(model)
+            self._check_counts(model, notes["start"])
         return _Start(Iteration(**notes["start"]["last"]), notes["start"]["remaining"])
+
+    def _check_counts(self, model: nn.Module, start: dict[str, Any]) -> None:
+        """The counts of the file are those of its masks."""
+        names = self.settings["layers"]
+        layers = [layer for layer in readable_layers(model) if layer.name in names]
+        least = sum(layer.remaining for layer in layers)
+        most = sum(layer.weight.numel() for layer in layers)
+        if not least <= start["remaining"] <= most:
+            raise refuse("start.remaining", start["remaining"], f"{least} to {most}")
+        found = compression_rate(model, self.settings["dense_weights"])
+        if not math.isclose(start["last"]["compression_rate"], found, abs_tol=1e-9):
+            raise refuse(
+                "start.last.compression_rate", start["last"]["compression_rate"], f"{found}"
+            )
 
     def _matched(
         self, values: dict[str, Tensor], state: dict[str, Tensor]
@@ -312,6 +332,13 @@ class _Checkpoint:
                 "the model as before or choose another checkpoint"
             )
         return [(state[name], value) for name, value in values.items()]
+
+
+def _check_values(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Raise FileFormatError if a parameter is not finite; a buffer may hold what it likes."""
+    buffers = {name for name, _ in model.named_buffers()}
+    for name in values.keys() - buffers:
+        check_finite(name, values[name])
 
 
 def _alike(value: Tensor, tensor: Tensor) -> bool:

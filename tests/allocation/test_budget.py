@@ -83,6 +83,23 @@ def test_macs_of_a_transformer_are_foreseen() -> None:
     assert measure(model, inputs).macs / before == pytest.approx(0.7, abs=0.011)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_macs_of_a_recurrent_layer_are_foreseen(kind) -> None:
+    """Tokens times gates times hidden units times (inputs + hidden units), before and after."""
+    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), kind(8, 5, batch_first=True))
+    members = (
+        Member("0", "out", torch.arange(8), torch.arange(8), 8),
+        Member("2", "in", torch.arange(8), torch.arange(8), 8),
+    )
+    group = NeuronGroup("0", 8, members)
+    share = mac_share((group,), model, 1, torch.zeros(3, 4, 6))
+    for kept in (8, 5, 2):
+        stays = torch.arange(8) < kept
+        by_hand = 3 * 4 * (6 * kept + gates * 5 * (kept + 5))
+        assert share(Slice({"0": stays}, (group,))) == pytest.approx(by_hand)
+
+
 def test_steps_share_the_budget(data) -> None:
     torch.manual_seed(0)
     model = cnn()

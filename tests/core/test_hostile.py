@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from hostile import KINDS, attempt, contents, crafted
 from networks import batches, mlp
-from nss_prune import Slice, profile
+from nss_prune import Slice, load_pruned, profile, save_pruned
 from nss_prune.core import files
 from nss_prune.core.files import read_file, write_file
-from nss_prune.errors import FileFormatError
+from nss_prune.errors import FileFormatError, NumericalError
 from nss_prune.unstructured import load_masks
 
 
@@ -157,3 +158,90 @@ def test_a_foreign_error_of_the_decoding_is_an_error_of_the_file(tmp_path: Path)
     write_file(tmp_path / "file", "any", {}, {})
     with pytest.raises(FileFormatError, match="KeyError"):
         read_file(tmp_path / "file", "any", refuses)
+
+
+def minus_one(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, -1)
+
+
+def nan(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, float("nan"))
+
+
+def epoch(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda notes: notes["notes"]["history"][0].__setitem__(key, value)
+
+
+def last(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda notes: notes["start"]["last"].__setitem__(key, value)
+
+
+def of_module(name: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda notes: notes["modules"][name]["numbers"].__setitem__(key, value)
+
+
+IMPOSSIBLE_NOTES = [
+    ("training", epoch("seconds", -1.0)),
+    ("training", epoch("epoch", 7)),
+    ("training", epoch("learning_rate", -0.1)),
+    ("training", epoch("loss", float("nan"))),
+    ("training", lambda notes: notes["notes"]["history"][0].pop("seconds")),
+    ("iterations", last("seconds", float("inf"))),
+    ("iterations", last("compression_rate", 0.1)),
+    ("iterations", lambda notes: notes["start"].update(remaining=10**6)),
+    ("pruned", of_module("0", "start_dim", 1007)),
+    ("pruned", of_module("0", "end_dim", -2)),
+    ("pruned", lambda notes: notes["modules"]["3"]["numbers"].pop("in_features")),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), IMPOSSIBLE_NOTES)
+def test_notes_that_nothing_writes_are_refused(
+    name: str, change: Callable[[dict[str, Any]], Any], written: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    kind, tensors, notes = contents(written / name)
+    change(notes)
+    write_file(path, kind, tensors, notes)
+    outcome = attempt(KINDS[name], path)
+    assert isinstance(outcome.refusal, FileFormatError)
+    assert not outcome.damaged
+
+
+IMPOSSIBLE_TENSORS = [
+    ("training", "optimizer/0/step", minus_one),
+    ("training", "optimizer/0/step", lambda tensor: tensor.new_zeros(0)),
+    ("training", "optimizer/0/exp_avg_sq", minus_one),
+    ("training", "optimizer/0/exp_avg", None),
+    ("training", "random/cpu", lambda tensor: tensor[None]),
+    ("iterations", "value 1.weight", nan),
+    ("pruned", "3.weight", nan),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "change"), IMPOSSIBLE_TENSORS)
+def test_tensors_that_nothing_writes_are_refused(
+    name: str, tensor: str, change: Callable[[Tensor], Tensor] | None, written: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    kind, tensors, notes = contents(written / name)
+    old = tensors.pop(tensor)
+    if change is not None:
+        tensors[tensor] = change(old)
+    write_file(path, kind, tensors, notes)
+    outcome = attempt(KINDS[name], path)
+    assert isinstance(outcome.refusal, FileFormatError)
+    assert not outcome.damaged
+
+
+def test_negative_variances_are_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    path, model = tmp_path / "file", nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    save_pruned(model, path)
+    kind, tensors, notes = contents(path)
+    tensors["1.running_var"][1] = -0.5
+    write_file(path, kind, tensors, notes)
+    with pytest.raises(FileFormatError, match=r"1\.running_var"):
+        load_pruned(path, model)
+    model[1].running_var[1] = -0.5
+    with pytest.raises(NumericalError, match=r"1\.running_var"):
+        save_pruned(model, path)
