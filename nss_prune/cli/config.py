@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from nss_prune.core.aside import write_text
+from nss_prune.core.replacing import write_text
 from nss_prune.errors import ArgumentError
 
 NOT_WRITTEN = ("command", "config", "json", "quiet", "run", "stages")

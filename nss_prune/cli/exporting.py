@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nss_prune.core.aside import written_aside
 from nss_prune.core.models import evaluation
+from nss_prune.core.replacing import replacing
 from nss_prune.errors import ArgumentError
 
 
@@ -35,7 +35,7 @@ def export_onnx(
     needed("onnxscript", "onnx")
     arguments = _arguments(example_inputs)
     axes = [{0: torch.export.Dim("samples")} for _ in arguments] if dynamic else None
-    with written_aside(path) as aside, evaluation(model), _silent():
+    with replacing(path) as aside, evaluation(model), _silent():
         torch.onnx.export(
             model, arguments, str(aside), dynamo=True, external_data=False, dynamic_shapes=axes
         )
@@ -58,7 +58,7 @@ def export_torch(
         program = torch.export.export(model, arguments, dynamic_shapes=axes)
     content = io.BytesIO()
     torch.export.save(program, content)
-    with written_aside(path) as aside:
+    with replacing(path) as aside:
         aside.write_bytes(content.getvalue())
 
 

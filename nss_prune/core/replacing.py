@@ -12,16 +12,17 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-SUFFIX = ".nss_prune"  # of files that are being written
+SUFFIX = ".nss_prune"  # of files that are being written, before the ending of the one to be
+LONGEST_ENDING = 16  # bytes; what is longer tells no format, and names have a limit
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` when the body is done.
 
-    The target of a symbolic link is written, not the link. The new file has the mode of the one
-    that it replaces, or what the umask leaves. What writers that were killed left behind for the
-    same file is deleted.
+    It has the ending of ``path``, by which some writers choose the format. The target of a symbolic
+    link is written, not the link. The new file has the mode of the one that it replaces, or what
+    the umask leaves. What writers that were killed left behind for the same file is deleted.
 
     Raises:
         OSError: The file cannot be written; ``path`` is something else than a file.
@@ -30,7 +31,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     mode = _mode_of(path)
     prefix = f".{_token(os.fsencode(target.name))}-{_machine()}-"
     _delete_abandoned(target.parent, prefix)
-    aside = target.with_name(f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}")
+    ending = target.suffix if len(os.fsencode(target.suffix)) <= LONGEST_ENDING else ""
+    aside = target.with_name(f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}{ending}")
     try:
         created = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         with open(created, "wb"):
@@ -42,6 +44,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _synchronise(target.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8, whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _mode_of(path: str | os.PathLike[str]) -> int | None:
@@ -63,7 +75,7 @@ def _mode_of(path: str | os.PathLike[str]) -> int | None:
 
 def _delete_abandoned(folder: Path, prefix: str) -> None:
     """Delete what processes of this machine that are no more left behind."""
-    for left in folder.glob(f"{prefix}*{SUFFIX}"):
+    for left in folder.glob(f"{prefix}*{SUFFIX}*"):
         process = left.name.removeprefix(prefix).partition("-")[0]
         if process.isdecimal() and not _is_running(int(process)):
             with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from nss_prune.core.aside import write_text
+from nss_prune.core.replacing import write_text
 from nss_prune.errors import ArgumentError, FileFormatError
 from nss_prune.pruner.card import model_card
 from nss_prune.pruner.checkpoint import load_pruned, save_pruned

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from nss_prune.core.aside import write_text
+from nss_prune.core.replacing import write_text
 from nss_prune.errors import ArgumentError, FileFormatError
 from nss_prune.graph.costs import Cost
 from nss_prune.pruner.figures import Figures, combined

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nss_prune.core import replacing as module
-from nss_prune.core.replacing import replacing
+from nss_prune.core.replacing import replacing, write_text
 
 
 def write(path: Path, content: bytes = b"new") -> None:
@@ -92,7 +92,7 @@ def test_the_file_is_on_the_disk_before_it_is_moved_and_its_folder_after(
 
 KILLED = """
 import pathlib, sys, time
-from nss_prune.core.replacing import replacing
+from nss_prune.core.replacing import replacing, write_text
 with replacing(sys.argv[1]) as aside:
     aside.write_bytes(b"half")
     print("written", flush=True)
@@ -132,3 +132,34 @@ def test_of_another_machine_nothing_is_deleted(tmp_path: Path, monkeypatch) -> N
             left.write_bytes(b"half")
     write(tmp_path / "file")
     assert left.exists()
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replacing(path) as aside:
+        assert aside.suffix == ".txt"
+        aside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    write_text(path, "é")
+    assert path.read_bytes() == "é".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupt_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with replacing(path) as aside:
+            aside.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

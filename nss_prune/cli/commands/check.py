@@ -13,7 +13,7 @@ from nss_prune.cli.options import (
     model_source,
     pruner_arguments,
 )
-from nss_prune.core.aside import write_text
+from nss_prune.core.replacing import write_text
 from nss_prune.core.text import shortened
 from nss_prune.graph.costs import measure
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap

@@ -23,7 +23,7 @@ from nss_prune.cli.options import (
     pruner_arguments,
 )
 from nss_prune.cli.versions import versions
-from nss_prune.core.aside import write_text
+from nss_prune.core.replacing import write_text
 from nss_prune.errors import ArgumentError
 from nss_prune.pruner.checkpoint import save_pruned
 from nss_prune.pruner.hub import save_pretrained

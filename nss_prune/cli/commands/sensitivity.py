@@ -19,7 +19,7 @@ from nss_prune.cli.options import (
     model_source,
     pruner_arguments,
 )
-from nss_prune.core.aside import write_text, written_aside
+from nss_prune.core.replacing import replacing, write_text
 from nss_prune.core.text import shortened
 from nss_prune.errors import ArgumentError
 from nss_prune.pruner.page.document import sensitivity_page
@@ -96,7 +96,7 @@ def write(found: Table, path: str) -> None:
         write_text(path, sensitivity_page(found, "Sensitivity of each layer"))
     else:
         figure: Any = plot_sensitivity(found)
-        with written_aside(path) as aside:
+        with replacing(path) as aside:
             figure.savefig(aside)
 
 
