@@ -77,6 +77,25 @@ class Eliminating:
         return Passes(self.data, self.folds, self.upkeep).stages(subject)
 
 
+@dataclass(frozen=True)
+class ByElimination:
+    """A strategy that selects by eliminations; derive from it and add ``select``.
+
+    Attributes:
+        eliminating: Observes.
+    """
+
+    eliminating: Eliminating
+
+    def observe(self, subject: Subject) -> EliminationEvidence:
+        """The eliminations, from one or two passes over the data."""
+        return self.eliminating.observe(subject)
+
+    def stages(self, subject: Subject) -> list[Stage]:
+        """The passes of the eliminations."""
+        return self.eliminating.stages(subject)
+
+
 def _measures(data: Iterable[Any]) -> bool:
     """Whether what dimensions inside heads cause can be measured."""
     again = not isinstance(data, Iterator) and processes() == 1

@@ -12,7 +12,7 @@ from nss_prune.allocation.path import Path, smallest_passing, whole, within_dive
 from nss_prune.core.undo import Snapshot
 from nss_prune.errors import ArgumentError, NumericalError
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.eliminating import ByElimination, Eliminating
 from nss_prune.pruner.elimination_evidence import EliminationEvidence
 from nss_prune.pruner.measuring import Measuring
 from nss_prune.pruner.repair import Repair
@@ -106,7 +106,7 @@ def find_quality(
 
 
 @dataclass(frozen=True)
-class WithinDivergence:
+class WithinDivergence(ByElimination):
     """The smallest model whose predicted divergence stays within a limit.
 
     The prediction is of second order, and too small where the outputs are very sure. So it is
@@ -114,18 +114,12 @@ class WithinDivergence:
     measured than the limit.
 
     Attributes:
-        eliminating: Observes.
         most: In nats a sample.
         repairs: Around the removal.
     """
 
-    eliminating: Eliminating
     most: float
     repairs: tuple[Repair, ...] = ()
-
-    def observe(self, subject: Subject) -> EliminationEvidence:
-        """The eliminations, from one or two passes over the data."""
-        return self.eliminating.observe(subject)
 
     def select(
         self, subject: Subject, evidence: EliminationEvidence, target: Target, limits: Limits
@@ -170,25 +164,19 @@ class WithinDivergence:
 
 
 @dataclass(frozen=True)
-class WithinScore:
+class WithinScore(ByElimination):
     """The smallest model whose measured score stays within a limit.
 
     Slices are nested, along a path whose costs are those of the half-sized model, and tried by
     bisection: repaired, and masked where nothing is repaired after the removal.
 
     Attributes:
-        eliminating: Observes.
         quality: With a score.
         repairs: Around the removal.
     """
 
-    eliminating: Eliminating
     quality: Quality
     repairs: tuple[Repair, ...] = ()
-
-    def observe(self, subject: Subject) -> EliminationEvidence:
-        """The eliminations, from one or two passes over the data."""
-        return self.eliminating.observe(subject)
 
     def select(
         self, subject: Subject, evidence: EliminationEvidence, target: Target, limits: Limits

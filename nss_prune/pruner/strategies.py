@@ -12,7 +12,7 @@ from nss_prune.allocation.budget import Limits, Scores, limited, solve
 from nss_prune.allocation.divergence import allocate
 from nss_prune.errors import NothingToPruneError
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.eliminating import ByElimination
 from nss_prune.pruner.elimination_evidence import EliminationEvidence
 from nss_prune.pruner.observation import Profiling
 from nss_prune.pruner.profile_evidence import ProfileEvidence
@@ -187,21 +187,11 @@ class BudgetByCriterion:
 
 
 @dataclass(frozen=True)
-class DivergenceStrategy:
+class DivergenceStrategy(ByElimination):
     """As many neurons of each layer as make the outputs diverge least within a budget.
 
     See :mod:`nss_prune.allocation.divergence`.
     """
-
-    eliminating: Eliminating
-
-    def observe(self, subject: Subject) -> EliminationEvidence:
-        """The eliminations, from one or two passes over the data."""
-        return self.eliminating.observe(subject)
-
-    def stages(self, subject: Subject) -> list[Stage]:
-        """The passes of the eliminations."""
-        return self.eliminating.stages(subject)
 
     def select(
         self, subject: Subject, evidence: EliminationEvidence, target: Target, limits: Limits
