@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 import zipfile
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from nss_prune.core.replacing import replacing
 
 DEFAULT_CACHE = Path.home() / ".cache" / "nss_prune"
 
@@ -24,12 +25,8 @@ DAMAGED = (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.Unpickl
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place once the body is through."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as aside:
         yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def save_tensors(content: dict[str, Any], path: Path) -> None:
