@@ -15,7 +15,7 @@ from nss_prune.errors import GraphError
 from nss_prune.graph.deadline import within
 from nss_prune.graph.groups import find_neurons
 from nss_prune.graph.neurons import NeuronMap
-from nss_prune.graph.tracing import as_arguments, call_as_torch_pruning, trace, traceable
+from nss_prune.graph.tracing import as_traced, trace, traceable
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 
@@ -50,10 +50,7 @@ def discover(
     """
     reason: GraphError | None = None
     with traceable(model):
-        # A list may be several arguments or a single one, as when the model is traced.
-        called = (forward, example_inputs)
-        if forward is call_model:
-            called = (call_as_torch_pruning, as_arguments(example_inputs))
+        called = as_traced(forward, example_inputs)
         verdicts = verdicts_of(model, adapters, ignored, *called)
     graph: Any = None
     try:

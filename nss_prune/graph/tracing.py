@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nss_prune.core.models import flags_kept
+from nss_prune.core.models import Forward, call_model, flags_kept
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.undo import left_as_found
 from nss_prune.errors import ArgumentError, GraphError
@@ -129,6 +129,17 @@ def trace(
                 "layers must be called and connected by autograd"
             ) from error
     return graph, recorder.nodes
+
+
+def as_traced(forward: Forward, example_inputs: Any) -> tuple[Forward, Any]:
+    """How the model is called, and with what, when it is traced.
+
+    A list may be several arguments or a single one; torch-pruning decides, unless a function of
+    the user's own calls the model.
+    """
+    if forward is not call_model:
+        return forward, example_inputs
+    return call_as_torch_pruning, as_arguments(example_inputs)
 
 
 def call_as_torch_pruning(model: nn.Module, example_inputs: Any) -> Any:

@@ -23,6 +23,7 @@ from nss_prune.graph.neurons import NeuronMap
 from nss_prune.graph.tracing import (
     OutputRecorder,
     as_arguments,
+    as_traced,
     call_as_torch_pruning,
     trace,
     traceable,
@@ -151,9 +152,7 @@ class Tracer:
 
     def _verdicts(self, model: nn.Module) -> Verdicts:
         """What became of the claims of the adapters, tried with the inputs of one call."""
-        called = (self.forward, self.example_inputs)
-        if self.forward is call_model:
-            called = (call_as_torch_pruning, self.arguments)
+        called = as_traced(self.forward, self.example_inputs)
         return verdicts_of(model, self.adapters, self.ignored, *called)
 
     def _neurons(
