@@ -81,16 +81,16 @@ def predicted(critical: Slice, found: Mapping[str, Elimination]) -> float:
 
 
 def costs_at(current: Slice, found: Mapping[str, Elimination], share: ShareOf) -> dict[str, float]:
-    """Layer -> what one of its neurons costs, by sparing the next tenth of those left."""
+    """Layer -> what one of its neurons costs, by eliminating the next tenth of those left."""
     whole = share(current)
     costs = {}
     for name, elimination in found.items():
         kept = current.kept[name].clone()
         left = elimination.order.cpu()[kept[elimination.order.cpu()]]
-        spared = left[: max(1, len(left) // 10)]
-        kept[spared] = False
+        removed = left[: max(1, len(left) // 10)]
+        kept[removed] = False
         without = Slice({**current.kept, name: kept}, current.groups) if kept.any() else current
-        costs[name] = (whole - share(without)) / len(spared)
+        costs[name] = (whole - share(without)) / len(removed)
     return costs
 
 

@@ -18,13 +18,13 @@ from nss_prune.statistics.consumers import ConsumerSums
 from nss_prune.statistics.moments import ConsumerStatistics
 
 TOO_WIDE = 4  # neurons for each independent observation: their covariances are noise
-LEAST_SHRINKAGE = 1e-8  # a neuron that is dead, or said by others, has no precision otherwise
+LEAST_SHRINKAGE = 1e-8  # a neuron that is dead, or predicted by others, has no precision otherwise
 ROUNDS = 16  # a round eliminates as many neurons as are left, divided by this
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """The neurons of a group in the order in which they can best be spared.
+    """Backward elimination of the neurons of a group, cheapest first.
 
     Attributes:
         order: Neurons, the first to go first, ``[neurons]``.
@@ -88,7 +88,7 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
     effects = _effects_alone(sums, statistics)
     if len(apart) > TOO_WIDE * observations:
         return _independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
-    # Γ and Σ are averages of their own; but a neuron that speaks for few samples matters for those.
+    # Γ and Σ are averages of their own; but a neuron that is active in few samples matters for those.
     # Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
     weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
     information = weights[:, None] * (sums.information / sums.samples) * weights

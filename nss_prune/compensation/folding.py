@@ -1,7 +1,7 @@
-"""What the removed neurons said, said by those that stay: folded into their consumers.
+"""Least-squares compensation of removed channels in the layers that consume them.
 
-A consumer that loses its input channels P keeps the channels S. The best linear guess at what it
-misses is x_P ≈ μ_P + B (x_S − μ_S) with B = Σ_PS (Σ_SS + λI)⁻¹, so its weights become
+A consumer that loses its input channels P keeps the channels S. The best linear prediction of what
+it misses is x_P ≈ μ_P + B (x_S − μ_S) with B = Σ_PS (Σ_SS + λI)⁻¹, so its weights become
 W_S + W_P B and W_P (μ_P − B μ_S) goes into its bias: a closed form, without labels and without
 training. Every position of a kernel mixes the channels by the same B, so this holds for
 convolutions of any kernel, stride, dilation and padding, transposed ones too, and within the
@@ -11,8 +11,8 @@ them and stay as they are.
 Two things are approximate. Where a consumer pads with zeros, or is transposed with a stride, the
 constant differs between positions: its average over the output goes into the bias, which is the
 best that a bias can do, and the rest counts as error. And the statistics are those of the whole
-model: how other folded layers, or a norm over neurons of which some go, change what a consumer
-reads is seen by :func:`refit` alone.
+model: how other folded layers, or a norm over neurons of which some go, change a consumer's
+input is seen by :func:`refit` alone.
 """
 
 from __future__ import annotations

@@ -128,16 +128,16 @@ def _still_missed(problem: Problem, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Covariance of z − B x̃ for a B, and its covariance with x̃."""
     if not matrix.any():
         return problem.missing, problem.cross
-    said = matrix @ problem.cross.T
+    explained = matrix @ problem.cross.T
     known = matrix @ problem.known
-    return problem.missing - said - said.T + known @ matrix.T, problem.cross - known
+    return problem.missing - explained - explained.T + known @ matrix.T, problem.cross - known
 
 
 def _why_only_means(source: ConsumerStatistics, kept: int) -> str:
     worth = f"{source.samples} samples (worth {source.observations:.0f} independent observations)"
     if source.observations < 2 * (kept + 1):
         return f"{worth} are too few for its {kept} kept channels: only means are folded"
-    return f"its {kept} kept channels say nothing of the others in {worth}: only means are folded"
+    return f"its {kept} kept channels do not predict the others in {worth}: only means are folded"
 
 
 def _weighted(covariance: Tensor, gram: Tensor, units: Tensor | None = None) -> float:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from nss_prune.core.batches import entered, pick_samples
 from nss_prune.core.processes import gathered, processes, total_counts
-from nss_prune.core.stages import shown
+from nss_prune.core.progress import shown
 from nss_prune.errors import DataError
 from nss_prune.profiling.accumulation import Collector
 from nss_prune.profiling.categories import IGNORED, joined, members

@@ -34,8 +34,8 @@ def of_followed(
     found = importance(asked)
     if found is None or len(found) < group.size:
         return None
-    said: Tensor = found.detach().cpu()
-    return said[: group.size] * (group.size / len(said))
+    scores: Tensor = found.detach().cpu()
+    return scores[: group.size] * (group.size / len(scores))
 
 
 def _dependency(model: nn.Module, member: Member) -> Any:

@@ -13,7 +13,7 @@ import torch
 from nss_prune.core.batches import first_batch, length, split_batch
 from nss_prune.core.models import device_of, evaluation
 from nss_prune.core.nested import map_tensors, tensors_in
-from nss_prune.core.stages import TITLES, Stages
+from nss_prune.core.progress import TITLES, Progress
 from nss_prune.pruner.subject import Subject
 
 FORWARD, BACKWARD = 1.0, 3.0  # what a pass takes, in forward passes
@@ -24,7 +24,7 @@ class Stage:
     """Passes of one kind.
 
     Attributes:
-        name: As of :data:`nss_prune.core.stages.TITLES`.
+        name: As of :data:`nss_prune.core.progress.TITLES`.
         passes: Over the data.
         weight: What one takes, in forward passes over the same data.
         bytes: Of the sums that a pass keeps at once.
@@ -107,7 +107,7 @@ def showing(
     """One progress bar over the passes of a step."""
     stages = stages_of(strategy, repairs, subject)
     passes = [(stage.name, stage.weight) for stage in stages for _ in range(stage.passes)]
-    with Stages(passes, progress).running():
+    with Progress(passes, progress).running():
         yield
 
 

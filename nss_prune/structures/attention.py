@@ -26,7 +26,7 @@ QUERY = ("q", "q_proj", "to_q", "wq", "query", "query_proj", "q_lin")
 KEY = ("k", "k_proj", "to_k", "wk", "key", "key_proj", "k_lin")
 VALUE = ("v", "v_proj", "to_v", "wv", "value", "value_proj", "v_lin")
 GATE = ("gate", "gate_proj", "g_proj")
-READER = (
+OUTPUT = (
     "proj", "out_proj", "o_proj", "to_out", "wo", "output", "dense", "out_lin", "projection",
     "c_proj",
 )  # fmt: skip
@@ -222,7 +222,7 @@ def find_heads(module: nn.Module) -> Heads | None:
     """The heads of a module; None where it is not attention, or its heads cannot go one by one."""
     core = _core(module)
     queries = _number_of_heads(module.get_submodule(core))
-    consumer = _projection(module, READER, "in")
+    consumer = _projection(module, OUTPUT, "in")
     if queries is None or queries < 2 or consumer is None or consumer.width % queries:
         return None
     width = consumer.width // queries
@@ -267,7 +267,7 @@ def _core(module: nn.Module) -> str:
     found = [
         name
         for name, child in module.named_children()
-        if _number_of_heads(child) is not None and _projection(child, READER, "in") is None
+        if _number_of_heads(child) is not None and _projection(child, OUTPUT, "in") is None
     ]
     return found[0] if len(found) == 1 else ""
 

@@ -457,7 +457,7 @@ def test_neurons_that_the_others_say_nothing_of_leave_the_weights_alone_with_a_n
     statistics = consumer_statistics(model, [signs], groups)
     folded = fold(model, slice_without(groups, {"0": [2]}), statistics)
     assert torch.equal(model[1].weight, before)
-    assert "its 5 kept channels say nothing of the others" in folded.notes[0]
+    assert "its 5 kept channels do not predict the others" in folded.notes[0]
 
 
 def test_flattened_map_with_few_samples_is_folded_neuron_by_neuron() -> None:

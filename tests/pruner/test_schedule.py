@@ -12,7 +12,7 @@ from test_upkeep import Counted, made
 from networks import assert_unchanged, cnn, fingerprint, mlp
 from nss_prune import NSSPruner
 from nss_prune.core.batches import labelled_batches
-from nss_prune.core.stages import Stages
+from nss_prune.core.progress import Progress
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "divergence": {"params_budget": 0.6},
@@ -78,7 +78,7 @@ def test_a_plan_reads_one_batch() -> None:
 @pytest.mark.parametrize("came", [["one", "two"], ["two"], ["one", "two", "three"], []])
 def test_the_bar_reaches_its_end_whatever_comes(came: list[str]) -> None:
     shares = [0.0]
-    with Stages([("one", 3.0), ("two", 1.0)], False).running() as stages:
+    with Progress([("one", 3.0), ("two", 1.0)], False).running() as stages:
         for name in came:
             for _ in stages.over([1, 2, 3], name):
                 shares.append(stages.share)
@@ -88,7 +88,7 @@ def test_the_bar_reaches_its_end_whatever_comes(came: list[str]) -> None:
 
 def test_a_pass_that_ends_early_counts_as_a_whole_one() -> None:
     model, data = made(mlp)
-    with Stages([("effects", 3.0), ("two", 1.0)], False).running() as stages:
+    with Progress([("effects", 3.0), ("two", 1.0)], False).running() as stages:
         batches = labelled_batches(model, data, None, "effects")
         next(batches)
         batches.close()

@@ -27,7 +27,7 @@ TITLES = {
 log = logging.getLogger("nss_prune")
 
 
-class Stages:
+class Progress:
     """The passes of a run, of which each is a share of the whole.
 
     Args:
@@ -49,7 +49,7 @@ class Stages:
         self._start = time.monotonic()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Stages]:
+    def running(self) -> Iterator[Progress]:
         """Within the context all passes are shown here; if it is left well, the end is reached."""
         token = _RUNNING.set(self)
         try:
@@ -114,21 +114,21 @@ class Stages:
         self._done = done
 
 
-_RUNNING: ContextVar[Stages | None] = ContextVar("nss_prune_stages", default=None)
+_RUNNING: ContextVar[Progress | None] = ContextVar("nss_prune_progress", default=None)
 
 
 def shown(
     items: Iterable[Any], progress: bool | None, name: str, unit: str = "batch"
 ) -> Iterable[Any]:
-    """The items of a pass, as a part of the stages that are running, or with a bar of their own.
+    """The items of a pass, as a part of the run that is shown, or with a bar of their own.
 
     Args:
         progress: Show a progress bar; None for only on a terminal.
         name: Of the pass; "" for one that is not shown.
     """
-    stages = _RUNNING.get()
-    if stages is not None:
-        return stages.over(items, name) if name else items
+    running = _RUNNING.get()
+    if running is not None:
+        return running.over(items, name) if name else items
     hidden = None if progress is None else not progress
     bar: Iterable[Any] = tqdm(items, desc=name, unit=unit, leave=False, disable=hidden)
     return bar
