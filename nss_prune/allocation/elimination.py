@@ -88,7 +88,7 @@ def eliminated(name: str, sums: Sensitivity) -> Elimination:
     effects = _effects_alone(sums, statistics)
     if len(apart) > TOO_WIDE * observations:
         return _independent(torch.where(apart > 0, effects, torch.zeros_like(effects)))
-    # Γ and Σ are averages of their own; but a neuron that is active in few samples matters for those.
+    # Γ and Σ are averages of their own; but a neuron of few samples matters for those.
     # Scaled by this, D is exact for each neuron that goes alone and leaves its mean.
     weights = torch.where(apart > 0, (effects / apart).sqrt(), torch.zeros_like(apart))
     information = weights[:, None] * (sums.information / sums.samples) * weights

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nss_prune.core.models import device_of
 from nss_prune.core.nested import map_tensors, moved, tensors_in
 from nss_prune.core.processes import gathered, given_by, processes
-from nss_prune.core.shards import without_padding
 from nss_prune.core.progress import shown as shown
+from nss_prune.core.shards import without_padding
 from nss_prune.errors import DataError
 
 
