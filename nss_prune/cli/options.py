@@ -116,7 +116,8 @@ PRUNER_OPTIONS = (
     Option("loss", "module:function of (outputs, labels)", str),
     Option("outputs", "what the outputs mean: classes, labels, values or module:function"),
     Option("fold", "true, false or refit"),
-    Option("recalibrate", "true: move the statistics of BatchNorms"),
+    Option("recalibrate", "true or false: move the statistics of BatchNorms "
+           "(by default for 0.7 of the MACs or less with 500 pictures)"),
     Option("balance", "true: keep each class's mean probability"),
     Option("repairs", "module:Class of repairs of your own", plain, _objects),
     Option("profile", "file that nss-prune profile wrote", str, _profile),
