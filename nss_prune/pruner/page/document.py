@@ -26,7 +26,7 @@ SENSITIVITY = (
     "nothing else."
 )
 
-MEMORY = "Memory is by how much a stage raised the peak of the process, or of the GPU."
+MEMORY = "Memory: by how much a stage raised the peak of the process, or of the GPU."
 
 
 class Step(Protocol):

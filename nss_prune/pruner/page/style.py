@@ -49,6 +49,7 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
 table.heat td, table.heat th { border: 1px solid var(--panel); white-space: nowrap; }
 table.heat th:first-child { position: sticky; left: 0; background: var(--panel);
   min-width: 8.5rem; max-width: 15rem; overflow-wrap: anywhere; white-space: normal;
