@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,14 @@ def in_torch(model: nn.Module, example_inputs: Any) -> Iterator[Runnable]:
     with evaluation(model), torch.no_grad():
         run = functools.partial(call_model, model)
         yield Runnable(run, example, size, cost.parameters, cost.macs)
+
+
+def seconds_in_turns(models: Sequence[nn.Module], example_inputs: Any) -> tuple[float, ...]:
+    """Median seconds of a call of each model in torch, see :func:`alternating`."""
+    with contextlib.ExitStack() as stack:
+        ready = [stack.enter_context(in_torch(model, example_inputs)) for model in models]
+        found = alternating({str(number): one.example for number, one in enumerate(ready)})
+    return tuple(timing.median for timing in found.values())
 
 
 @contextlib.contextmanager

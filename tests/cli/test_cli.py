@@ -44,7 +44,9 @@ def test_prune_a_timm_model_with_a_folder_of_pictures(
     report = values["report"]
     assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
     assert len(report["figures"]["accuracy"]) == 2
-    assert "4/6 pruning" in told.err
+    assert all(seconds > 0 for seconds in report["figures"]["latency"])
+    assert "6/7 timing both models in turns" in told.err
+    assert "4/7 pruning" in told.err
     assert "measuring" in told.err
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "hub", "report.html", "small.json", "small.safetensors", "small.yaml", "weights.pth",

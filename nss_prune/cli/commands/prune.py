@@ -12,7 +12,7 @@ from torch import nn
 from nss_prune.cli.config import write_config
 from nss_prune.cli.console import Console, Outcome
 from nss_prune.cli.data import example_for
-from nss_prune.cli.measure import model_accuracy
+from nss_prune.cli.measure import model_accuracy, seconds_in_turns
 from nss_prune.cli.options import (
     add_data_options,
     add_model_options,
@@ -29,7 +29,7 @@ from nss_prune.pruner.hub import save_pretrained
 from nss_prune.pruner.pruner import NSSPruner
 from nss_prune.pruner.report import Report
 
-STAGES = 6
+STAGES = 7
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,10 @@ def run(options: argparse.Namespace, console: Console) -> Outcome:
     if held_out is not None:
         smaller = model_accuracy(model, held_out, console.progress)
         report = report.with_figures(accuracy=(whole, smaller))
+    console.stage("timing both models in turns")
+    if "forward_fn" not in arguments:
+        both = model_source(options).load().to(options.device), model
+        report = report.with_figures(latency=seconds_in_turns(both, example))
     report = report.with_figures(command=options.command_line, versions=versions())
     console.stage(f"writing {output}")
     save_pruned(model, output)
