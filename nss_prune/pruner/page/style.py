@@ -39,7 +39,7 @@ section {
   margin: 0 .25em; }
 code, .layer { font-family: ui-monospace, Consolas, monospace; font-size: .85rem;
   overflow-wrap: anywhere; }
-.bars { display: grid; grid-template-columns: minmax(8rem, 18rem) 8.5rem 1fr; gap: .15rem .8rem;
+.bars { display: grid; grid-template-columns: minmax(8rem, 18rem) 9.5rem 1fr; gap: .15rem .8rem;
   align-items: center; }
 .bars .number { text-align: right; font-variant-numeric: tabular-nums; font-size: .85rem;
   white-space: nowrap; }
