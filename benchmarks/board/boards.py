@@ -68,6 +68,7 @@ REGISTERED = (
         10_000,
         Board.levels + levels("parameters", 0.3, 0.2, 0.1, 0.07, 0.05),
     ),
+    Board("mlp-fmnist", SETTINGS["mlp-fmnist"], 10_000),
     *(
         Board(setting.name, setting, CIFAR_CALIBRATED)
         for setting in (

@@ -61,11 +61,21 @@ class DataSource:
     workers: int = 0
     seed: int = 0
 
-    def load(self, model: nn.Module, input_size: Sequence[int] | None) -> tuple[Any, Any]:
-        """(batches to prune with, batches to measure accuracy with, or None).
+    def load(
+        self,
+        model: nn.Module,
+        input_size: Sequence[int] | None,
+        *,
+        training: bool = False,
+        augment: bool = False,
+    ) -> tuple[Any, Any]:
+        """(batches to prune or train with, batches to measure accuracy with, or None).
 
         Args:
             input_size: Of a picture, (channels, height, width); None for the model's.
+            training: Draw the order of the pictures anew in each pass, by torch's random numbers,
+                and leave an incomplete batch out.
+            augment: Crop and mirror the pictures to train with at random, as timm does.
 
         Raises:
             DataError: There is nothing to use.
@@ -75,16 +85,21 @@ class DataSource:
             held_out = None if self.held_out is None else imported(self.held_out)()
             batches = Batches(_repeatable(imported(self.place)()), device)
             return batches, None if held_out is None else Batches(_repeatable(held_out), device)
-        transform = transform_for(model, input_size)
-        classes = class_count(model)
-        first, second = self._pictures(transform, classes)
-        loaders = [
-            Batches(DataLoader(part, self.batch_size, num_workers=self.workers), device)
-            if part is not None and len(part)
-            else None
-            for part in (first, second)
-        ]
-        return loaders[0], loaders[1]
+        first, second = self._pictures(transform_for(model, input_size), class_count(model))
+        if augment:
+            first = Pictures(first.entries, transform_for(model, input_size, training=True))
+        batches = self._loader(first, device, training)
+        return batches, self._loader(second, device) if second is not None and second else None
+
+    def _loader(self, part: Pictures, device: torch.device, training: bool = False) -> Batches:
+        loader = DataLoader(
+            part,
+            self.batch_size,
+            shuffle=training,
+            drop_last=training and len(part) > self.batch_size,  # a norm needs several samples
+            num_workers=self.workers,
+        )
+        return Batches(loader, device)
 
     def _pictures(
         self, transform: Callable[[Any], Tensor], classes: int | None
@@ -217,11 +232,14 @@ def settings_of(model: nn.Module, input_size: Sequence[int] | None = None) -> di
     return {**found, "input_size": tuple(input_size)} if input_size else found
 
 
-def transform_for(model: nn.Module, input_size: Sequence[int] | None) -> Callable[[Any], Tensor]:
-    """What turns a picture into the model's input, as timm does when it evaluates."""
+def transform_for(
+    model: nn.Module, input_size: Sequence[int] | None, *, training: bool = False
+) -> Callable[[Any], Tensor]:
+    """What turns a picture into the model's input, as timm does when it evaluates, or trains."""
     from timm.data.transforms_factory import create_transform
 
-    made: Callable[[Any], Tensor] = create_transform(**settings_of(model, input_size))
+    settings = settings_of(model, input_size)
+    made: Callable[[Any], Tensor] = create_transform(**settings, is_training=training)
     return made
 
 

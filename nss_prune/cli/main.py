@@ -7,7 +7,16 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from nss_prune.cli.commands import check, evaluate, export, profile, prune, report, sensitivity
+from nss_prune.cli.commands import (
+    check,
+    evaluate,
+    export,
+    finetune,
+    profile,
+    prune,
+    report,
+    sensitivity,
+)
 from nss_prune.cli.config import read_config
 from nss_prune.cli.console import Console, give
 from nss_prune.cli.options import add_common_options
@@ -16,12 +25,13 @@ from nss_prune.errors import ArgumentError, NSSPruneError
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-# A command is a module with add, run and STAGES; a further one (finetune) is one more line here.
+# A command is a module with add, run and STAGES; a further one is one more line here.
 COMMANDS: dict[str, ModuleType] = {
     "check": check,
     "profile": profile,
     "sensitivity": sensitivity,
     "prune": prune,
+    "finetune": finetune,
     "evaluate": evaluate,
     "export": export,
     "report": report,

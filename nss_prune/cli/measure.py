@@ -1,9 +1,11 @@
-"""Accuracy, seconds and size of a model, in torch or in ONNX Runtime."""
+"""Accuracy, seconds and size of models side by side, in torch or in ONNX Runtime."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,34 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nss_prune.cli.exporting import export_onnx, needed
+from nss_prune.cli.timing import Timing, alternating
+from nss_prune.core.accuracy import Answer, share_right
 from nss_prune.core.batches import split_batch
 from nss_prune.core.models import call_model, device_of, evaluation
-from nss_prune.core.timing import call_seconds, least_seconds
-from nss_prune.errors import DataError
+from nss_prune.core.outputs import predictions
 from nss_prune.graph.costs import measure
 
-Run = Callable[[Any], Tensor]
-"""Inputs of a batch -> class scores, ``[samples, classes]``."""
+Run = Callable[[Any], Any]
+"""Inputs of a batch -> what a model gives for them."""
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A model that can be measured, whatever runs it.
+
+    Attributes:
+        run: Gives the outputs for a batch.
+        example: A call with the example inputs, which returns when its work is done.
+        bytes: Of the parameters, or of an ONNX file.
+        parameters: Their number; None where it is not known.
+        macs: Multiply-accumulates of a call with the example inputs; None where not known.
+    """
+
+    run: Run
+    example: Callable[[], Any]
+    bytes: int
+    parameters: int | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,19 +53,44 @@ class Measured:
         parameters: Their number.
         macs: Multiply-accumulates of a call with the example inputs.
         bytes: Of the parameters, or of an ONNX file.
-        seconds: Of such a call, the least of some.
+        seconds: Of such a call.
         accuracy: Share of the samples that are right.
     """
 
-    parameters: int | None = None
-    macs: int | None = None
-    bytes: int | None = None
-    seconds: float | None = None
+    parameters: int | None
+    macs: int | None
+    bytes: int
+    seconds: Timing
     accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def measured(
+    models: Mapping[str, Runnable], data: Iterable[Any] | None, progress: bool | None = None
+) -> dict[str, Measured]:
+    """The models side by side: their calls take turns while they are timed.
+
+    Args:
+        data: To measure accuracy with; None for none.
+        progress: Show a bar; None for only on a terminal.
+
+    Raises:
+        DataError: No labels, or outputs that are no class scores.
+    """
+    timings = alternating({name: one.example for name, one in models.items()})
+    return {
+        name: Measured(
+            one.parameters,
+            one.macs,
+            one.bytes,
+            timings[name],
+            None if data is None else accuracy(one.run, data, progress),
+        )
+        for name, one in models.items()
+    }
 
 
 def accuracy(run: Run, data: Iterable[Any], progress: bool | None = None) -> float:
@@ -52,20 +99,14 @@ def accuracy(run: Run, data: Iterable[Any], progress: bool | None = None) -> flo
     Raises:
         DataError: No labels, or outputs that are no class scores.
     """
-    right = seen = 0
-    for batch in tqdm(
-        data, desc="accuracy", leave=False, disable=None if progress is None else not progress
-    ):
-        inputs, labels = split_batch(batch)
-        scores = run(inputs)
-        if not isinstance(labels, Tensor) or labels.dim() != 1 or not isinstance(scores, Tensor):
-            raise DataError(
-                "accuracy needs batches of (inputs, class indices), and a model that returns class "
-                "scores; leave the data to measure with out"
-            )
-        right += int((scores.argmax(1).cpu() == labels.cpu()).sum())
-        seen += len(labels)
-    return right / max(seen, 1)
+    hidden = None if progress is None else not progress
+
+    def answers() -> Iterator[Answer]:
+        for batch in tqdm(data, desc="accuracy", leave=False, disable=hidden):
+            inputs, labels = split_batch(batch)
+            yield predictions(run(inputs)), labels
+
+    return share_right(answers())
 
 
 def model_accuracy(model: nn.Module, data: Iterable[Any], progress: bool | None = None) -> float:
@@ -74,38 +115,53 @@ def model_accuracy(model: nn.Module, data: Iterable[Any], progress: bool | None 
         return accuracy(lambda inputs: call_model(model, inputs), data, progress)
 
 
-def measured(
-    model: nn.Module, example_inputs: Any, data: Iterable[Any] | None, progress: bool | None = None
-) -> Measured:
-    """A model in torch, where it is."""
+@contextlib.contextmanager
+def in_torch(model: nn.Module, example_inputs: Any) -> Iterator[Runnable]:
+    """A model in torch, where it is; within the context it evaluates, without gradients."""
     cost = measure(model, example_inputs)
     size = sum(value.numel() * value.element_size() for value in model.parameters())
-    found = None if data is None else model_accuracy(model, data, progress)
-    return Measured(cost.parameters, cost.macs, size, call_seconds(model, example_inputs), found)
+    device = device_of(model)
+
+    def example() -> None:
+        call_model(model, example_inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with evaluation(model), torch.no_grad():
+        run = functools.partial(call_model, model)
+        yield Runnable(run, example, size, cost.parameters, cost.macs)
 
 
-def measured_as_onnx(
-    model: nn.Module, example_inputs: Any, data: Iterable[Any] | None, progress: bool | None = None
-) -> Measured:
-    """A model in ONNX Runtime, on the CPU with its default threads."""
+def seconds_in_turns(models: Sequence[nn.Module], example_inputs: Any) -> tuple[float, ...]:
+    """Median seconds of a call of each model in torch, see :func:`alternating`."""
+    with contextlib.ExitStack() as stack:
+        ready = [stack.enter_context(in_torch(model, example_inputs)) for model in models]
+        found = alternating({str(number): one.example for number, one in enumerate(ready)})
+    return tuple(timing.median for timing in found.values())
+
+
+@contextlib.contextmanager
+def as_onnx(model: nn.Module, example_inputs: Any) -> Iterator[Runnable]:
+    """A model exported to ONNX, in ONNX Runtime, on the CPU with its default threads."""
+    cost = measure(model, example_inputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model, example_inputs, path)
-        found = measured_onnx(path, data, progress)
-    cost = measure(model, example_inputs)
-    return Measured(cost.parameters, cost.macs, found.bytes, found.seconds, found.accuracy)
+        found = onnx_file(path)
+        yield Runnable(found.run, found.example, found.bytes, cost.parameters, cost.macs)
 
 
-def measured_onnx(
-    path: str | Path, data: Iterable[Any] | None, progress: bool | None = None
-) -> Measured:
-    """An ONNX file with one input, in ONNX Runtime, on the CPU with its default threads."""
+def onnx_file(path: str | Path) -> Runnable:
+    """An ONNX file with one input, in ONNX Runtime, on the CPU with its default threads.
+
+    Raises:
+        ArgumentError: onnxruntime is not installed.
+    """
     runtime = needed("onnxruntime", "onnx")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
     shape = [size if isinstance(size, int) else 1 for size in entry.shape]
-    example = torch.randn(shape).numpy()
-    seconds = least_seconds(lambda: session.run(None, {entry.name: example}))
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
 
     def run(inputs: Tensor) -> Tensor:
         parts = inputs.cpu().split(shape[0])
@@ -113,13 +169,5 @@ def measured_onnx(
             [torch.from_numpy(session.run(None, {entry.name: part.numpy()})[0]) for part in parts]
         )
 
-    found = None if data is None else accuracy(run, data, progress)
-    return Measured(bytes=Path(path).stat().st_size, seconds=seconds, accuracy=found)
-
-
-def device_name(model: nn.Module) -> str:
-    """Where a model is measured."""
-    device = device_of(model)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    size = Path(path).stat().st_size
+    return Runnable(run, lambda: session.run(None, {entry.name: example}), size)

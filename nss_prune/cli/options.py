@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -75,14 +75,14 @@ def _profile(given: Any, model: nn.Module) -> Any:
 
 
 @dataclass(frozen=True)
-class PrunerOption:
-    """An option of NSSPruner.
+class Option:
+    """An option that stands for an argument of a function.
 
     Attributes:
         name: Of the argument.
         help: What it says.
         kind: Turns the text into a value; :func:`plain` for YAML.
-        resolved: (value, model) -> what NSSPruner is given.
+        resolved: (value, model) -> what the function is given.
     """
 
     name: str
@@ -92,81 +92,96 @@ class PrunerOption:
 
 
 PRUNER_OPTIONS = (
-    PrunerOption("theta", "similarity threshold in (0, 1]", float),
-    PrunerOption("pruning_ratio", "share of the neurons to remove, in [0, 1)", float),
-    PrunerOption("macs_budget", "share of the multiply-accumulates to keep, in (0, 1]", float),
-    PrunerOption("params_budget", "share of the parameters to keep, in (0, 1]", float),
-    PrunerOption("latency_budget", "share of the seconds of a call to keep, in (0, 1]", float),
-    PrunerOption("budget", "share of --cost to keep, in (0, 1]", float),
-    PrunerOption("cost", "macs, parameters, latency or module:Class", str, _object),
-    PrunerOption("max_divergence", "nats a sample that the outputs may diverge by", float),
-    PrunerOption("score", "module:function of a model, larger for better", str),
-    PrunerOption("min_score", "score that the smaller model must have", float),
-    PrunerOption("max_drop", "score that the smaller model may lose", float),
-    PrunerOption("classes", "those that the smaller model is for, 3,7,12", plain, _numbers),
-    PrunerOption("keep_head", "true: keep the outputs of all classes"),
-    PrunerOption("importance", "module:Class, such as "
+    Option("theta", "similarity threshold in (0, 1]", float),
+    Option("pruning_ratio", "share of the neurons to remove, in [0, 1)", float),
+    Option("macs_budget", "share of the multiply-accumulates to keep, in (0, 1]", float),
+    Option("params_budget", "share of the parameters to keep, in (0, 1]", float),
+    Option("latency_budget", "share of the seconds of a call to keep, in (0, 1]", float),
+    Option("budget", "share of --cost to keep, in (0, 1]", float),
+    Option("cost", "macs, parameters, latency or module:Class", str, _object),
+    Option("max_divergence", "nats a sample that the outputs may diverge by", float),
+    Option("score", "module:function of a model, larger for better", str),
+    Option("min_score", "score that the smaller model must have", float),
+    Option("max_drop", "score that the smaller model may lose", float),
+    Option("classes", "those that the smaller model is for, 3,7,12", plain, _numbers),
+    Option("keep_head", "true: keep the outputs of all classes"),
+    Option("importance", "module:Class, such as "
                  "torch_pruning.importance:GroupMagnitudeImportance", str, _object),
-    PrunerOption("metric", "contribution metric: taylor, avg, var, ens, deeplift", str, _object),
-    PrunerOption("strategy", "semantic, category, global, divergence or module:Class", str,
+    Option("metric", "contribution metric: taylor, avg, var, ens, deeplift", str, _object),
+    Option("strategy", "semantic, category, global, divergence or module:Class", str,
                  _object),
-    PrunerOption("categories", "labels, predicted, null or module:function"),
-    PrunerOption("features", "pixel, pooled or flat", str),
-    PrunerOption("ranking", "magnitude or signed", str),
-    PrunerOption("loss", "module:function of (outputs, labels)", str),
-    PrunerOption("outputs", "what the outputs mean: classes, labels, values or module:function"),
-    PrunerOption("fold", "true, false or refit"),
-    PrunerOption("recalibrate", "true: move the statistics of BatchNorms"),
-    PrunerOption("balance", "true: keep each class's mean probability"),
-    PrunerOption("repairs", "module:Class of repairs of your own", plain, _objects),
-    PrunerOption("profile", "file that nss-prune profile wrote", str, _profile),
-    PrunerOption("timeout", "seconds that tracing the model may take", float),
-    PrunerOption("memory_limit", "bytes for the sums of a pass", float),
-    PrunerOption("checkpoint", "folder from which a run that was broken off goes on", str),
-    PrunerOption("adapters", "module:Class of structures of your own", plain, _objects),
-    PrunerOption("global_pruning", "true: one ranking for all layers"),
-    PrunerOption("pruning_ratio_dict", "{layer: ratio}", plain, _by_layer),
-    PrunerOption("max_pruning_ratio", "share that a layer may lose at most", float),
-    PrunerOption("iterative_steps", "number of steps, each measured anew", int),
-    PrunerOption("iterative_pruning_ratio_scheduler", "module:function", str),
-    PrunerOption("ignored_layers", "names of layers to leave alone, a,b,c", plain, _layers),
-    PrunerOption("round_to", "keep neurons in multiples of this, or auto"),
-    PrunerOption("isomorphic", "true: one ranking for layers of one structure"),
-    PrunerOption("in_channel_groups", "{layer: groups}", plain, _by_layer),
-    PrunerOption("out_channel_groups", "{layer: groups}", plain, _by_layer),
-    PrunerOption("num_heads", "{layer: heads}", plain, _by_layer),
-    PrunerOption("prune_num_heads", "true: remove whole heads of attention"),
-    PrunerOption("prune_head_dims", "true: remove channels inside of heads"),
-    PrunerOption("head_pruning_ratio", "share of the heads to remove", float),
-    PrunerOption("head_pruning_ratio_dict", "{layer: ratio}", plain, _by_layer),
-    PrunerOption("customized_pruners", "{layer: module:Class}", plain, _pruners),
-    PrunerOption("unwrapped_parameters", "{parameter: axis}", plain, _by_parameter),
-    PrunerOption("root_module_types", "module:Class of layers to prune", plain, _layers),
-    PrunerOption("forward_fn", "module:function of (model, inputs)", str),
-    PrunerOption("output_transform", "module:function of the outputs", str),
+    Option("categories", "labels, predicted, null or module:function"),
+    Option("features", "pixel, pooled or flat", str),
+    Option("ranking", "magnitude or signed", str),
+    Option("loss", "module:function of (outputs, labels)", str),
+    Option("outputs", "what the outputs mean: classes, labels, values or module:function"),
+    Option("fold", "true, false or refit"),
+    Option("recalibrate", "true or false: move the statistics of BatchNorms "
+           "(by default for 0.7 of the MACs or less with 500 pictures)"),
+    Option("balance", "true: keep each class's mean probability"),
+    Option("repairs", "module:Class of repairs of your own", plain, _objects),
+    Option("profile", "file that nss-prune profile wrote", str, _profile),
+    Option("timeout", "seconds that tracing the model may take", float),
+    Option("memory_limit", "bytes for the sums of a pass", float),
+    Option("checkpoint", "folder from which a run that was broken off goes on", str),
+    Option("adapters", "module:Class of structures of your own", plain, _objects),
+    Option("global_pruning", "true: one ranking for all layers"),
+    Option("pruning_ratio_dict", "{layer: ratio}", plain, _by_layer),
+    Option("max_pruning_ratio", "share that a layer may lose at most", float),
+    Option("iterative_steps", "number of steps, each measured anew", int),
+    Option("iterative_pruning_ratio_scheduler", "module:function", str),
+    Option("ignored_layers", "names of layers to leave alone, a,b,c", plain, _layers),
+    Option("round_to", "keep neurons in multiples of this, or auto"),
+    Option("isomorphic", "true: one ranking for layers of one structure"),
+    Option("in_channel_groups", "{layer: groups}", plain, _by_layer),
+    Option("out_channel_groups", "{layer: groups}", plain, _by_layer),
+    Option("num_heads", "{layer: heads}", plain, _by_layer),
+    Option("prune_num_heads", "true: remove whole heads of attention"),
+    Option("prune_head_dims", "true: remove channels inside of heads"),
+    Option("head_pruning_ratio", "share of the heads to remove", float),
+    Option("head_pruning_ratio_dict", "{layer: ratio}", plain, _by_layer),
+    Option("customized_pruners", "{layer: module:Class}", plain, _pruners),
+    Option("unwrapped_parameters", "{parameter: axis}", plain, _by_parameter),
+    Option("root_module_types", "module:Class of layers to prune", plain, _layers),
+    Option("forward_fn", "module:function of (model, inputs)", str),
+    Option("output_transform", "module:function of the outputs", str),
 )  # fmt: skip
 """All arguments of NSSPruner and of torch-pruning's pruners that a command line can give."""
 
 
-def add_pruner_options(parser: argparse.ArgumentParser) -> None:
+def add_named_options(
+    parser: argparse.ArgumentParser, options: Sequence[Option], title: str
+) -> None:
     """``--theta``, ``--macs-budget`` and so on; values are written as in YAML."""
-    group = parser.add_argument_group("options of NSSPruner")
-    for option in PRUNER_OPTIONS:
+    group = parser.add_argument_group(title)
+    for option in options:
         flag = f"--{option.name.replace('_', '-')}"
         group.add_argument(flag, type=option.kind, help=option.help, metavar="VALUE")
 
 
-def pruner_arguments(options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Keywords of NSSPruner, of the options that were given.
+def named_arguments(
+    given: argparse.Namespace, options: Sequence[Option], model: nn.Module
+) -> dict[str, Any]:
+    """Keywords of the function, of the options that were given.
 
     Raises:
         ArgumentError, ModelMismatchError: One names what there is not.
     """
     return {
-        option.name: option.resolved(given, model)
-        for option in PRUNER_OPTIONS
-        if (given := getattr(options, option.name, None)) is not None
+        option.name: option.resolved(value, model)
+        for option in options
+        if (value := getattr(given, option.name, None)) is not None
     }
+
+
+def add_pruner_options(parser: argparse.ArgumentParser) -> None:
+    """Those of :data:`PRUNER_OPTIONS`."""
+    add_named_options(parser, PRUNER_OPTIONS, "options of NSSPruner")
+
+
+def pruner_arguments(options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Keywords of NSSPruner, see :func:`named_arguments`."""
+    return named_arguments(options, PRUNER_OPTIONS, model)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -214,8 +229,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="say nothing on stderr while at work")
 
 
-def model_source(options: argparse.Namespace) -> ModelSource:
+def model_source(options: argparse.Namespace, whole: str | None = None) -> ModelSource:
     """Where the model comes from.
+
+    Args:
+        whole: Another model, which the weights then are of.
 
     Raises:
         ArgumentError: None is named.
@@ -224,13 +242,21 @@ def model_source(options: argparse.Namespace) -> ModelSource:
         raise ArgumentError(
             "no model is given; name one of timm or torchvision, module:function, or a pruned file"
         )
+    if whole:
+        return ModelSource(
+            options.model, num_classes=options.num_classes, structure=options.structure
+        )
+    return replace(whole_source(options, options.model), structure=options.structure)
+
+
+def whole_source(options: argparse.Namespace, name: str) -> ModelSource:
+    """Where the model that the weights are of comes from."""
     return ModelSource(
-        options.model,
+        name,
         options.weights,
         options.weights_by_order,
         options.pretrained,
         options.num_classes,
-        options.structure,
     )
 
 

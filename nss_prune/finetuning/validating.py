@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adaptation.datasets import Data, on_device_of, with_labels
+from nss_prune.core.accuracy import count_right
 from nss_prune.core.models import device_of, evaluation, run
 from nss_prune.core.outputs import class_scores
 from nss_prune.core.processes import total
@@ -93,8 +94,8 @@ class Validating:
             with evaluation(self.model):
                 scores = class_scores(run(self.model, inputs, number))
             if scores.shape[:1] + scores.shape[2:] == labels.shape:
-                right += int((scores.argmax(1) == labels).sum())
-                count += labels.numel()
+                more = count_right([(scores.argmax(1), labels)])
+                right, count = right + more[0], count + more[1]
             for metric in self.metrics.values():
                 metric.update(scores, labels)
         sums = total([right, count], device_of(self.model))

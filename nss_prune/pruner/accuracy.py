@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from nss_prune.core.accuracy import share_right
 from nss_prune.core.batches import labelled_batches
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.outputs import predictions
-from nss_prune.errors import ArgumentError, DataError
+from nss_prune.errors import ArgumentError
 from nss_prune.pruner.strategy import Score
 
 
@@ -45,15 +46,9 @@ class _Accuracy:
     forward: Forward
 
     def __call__(self, model: nn.Module) -> float:
-        right = total = 0
         with evaluation(model), torch.no_grad():
-            for number, inputs, labels, _ in labelled_batches(model, self.batches, False, "score"):
-                found = predictions(run(model, inputs, number, self.forward))
-                if not isinstance(labels, torch.Tensor) or labels.shape != found.shape:
-                    raise DataError(
-                        f"batch {number} has labels of another form than the classes predicted, "
-                        f"{tuple(found.shape)}; give one class for each"
-                    )
-                right += int((found == labels.to(found.device)).sum())
-                total += found.numel()
-        return 100 * right / total
+            batches = labelled_batches(model, self.batches, False, "score")
+            return 100 * share_right(
+                (predictions(run(model, inputs, number, self.forward)), labels)
+                for number, inputs, labels, _ in batches
+            )

@@ -1,8 +1,8 @@
-"""What a report shows besides counts: predicted divergence, sensitivities, seconds, accuracy."""
+"""What a report shows besides counts: divergence, sensitivities, seconds, memory, accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -26,7 +26,9 @@ class Figures:
         sensitivity: Of each layer alone.
         categories: Layer -> category -> share of its contribution that the kept neurons carry.
         seconds: Stage -> seconds that it took.
-        latency: Least seconds of a call with the example inputs, before and after.
+        memory: Stage -> bytes by which it raised the peak of the process, or of the GPU.
+        latency: Seconds of a call with the example inputs, before and after: the least of some, or
+            the median of both models in turns where the whole one is at hand (``nss-prune prune``).
         accuracy: Share of the samples that are right, before and after.
         command: What made the model.
         versions: Package -> version.
@@ -39,6 +41,7 @@ class Figures:
     sensitivity: Sensitivity = field(default_factory=dict)
     categories: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
     latency: tuple[float, float] | None = None
     accuracy: tuple[float, float] | None = None
     command: str = ""
@@ -64,10 +67,9 @@ class Figures:
 
 
 def combined(steps: tuple[Figures, ...]) -> Figures:
-    """The figures of several steps together: sums of nats and seconds, the first to the last."""
+    """The figures of several steps together: sums of nats, seconds and bytes, first to last."""
     first, last = steps[0], steps[-1]
     nats = [step.divergence for step in steps]
-    stages = dict.fromkeys(name for step in steps for name in step.seconds)
     return Figures(
         cost=last.cost,
         kept=last.kept,
@@ -75,12 +77,19 @@ def combined(steps: tuple[Figures, ...]) -> Figures:
         curve=first.curve,
         sensitivity=first.sensitivity,
         categories=last.categories,
-        seconds={name: sum(step.seconds.get(name, 0.0) for step in steps) for name in stages},
+        seconds=_sums([step.seconds for step in steps]),
+        memory={name: int(size) for name, size in _sums([step.memory for step in steps]).items()},
         latency=_first_and_last(first.latency, last.latency),
         accuracy=_first_and_last(first.accuracy, last.accuracy),
         command=last.command,
         versions=last.versions,
     )
+
+
+def _sums(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Stage -> the sum over the steps that have it."""
+    stages = dict.fromkeys(name for step in steps for name in step)
+    return {name: sum(step.get(name, 0) for step in steps) for name in stages}
 
 
 def _first_and_last(

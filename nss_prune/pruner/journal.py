@@ -1,11 +1,15 @@
-"""The steps of a pruner as they are taken: seconds of each stage, and a report of each."""
+"""The steps of a pruner as they are taken: seconds and memory of each stage, a report of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
+
+from nss_prune.core.memory import peak_memory
 from nss_prune.core.timing import call_seconds, stage
 from nss_prune.graph.costs import Cost
 from nss_prune.pruner.plan import Plan
@@ -19,13 +23,19 @@ __all__ = ["Journal", "Report"]
 class Journal:
     """What is known of the steps.
 
+    Args:
+        device: Where the model is.
+
     Attributes:
         seconds: Stage -> seconds, since the last report.
+        memory: Stage -> bytes by which it raised the peak, since the last report.
         reports: Of the steps taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         self.reports: list[Report] = []
         self._before = Cost(0, 0)
         self._latency = 0.0
@@ -35,9 +45,15 @@ class Journal:
         """What all steps did together, or None before the first."""
         return Report.total(self.reports) if self.reports else None
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """Time the body as a stage, and log its name."""
-        return stage(name, self.seconds)
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the body as a stage, see what memory it takes, and log its name."""
+        before = peak_memory(self.device)
+        with stage(name, self.seconds):
+            yield
+        after = peak_memory(self.device)
+        if before is not None and after is not None:
+            self.memory[name] = self.memory.get(name, 0) + max(after - before, 0)
 
     def begin(self, subject: Subject) -> None:
         """Count and time the model as a step finds it."""
@@ -56,7 +72,8 @@ class Journal:
         with self.stage("timing the model"):
             latency = self._latency, self._call_seconds(subject)
         rows = report_rows(subject, plan.slice)
-        figures = replace(plan.figures, seconds=dict(self.seconds), latency=latency)
+        spent: dict[str, Any] = {"seconds": dict(self.seconds), "memory": dict(self.memory)}
+        figures = replace(plan.figures, **spent, latency=latency)
         found = (*subject.neurons.notes, *plan.notes, *plan.evidence.notes, *notes)
         report = Report(
             rows if planned else actual_rows(rows, subject.model),
@@ -67,6 +84,7 @@ class Journal:
             classes=plan.classes,
         )
         self.seconds.clear()
+        self.memory.clear()
         self.reports.append(report)
         return report
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nss_prune.pruner.arguments import check_fold, check_repairs, check_repeatable
@@ -17,13 +17,16 @@ from nss_prune.pruner.upkeep import Upkeep
 def repairs_for(
     data: Iterable[Any] | None,
     fold: bool | str,
-    recalibrate: bool,
+    recalibrate: bool | None,
     balance: bool,
     more: Iterable[Repair],
     outputs: Any,
     upkeep: Upkeep,
 ) -> tuple[Repair, ...]:
     """The repairs in their order.
+
+    Args:
+        recalibrate: None for where there are enough samples.
 
     Raises:
         ArgumentError: One cannot work with the data, or lacks a method.
@@ -39,6 +42,8 @@ def repairs_for(
         check_repeatable("recalibrate=True", data)
         assert data is not None
         found.append(Recalibrate(data, upkeep))
+    elif recalibrate is None and data is not None and not isinstance(data, Iterator):
+        found.append(Recalibrate(data, upkeep, by_default=True))
     if balance:
         check_repeatable("balance=True", data)
         assert data is not None

@@ -6,7 +6,7 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from nss_prune.core.replacing import write_text
 from nss_prune.errors import ArgumentError, FileFormatError
@@ -15,6 +15,7 @@ from nss_prune.pruner.figures import Figures, combined
 from nss_prune.pruner.page.document import page
 from nss_prune.pruner.page.text import change, latency_sentence, slower
 from nss_prune.pruner.rows import HEADER, Row, combined_rows
+from nss_prune.pruner.spent import STAGE_COLUMNS, spent_lines, stage_rows, step_line
 
 __all__ = ["Report", "Row"]
 
@@ -100,10 +101,9 @@ class Report:
         if figures.accuracy is not None:
             whole, smaller = figures.accuracy
             lines.append(f"accuracy: {whole:.2%} -> {smaller:.2%}")
-        if figures.seconds:
-            stages = ", ".join(f"{name} {spent:.1f}" for name, spent in figures.seconds.items())
-            lines.append(f"seconds: {stages}")
-        return [*lines, *(f"note: {note}" for note in self.notes)]
+        lines += spent_lines(figures)
+        steps = (step_line(number, step) for number, step in enumerate(self.steps, 1))
+        return [*lines, *steps, *(f"note: {note}" for note in self.notes)]
 
     def __repr__(self) -> str:
         pruned = sum(row.after < row.before for row in self.rows)
@@ -132,18 +132,27 @@ class Report:
         """
         write_text(path, page(self, title))
 
-    def to_dataframe(self) -> Any:
-        """The rows as a pandas frame: layer, unit, before, after, reason.
+    def to_dataframe(self, of: Literal["layers", "stages"] = "layers") -> Any:
+        """The report as a pandas frame.
+
+        Args:
+            of: "layers": layer, unit, before, after, reason. "stages": step, stage, seconds,
+                memory (bytes by which it raised the peak), and of the step divergence (predicted,
+                nats a sample), parameters and macs after it.
 
         Raises:
-            ArgumentError: pandas is not installed.
+            ArgumentError: pandas is not installed, or there is no such frame.
         """
+        if of not in ("layers", "stages"):
+            raise ArgumentError(f"of is {of!r}; use 'layers' or 'stages'")
         try:
             import pandas
         except ImportError as error:
             raise ArgumentError(
                 "to_dataframe needs pandas; run: pip install 'nss_prune[pandas]'"
             ) from error
+        if of == "stages":
+            return pandas.DataFrame(stage_rows(self.steps or (self,)), columns=STAGE_COLUMNS)
         columns = ["layer", "unit", "before", "after", "reason"]
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nss_prune.core.models import device_of
 from nss_prune.errors import GraphError
 from nss_prune.pruner.interactive import count_heads, history, pruning_groups
 from nss_prune.pruner.journal import Journal, Report
@@ -39,7 +40,7 @@ class Steps(Stages):
     def _begin(self) -> None:
         """Before the first step, once the model is traced."""
         self._history = []
-        self._journal = Journal()
+        self._journal = Journal(device_of(self._subject.model))
         share_history(self)
 
     def __getstate__(self) -> dict[str, Any]:

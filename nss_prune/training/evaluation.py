@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.accuracy import count_right
 from nss_prune.core.models import device_of, evaluation, run
 from nss_prune.core.outputs import class_scores, cross_entropy
 from nss_prune.core.processes import total
@@ -35,21 +36,23 @@ def count_correct(
         classes: The outputs that compete; all by default.
 
     Raises:
-        DataError: The model refuses a batch.
+        DataError: The model refuses a batch, or labels are not one class for each prediction.
     """
-    right = samples = 0
     own = None if classes is None else torch.tensor(sorted(classes))
-    for number, (inputs, labels) in enumerate(batches):
-        with evaluation(model), torch.no_grad():
-            scores = class_scores(run(model, inputs, number))
-        if own is None:
-            found = scores.argmax(1)
-        else:
-            own = own.to(scores.device)
-            found = own[scores.index_select(1, own).argmax(1)]
-        right += int((found == labels).sum())
-        samples += labels.numel()
-    return right, samples
+    return count_right(
+        (_predicted(model, inputs, number, own), labels)
+        for number, (inputs, labels) in enumerate(batches)
+    )
+
+
+def _predicted(model: nn.Module, inputs: Any, number: int, own: Tensor | None) -> Tensor:
+    """The class of the highest score, of those that compete; of all of them for None."""
+    with evaluation(model), torch.no_grad():
+        scores = class_scores(run(model, inputs, number))
+    if own is None:
+        return scores.argmax(1)
+    own = own.to(scores.device)
+    return own[scores.index_select(1, own).argmax(1)]
 
 
 def accuracy(

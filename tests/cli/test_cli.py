@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import timm
 import torch
 import torch_pruning as tp
 import yaml
-from PIL import Image
 from torch import nn
 
 from nss_prune import NSSPruner, load_pruned, save_pruned
@@ -22,55 +22,7 @@ from nss_prune.cli.commands import prune
 from nss_prune.cli.main import DONE, INTERRUPTED, REFUSED, USAGE, main
 from nss_prune.cli.options import PRUNER_OPTIONS
 
-OWN = """
-import torch
-from torch import nn
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 4))
-
-
-def data():
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(60, 12, generator=generator), torch.arange(60) % 4) for _ in range(2)]
-
-
-class Smallest:
-    def __call__(self, group):
-        return group[0].dep.target.module.weight.abs().sum(1)
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a model and data of one's own."""
-    name = f"own_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
-
-
-def own(folder: Path, what: str) -> str:
-    return f"own_{folder.name.replace('-', '_')}:{what}"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes of eight pictures, of one colour each."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = torch.Generator().manual_seed(0)
-    for label, colour in enumerate(["red", "lime", "blue", "white"]):
-        (root / f"class{label}").mkdir()
-        for number in range(8):
-            picture = Image.new("RGB", (40, 36), colour)
-            dots = torch.randint(0, 36, (30, 2), generator=generator).tolist()
-            for x, y in dots:
-                picture.putpixel((x, y), (0, 0, 0))
-            picture.save(root / f"class{label}" / f"{number}.png")
-    return root
+Own = Callable[[str], str]
 
 
 def test_prune_a_timm_model_with_a_folder_of_pictures(
@@ -92,7 +44,9 @@ def test_prune_a_timm_model_with_a_folder_of_pictures(
     report = values["report"]
     assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
     assert len(report["figures"]["accuracy"]) == 2
-    assert "4/6 pruning" in told.err
+    assert all(seconds > 0 for seconds in report["figures"]["latency"])
+    assert "6/7 timing both models in turns" in told.err
+    assert "4/7 pruning" in told.err
     assert "measuring" in told.err
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "hub", "report.html", "small.json", "small.safetensors", "small.yaml", "weights.pth",
@@ -131,17 +85,19 @@ def test_prune_a_timm_model_with_a_folder_of_pictures(
     assert (tmp_path / "b.html").exists()
 
 
-def test_a_model_and_data_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_and_data_of_ones_own(
+    folder: Path, own: Own, capsys: pytest.CaptureFixture[str]
+) -> None:
     typed = [
-        "prune", own(folder, "model"), "--data", own(folder, "data"), "--importance",
-        own(folder, "Smallest"), "--pruning-ratio", "0.5", "--fold", "false", "--iterative-steps",
+        "prune", own("model"), "--data", own("data"), "--importance",
+        own("Smallest"), "--pruning-ratio", "0.5", "--fold", "false", "--iterative-steps",
         "2", "-o", "small.safetensors",
     ]  # fmt: skip
     assert main(typed) == DONE
     assert "next: " in capsys.readouterr().out
     assert main(
-        ["evaluate", "small.safetensors", "--structure", own(folder, "model"), "--data",
-         own(folder, "data"), "--json"]
+        ["evaluate", "small.safetensors", "--structure", own("model"), "--data",
+         own("data"), "--json"]
     ) == DONE  # fmt: skip
     found = json.loads(capsys.readouterr().out)["small.safetensors"]
     assert found["macs"] == 12 * 20 + 20 * 4
@@ -149,10 +105,12 @@ def test_a_model_and_data_of_ones_own(folder: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "html", "png"])
-def test_sensitivity(folder: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sensitivity(
+    folder: Path, own: Own, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if ending == "png":
         pytest.importorskip("matplotlib")
-    typed = ["sensitivity", own(folder, "model"), "--data", own(folder, "data")]
+    typed = ["sensitivity", own("model"), "--data", own("data")]
     assert main([*typed, "-o", f"table.{ending}", "--json"]) == DONE
     table = json.loads(capsys.readouterr().out)["sensitivity"]
     assert list(table) == ["0"]
@@ -163,12 +121,14 @@ def test_sensitivity(folder: Path, ending: str, capsys: pytest.CaptureFixture[st
         assert float(rows[1].split(",")[5]) == table["0"]["0.5"]
 
 
-def test_profile_then_prune_by_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    typed = ["profile", own(folder, "model"), "--data", own(folder, "data"), "-o", "p.safetensors"]
+def test_profile_then_prune_by_it(
+    folder: Path, own: Own, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["profile", own("model"), "--data", own("data"), "-o", "p.safetensors"]
     assert main(typed) == DONE
     assert "Profile of 40 neurons" in capsys.readouterr().out
     typed = [
-        "prune", own(folder, "model"), "--data", own(folder, "data"), "--profile",
+        "prune", own("model"), "--data", own("data"), "--profile",
         "p.safetensors", "--theta", "0.9", "-o", "small.safetensors",
     ]  # fmt: skip
     assert main(typed) == DONE
@@ -214,6 +174,10 @@ def test_export_as_onnx(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["prune", "--config", "no.yaml"], USAGE, "no.yaml"),
         (["evaluate", "no.safetensors"], REFUSED, "no.safetensors"),
         (["sensitivity", "resnet10t"], USAGE, "pass --data"),
+        (["finetune", "resnet10t", "-o", "a"], USAGE, "pass --data"),
+        (["finetune", "resnet10t", "--data", "no", "-o", "no/a"], USAGE, "no folder 'no'"),
+        (["finetune", "resnet10t", "--amp", "int8", "--data", "no", "-o", "a"], USAGE, "bfloat16"),
+        (["finetune", "resnet10t", "--data", "no", "-o", "a"], REFUSED, "there is no folder 'no'"),
         (["export", "resnet10t", "-o", "a.bin"], USAGE, "FILE.onnx"),
         (["report", "no.json"], REFUSED, "no.json"),
         (["dance"], USAGE, "invalid choice"),
@@ -249,15 +213,15 @@ def test_weights_under_other_names_are_taken_in_order_when_asked(
 
 
 def test_ctrl_c_leaves_the_files_as_they_were(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, own: Own, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     before = sorted(folder.iterdir())
     monkeypatch.setattr(prune, "pruned", interrupted)
-    typed = ["prune", own(folder, "model"), "--theta", "0.9", "-o", "small.safetensors"]
-    assert main([*typed, "--data", own(folder, "data")]) == INTERRUPTED
+    typed = ["prune", own("model"), "--theta", "0.9", "-o", "small.safetensors"]
+    assert main([*typed, "--data", own("data")]) == INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
 

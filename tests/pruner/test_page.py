@@ -6,6 +6,7 @@ import html.parser
 import itertools
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ import torch
 from torch import nn
 
 from nss_prune import NSSPruner, Report
+from nss_prune.core.memory import peak_memory
 from nss_prune.errors import ArgumentError, FileFormatError
 from nss_prune.graph.costs import Cost
 from nss_prune.pruner.figures import Figures, category_shares
+from nss_prune.pruner.journal import Journal
 from nss_prune.pruner.page.curve import curve
 from nss_prune.pruner.page.heat import category_map, sensitivity_map
 from nss_prune.pruner.report import Row
+from nss_prune.pruner.spent import STAGE_COLUMNS
 
 INPUTS = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
 
@@ -92,7 +96,7 @@ def test_a_page_with_everything_that_a_budget_by_divergence_knows(tmp_path: Path
         "Predicted divergence over size",
         "Sensitivity of each layer",
         "Left alone, and why",
-        "Seconds of each stage",
+        "Seconds and memory of each stage",
         "How it was made",
     ]
     assert "nss-prune &lt;b&gt;" in text
@@ -160,6 +164,14 @@ def test_a_report_of_all_steps_adds_up() -> None:
     for name, spent in total.figures.seconds.items():
         assert spent == pytest.approx(sum(s.figures.seconds.get(name, 0) for s in total.steps))
     assert {"measuring", "selecting", "removing"} <= total.figures.seconds.keys()
+    assert total.figures.memory.keys() == total.figures.seconds.keys()
+    for name, size in total.figures.memory.items():
+        assert size == sum(step.figures.memory.get(name, 0) for step in total.steps) >= 0
+    lines = str(total).splitlines()
+    for number, step in enumerate(total.steps, 1):
+        (line,) = [line for line in lines if line.startswith(f"step {number}: ") and "left" in line]
+        assert f"predicted divergence {step.figures.divergence:.4g} nats" in line
+        assert f"{sum(step.figures.seconds.values()):.1f} s; peak memory +" in line
     (common,) = [note for note in total.notes if not note.startswith("step ")]
     assert all(common in step.notes for step in total.steps)
 
@@ -176,6 +188,38 @@ def test_interactive_steps_are_reported_as_they_were_taken() -> None:
     assert rows["2"] == (30, 30)
     assert pruner.report.after.parameters == sum(p.numel() for p in pruner.model.parameters())
     assert pruner.cumulative_report == pruner.report
+
+
+def test_interactive_steps_add_up_too() -> None:
+    pruner = NSSPruner(network(), INPUTS, data=batches(), params_budget=0.5, iterative_steps=2)
+    for _ in range(2):
+        for group in pruner.step(interactive=True):
+            group.prune()
+    total = pruner.cumulative_report
+    assert len(total.steps) == 2
+    assert total.before == total.steps[0].before
+    assert total.after.parameters == sum(p.numel() for p in pruner.model.parameters())
+    nats = [step.figures.divergence for step in total.steps]
+    assert total.figures.divergence == pytest.approx(sum(nats))
+    for step in total.steps:
+        assert {"measuring", "selecting", "removing"} <= step.figures.seconds.keys()
+        assert step.figures.memory.keys() == step.figures.seconds.keys()
+
+
+def test_memory_is_what_a_stage_raised_the_peak_by() -> None:
+    journal = Journal(torch.device("cpu"))
+    with journal.stage("small"):
+        pass
+    status = Path("/proc/self/statm")
+    used = int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else 0
+    size = peak_memory(torch.device("cpu")) - used + 2**27  # more than was ever in use
+    with journal.stage("large"):
+        torch.ones(size, dtype=torch.uint8)
+    with journal.stage("again"):
+        torch.ones(2**20, dtype=torch.uint8)
+    assert journal.memory["small"] < 2**20
+    assert 2**26 < journal.memory["large"] <= peak_memory(torch.device("cpu"))
+    assert journal.memory["again"] < 2**20
 
 
 def test_json_and_back(tmp_path: Path) -> None:
@@ -231,6 +275,20 @@ def test_a_frame_and_a_plot() -> None:
         frame = report.to_dataframe()
         assert isinstance(frame, pandas.DataFrame)
         assert list(frame["before"]) == [row.before for row in report.rows]
+
+
+def test_a_frame_of_the_stages() -> None:
+    pandas = pytest.importorskip("pandas")
+    total = pruned(params_budget=0.5, iterative_steps=2).cumulative_report
+    frame = total.to_dataframe("stages")
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame.columns) == STAGE_COLUMNS
+    assert set(frame["step"]) == {1, 2}
+    assert frame["seconds"].sum() == pytest.approx(sum(total.figures.seconds.values()))
+    assert frame["memory"].sum() == sum(total.figures.memory.values())
+    assert len(pruned(params_budget=0.5).report.to_dataframe("stages")) >= 3
+    with pytest.raises(ArgumentError, match="layers"):
+        total.to_dataframe("steps")
 
 
 def test_totals_of_nothing_are_refused() -> None:

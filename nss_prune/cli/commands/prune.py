@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from nss_prune.cli.config import write_config
 from nss_prune.cli.console import Console, Outcome
 from nss_prune.cli.data import example_for
-from nss_prune.cli.measure import model_accuracy
+from nss_prune.cli.measure import model_accuracy, seconds_in_turns
 from nss_prune.cli.options import (
     add_data_options,
     add_model_options,
@@ -22,15 +21,15 @@ from nss_prune.cli.options import (
     model_source,
     pruner_arguments,
 )
+from nss_prune.cli.output import output_path
 from nss_prune.cli.versions import versions
 from nss_prune.core.replacing import write_text
-from nss_prune.errors import ArgumentError
 from nss_prune.pruner.checkpoint import save_pruned
 from nss_prune.pruner.hub import save_pretrained
 from nss_prune.pruner.pruner import NSSPruner
 from nss_prune.pruner.report import Report
 
-STAGES = 6
+STAGES = 7
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> Outcome:
     """Prune the model, and write it with what made it."""
-    output = _output(options.output, options.report)
+    output = output_path(options.output, options.report)
     console.stage(f"loading {options.model}")
     model = model_source(options).load().to(options.device)
     arguments = pruner_arguments(options, model)
@@ -65,6 +64,10 @@ def run(options: argparse.Namespace, console: Console) -> Outcome:
     if held_out is not None:
         smaller = model_accuracy(model, held_out, console.progress)
         report = report.with_figures(accuracy=(whole, smaller))
+    console.stage("timing both models in turns")
+    if "forward_fn" not in arguments:
+        both = model_source(options).load().to(options.device), model
+        report = report.with_figures(latency=seconds_in_turns(both, example))
     report = report.with_figures(command=options.command_line, versions=versions())
     console.stage(f"writing {output}")
     save_pruned(model, output)
@@ -90,19 +93,6 @@ def pruned(
     report = pruner.cumulative_report
     assert report is not None
     return report
-
-
-def _output(path: str | None, report: str | None) -> Path:
-    """The file to write, in a folder that is there: better known before the work than after."""
-    if not path:
-        raise ArgumentError("no output is given; pass -o small.safetensors")
-    if Path(path).suffix in (".yaml", ".json", ".html"):
-        raise ArgumentError(f"{path!r} is written beside the model; end it with .safetensors")
-    for place in (path, report):
-        folder = Path(place or path).parent
-        if not os.access(folder, os.W_OK) or not folder.is_dir():
-            raise ArgumentError(f"there is no folder {os.fspath(folder)!r} to write to; make it")
-    return Path(path)
 
 
 def _todo(options: argparse.Namespace, output: Path, report: Report) -> str:

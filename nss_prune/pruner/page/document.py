@@ -12,13 +12,21 @@ from nss_prune.pruner.page.bars import bars
 from nss_prune.pruner.page.curve import curve
 from nss_prune.pruner.page.heat import category_map, sensitivity_map
 from nss_prune.pruner.page.style import STYLE
-from nss_prune.pruner.page.text import latency_sentence, milliseconds, short, slower
+from nss_prune.pruner.page.text import (
+    latency_sentence,
+    megabytes,
+    milliseconds,
+    short,
+    slower,
+)
 from nss_prune.pruner.rows import Row
 
 SENSITIVITY = (
     "Predicted divergence, in nats a sample, with this share of the layer's neurons gone and "
     "nothing else."
 )
+
+MEMORY = "Memory: by how much a stage raised the peak of the process, or of the GPU."
 
 
 class Step(Protocol):
@@ -110,8 +118,7 @@ def _sections(report: Reported) -> Iterator[str]:
     if report.steps:
         yield _section("Steps", "", _steps(report.steps))
     if figures.seconds:
-        spent = [f"{escape(name)}: {value:.1f} s" for name, value in figures.seconds.items()]
-        yield _section("Seconds of each stage", "", ", ".join(spent))
+        yield _section("Seconds and memory of each stage", MEMORY, _stages(figures))
     if figures.command or figures.versions:
         versions = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
         yield _section(
@@ -183,19 +190,40 @@ def _list(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
+def _stages(figures: Figures) -> str:
+    rows = [
+        [name, f"{spent:.1f}", _bytes(figures, name)] for name, spent in figures.seconds.items()
+    ]
+    rows.append(["all", f"{sum(figures.seconds.values()):.1f}", _bytes(figures)])
+    return _table(["stage", "seconds", "memory"], rows)
+
+
+def _bytes(figures: Figures, name: str | None = None) -> str:
+    """Of a stage, or of all."""
+    if not figures.memory:
+        return ""
+    size = sum(figures.memory.values()) if name is None else figures.memory.get(name, 0)
+    return f"+{megabytes(size)}"
+
+
 def _steps(steps: Sequence[Step]) -> str:
     stages = list(dict.fromkeys(name for step in steps for name in step.figures.seconds))
-    header = ["step", "parameters", "MACs", "nats", *(f"{name}, s" for name in stages)]
-    lines = []
+    header = ["step", "parameters", "MACs", "nats", *(f"{name}, s" for name in stages), "memory"]
+    rows = []
     for number, step in enumerate(steps, 1):
         nats = step.figures.divergence
-        cells = [
+        rows.append([
             str(number),
             short(step.after.parameters),
             short(step.after.macs),
             "" if nats is None else f"{nats:.3g}",
             *(f"{step.figures.seconds.get(name, 0.0):.1f}" for name in stages),
-        ]
-        lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+            _bytes(step.figures),
+        ])  # fmt: skip
+    return _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = "".join(f"<th>{escape(title)}</th>" for title in header)
+    lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
     return f'<div class="scroll"><table><tr>{titles}</tr>{"".join(lines)}</table></div>'

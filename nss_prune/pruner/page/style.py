@@ -39,7 +39,7 @@ section {
   margin: 0 .25em; }
 code, .layer { font-family: ui-monospace, Consolas, monospace; font-size: .85rem;
   overflow-wrap: anywhere; }
-.bars { display: grid; grid-template-columns: minmax(8rem, 18rem) 8.5rem 1fr; gap: .15rem .8rem;
+.bars { display: grid; grid-template-columns: minmax(8rem, 18rem) 9.5rem 1fr; gap: .15rem .8rem;
   align-items: center; }
 .bars .number { text-align: right; font-variant-numeric: tabular-nums; font-size: .85rem;
   white-space: nowrap; }
@@ -49,6 +49,7 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
 table.heat td, table.heat th { border: 1px solid var(--panel); white-space: nowrap; }
 table.heat th:first-child { position: sticky; left: 0; background: var(--panel);
   min-width: 8.5rem; max-width: 15rem; overflow-wrap: anywhere; white-space: normal;

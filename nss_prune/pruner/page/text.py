@@ -40,3 +40,8 @@ def short(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as megabytes (10⁶), such as "120 MB"."""
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 or not size else f"{size / 1e6:.1f} MB"
