@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -26,7 +26,8 @@ class Figures:
         sensitivity: Of each layer alone.
         categories: Layer -> category -> share of its contribution that the kept neurons carry.
         seconds: Stage -> seconds that it took.
-        latency: Least seconds of a call with the example inputs, before and after.
+        latency: Least seconds of a call with the example inputs, before and after; measured when
+            they are first read, see :mod:`nss_prune.core.late_timing`.
         accuracy: Share of the samples that are right, before and after.
         command: What made the model.
         versions: Package -> version.
@@ -39,7 +40,7 @@ class Figures:
     sensitivity: Sensitivity = field(default_factory=dict)
     categories: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
-    latency: tuple[float, float] | None = None
+    latency: Sequence[float] | None = None
     accuracy: tuple[float, float] | None = None
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def combined(steps: tuple[Figures, ...]) -> Figures:
 
 
 def _first_and_last(
-    first: tuple[float, float] | None, last: tuple[float, float] | None
+    first: Sequence[float] | None, last: Sequence[float] | None
 ) -> tuple[float, float] | None:
     return None if first is None or last is None else (first[0], last[1])
 

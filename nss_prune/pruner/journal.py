@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
+from nss_prune.core.late_timing import LateSeconds, Skeleton
+from nss_prune.core.models import on_one_device
 from nss_prune.core.timing import call_seconds, stage
-from nss_prune.graph.costs import Cost
+from nss_prune.graph.costs import Cost, macs_without_values, measure, parameters_of
 from nss_prune.pruner.plan import Plan
 from nss_prune.pruner.report import Report
 from nss_prune.pruner.rows import actual_rows, report_rows
@@ -27,8 +29,7 @@ class Journal:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.reports: list[Report] = []
-        self._before = Cost(0, 0)
-        self._latency = 0.0
+        self._before: tuple[Cost, float | Skeleton] = Cost(0, 0), 0.0
 
     @property
     def total(self) -> Report | None:
@@ -40,28 +41,26 @@ class Journal:
         return stage(name, self.seconds)
 
     def begin(self, subject: Subject) -> None:
-        """Count and time the model as a step finds it."""
-        self._before = subject.cost()
-        with self.stage("timing the model"):
-            self._latency = self._call_seconds(subject)
+        """Count the model as a step finds it."""
+        self._before = self._counted(subject)
 
     def end(self, plan: Plan, notes: Sequence[str] = (), *, planned: bool = True) -> Report:
-        """Count and time what a step left, and report on it.
+        """Count what a step left, and report on it.
 
         Args:
             notes: Of the repairs.
             planned: Whether all of the plan was carried out; otherwise the layers are looked at.
         """
         subject = plan.subject
-        with self.stage("timing the model"):
-            latency = self._latency, self._call_seconds(subject)
+        (before, whole), (after, smaller) = self._before, self._counted(subject)
+        latency = LateSeconds(whole, smaller)
         rows = report_rows(subject, plan.slice)
         figures = replace(plan.figures, seconds=dict(self.seconds), latency=latency)
         found = (*subject.neurons.notes, *plan.notes, *plan.evidence.notes, *notes)
         report = Report(
             rows if planned else actual_rows(rows, subject.model),
-            self._before,
-            subject.cost(),
+            before,
+            after,
             found,
             figures,
             classes=plan.classes,
@@ -70,6 +69,12 @@ class Journal:
         self.reports.append(report)
         return report
 
-    @staticmethod
-    def _call_seconds(subject: Subject) -> float:
-        return call_seconds(subject.model, subject.example_inputs, subject.forward)
+    def _counted(self, subject: Subject) -> tuple[Cost, float | Skeleton]:
+        """The cost of a model, and the seconds of a call, or what they can be measured of later."""
+        called = subject.example_inputs, subject.forward
+        skeleton = Skeleton(subject.model, *called)
+        macs = macs_without_values(skeleton.model, *called)
+        if macs is not None and on_one_device(subject.model):
+            return Cost(parameters_of(subject.model), macs[""]), skeleton
+        with self.stage("timing the model"):
+            return measure(subject.model, *called), call_seconds(subject.model, *called)
