@@ -4,10 +4,11 @@
     python benchmarks/drop_in.py --tests DIR          uses those of a checkout
     python benchmarks/drop_in.py --only test_pruner
 
-Each test file runs twice, in processes of their own: as it is, and with every pruner of
-torch-pruning replaced by NSSPruner, with the same arguments. The table has a row for each file
-whose result is not the same; a file without pruners passes or fails alike. The tests are not a part
-of this project: they are downloaded from torch-pruning's repository, by the version installed.
+Each test file that names a pruner runs twice, in processes of their own: as it is, and with every
+pruner of torch-pruning replaced by NSSPruner, with the same arguments. A row of the table is a
+file: how many of its tests passed either way, and what the first that failed says. The tests are
+not a part of this project: they are downloaded from torch-pruning's repository, by the version
+installed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import results  # noqa: E402
+from benchmarks.common.options import run as run_script  # noqa: E402
 from benchmarks.common.tables import Cell, Column, text_table  # noqa: E402
 from nss_prune.errors import ArgumentError  # noqa: E402
 
@@ -46,11 +49,12 @@ for name in {REPLACED!r}:
         if hasattr(place, name):
             setattr(place, name, NSSPruner)
 """
-TABLE = (
+COLUMNS = (
     Column("file", "test file"),
-    Column("theirs", "torch-pruning"),
-    Column("ours", "NSSPruner"),
-    Column("why", "what it says"),
+    Column("tests", "tests", 0),
+    Column("theirs", "passed with torch-pruning", 0),
+    Column("ours", "passed with NSSPruner", 0),
+    Column("why", "the first that failed"),
 )
 MESSAGE = 160  # characters of it
 
@@ -60,11 +64,13 @@ class Result:
     """Of a test file.
 
     Attributes:
-        outcome: "passed", "skipped", "failed" or "hang".
-        why: The first line of what failed, or "".
+        tests: Those that were not skipped.
+        passed: Of these.
+        why: The first line of the first that failed, or "".
     """
 
-    outcome: str
+    tests: int
+    passed: int
     why: str = ""
 
 
@@ -103,36 +109,53 @@ def run(file: Path, plugin: Path | None, limit: float) -> Result:
         try:
             subprocess.run(words, cwd=folder, env=environment, capture_output=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            return Result("hang", f"no result in {limit:g} s")
+            return Result(0, 0, f"no result in {limit:g} s")
         return parsed(report)
 
 
 def parsed(report: Path) -> Result:
-    """The worst result of a file's tests."""
+    """The results of a file's tests."""
     if not report.exists():
-        return Result("failed", "pytest wrote no report")
+        return Result(0, 0, "pytest wrote no report")
     cases = list(ElementTree.parse(report).iter("testcase"))
-    for case in cases:
-        for kind in ("failure", "error"):
-            found = case.find(kind)
-            if found is not None:
-                message = found.get("message", "").strip().partition("\n")[0]
-                return Result("failed", f"{case.get('name')}: {message}"[:MESSAGE])
-    skipped = cases and all(case.find("skipped") is not None for case in cases)
-    return Result("skipped" if skipped or not cases else "passed")
+    tested = [case for case in cases if case.find("skipped") is None]
+    failures = [(case, found) for case in tested if (found := _failure(case)) is not None]
+    why = ""
+    if failures:
+        case, found = failures[0]
+        message = found.get("message", "").strip().partition("\n")[0]
+        why = f"{case.get('name')}: {message}"[:MESSAGE]
+    return Result(len(tested), len(tested) - len(failures), why)
+
+
+def _failure(case: ElementTree.Element) -> ElementTree.Element | None:
+    found = case.find("failure")
+    return case.find("error") if found is None else found
+
+
+def has_pruner(file: Path) -> bool:
+    """Whether a test file names a pruner that is replaced; others pass or fail alike."""
+    text = file.read_text("utf-8")
+    return any(name in text for name in REPLACED)
 
 
 def rows(files: Sequence[Path], plugin: Path, limit: float) -> list[dict[str, Cell]]:
-    """A row for each file whose results differ; both are printed as they come."""
+    """A row for each file; the results are printed as they come."""
     found: list[dict[str, Cell]] = []
     for file in files:
         theirs, ours = run(file, None, limit), run(file, plugin, limit)
-        print(f"{file.stem}: {theirs.outcome} -> {ours.outcome}  {ours.why}", flush=True)
-        if theirs.outcome != ours.outcome:
-            why = ours.why or theirs.why
-            found.append(
-                {"file": file.stem, "theirs": theirs.outcome, "ours": ours.outcome, "why": why}
-            )
+        tests = max(theirs.tests, ours.tests)
+        why = ours.why or theirs.why
+        print(f"{file.stem}: {theirs.passed} -> {ours.passed} of {tests}  {why}", flush=True)
+        found.append(
+            {
+                "file": file.stem,
+                "tests": tests,
+                "theirs": theirs.passed,
+                "ours": ours.passed,
+                "why": why,
+            }
+        )
     return found
 
 
@@ -144,7 +167,10 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--tests", type=Path, metavar="DIR", help="their folder (default: downloaded)")
     add("--only", default="", metavar="TEXT", help="files whose name contains this")
-    add("--limit", type=float, default=300.0, metavar="SECONDS", help="(default: %(default)s)")
+    add("--limit", type=float, default=300.0, metavar="SECONDS",
+        help="of a file (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
+        help="folder of the result file (default: %(default)s)")  # fmt: skip
     return parser
 
 
@@ -155,14 +181,16 @@ def main(words: Sequence[str] | None = None) -> None:
         tests = fetched(Path(folder)) if asked.tests is None else asked.tests
         plugin = Path(folder) / "nss_prune_in_place.py"
         plugin.write_text(PLUGIN, "utf-8")
-        files = sorted(file for file in tests.glob("test_*.py") if asked.only in file.stem)
+        named = sorted(file for file in tests.glob("test_*.py") if asked.only in file.stem)
+        files = [file for file in named if has_pruner(file)]
         if not files:
-            raise ArgumentError(f"{tests} has no test_*.py with {asked.only!r} in its name")
-        different = rows(files, plugin, asked.limit)
-    print(f"\n{len(files)} files, {len(different)} with another result")
-    if different:
-        print(text_table(TABLE, different))
+            raise ArgumentError(f"{tests} has no test_*.py with {asked.only!r} and a pruner in it")
+        found = rows(files, plugin, asked.limit)
+    title = f"torch-pruning's own tests, {metadata.version('torch-pruning')}"
+    path = asked.output / "drop-in.json"
+    results.write(path, title, COLUMNS, found, seeds=[0])
+    print(f"\n{text_table(COLUMNS, found)}\n\n{path} written")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

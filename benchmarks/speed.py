@@ -17,7 +17,8 @@ memory      peak memory of a profile of ResNet-50 at 32 px beyond the model, by 
             categories; each in a process of its own
 unstructured one global LAMP step against LAMP's definition written plainly and against
             torch.nn.utils.prune.global_unstructured: time and peak memory
-planning    NSSPruner's constructor and step, given a profile, against torch-pruning's pruner
+planning    NSSPruner's constructor and step by magnitudes, without data, against torch-pruning's
+            pruner, in seconds of the processor
 latency     a forward pass of the model against that of the model at half of its MACs, and at half
             of its seconds as predicted
 freezing    training steps where half of the neurons are frozen, against those of the whole model

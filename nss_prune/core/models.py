@@ -191,6 +191,12 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def on_one_device(model: nn.Module) -> bool:
+    """Whether all parameters and buffers are on one device."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return len({tensor.device for tensor in tensors}) <= 1
+
+
 def run(model: nn.Module, inputs: Any, number: int, forward: Forward = call_model) -> Any:
     """The model's outputs.
 

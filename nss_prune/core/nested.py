@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+LEAVES = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout}
+"""Types of leaves that are met often."""
+
 Path = tuple[Any, ...]
 """The keys, positions and names of fields that lead to a tensor of a nest."""
 
@@ -24,7 +27,7 @@ def items_in(value: Any) -> list[tuple[Any, Any]]:
 
     Keys are those of a mapping, names of fields, and positions in all others.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or type(value) in LEAVES:
         return []
     if isinstance(value, Mapping):
         return list(value.items())

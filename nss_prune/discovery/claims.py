@@ -44,11 +44,11 @@ def claims(
 
     Nothing is claimed that is ignored, or that modules elsewhere in the model use as well.
     """
-    stay = _outputs_to_keep(model, ignored)
+    stay, users = _outputs_to_keep(model, ignored), _Users(model)
     for name, module in model.named_modules():
         for adapter in adapters:
             groups = adapter.groups(name, module)
-            if not groups or _makers(groups) & stay or _used_outside(model, module, groups):
+            if not groups or _makers(groups) & stay or users.outside(module, groups):
                 continue
             yield module, adapter, groups
 
@@ -107,17 +107,29 @@ def _outputs_to_keep(model: nn.Module, ignored: Sequence[nn.Module | nn.Paramete
     }
 
 
-def _used_outside(model: nn.Module, module: nn.Module, groups: Iterable[NeuronGroup]) -> bool:
-    """Whether modules outside of ``module`` use a layer or parameter of its neurons as well."""
-    names = {member.name for group in groups for member in group.members}
-    everything = list(model.named_parameters(remove_duplicate=False))
-    found = {parameter for name, parameter in everything if name in names}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if name in names:
-            found.update(layer.parameters())
-    inside = tuple(
-        f"{name}." if name else ""
-        for name, other in model.named_modules(remove_duplicate=False)
-        if other is module
-    )
-    return any(parameter in found and not name.startswith(inside) for name, parameter in everything)
+class _Users:
+    """Where the parameters of a model are, to tell which of them modules share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: dict[str, nn.Module] = {}
+        self._names: dict[nn.Module, list[str]] = {}
+        for name, layer in model.named_modules(remove_duplicate=False):
+            self._layers[name] = layer
+            self._names.setdefault(layer, []).append(name)
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._places: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self._parameters.items():
+            self._places.setdefault(parameter, []).append(name)
+
+    def outside(self, module: nn.Module, groups: Iterable[NeuronGroup]) -> bool:
+        """Whether modules outside of ``module`` use a layer or parameter of its neurons as well."""
+        inside = tuple(f"{name}." if name else "" for name in self._names[module])
+        found: set[nn.Parameter] = set()
+        for member in (member for group in groups for member in group.members):
+            if member.name in self._parameters:
+                found.add(self._parameters[member.name])
+            if member.name in self._layers:
+                found.update(self._layers[member.name].parameters())
+        return any(
+            not name.startswith(inside) for parameter in found for name in self._places[parameter]
+        )

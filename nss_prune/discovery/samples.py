@@ -20,6 +20,7 @@ from nss_prune.core.models import (
     without_values,
 )
 from nss_prune.core.nested import map_tensors, tensors_in
+from nss_prune.core.shapes import ShapesAlone
 from nss_prune.errors import NothingToPruneError
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 
@@ -102,7 +103,8 @@ def _shapes_seen(
     """Consumer -> shape of its input; nothing where the model fails."""
     with contextlib.suppress(Exception):  # some models cannot do without values
         shapes = map_tensors(without_values, inputs)
-        return _shapes_of_inputs(meta_copy(model), neurons, shapes, forward)
+        with ShapesAlone():
+            return _shapes_of_inputs(meta_copy(model), neurons, shapes, forward)
     with contextlib.suppress(Exception):
         return _shapes_of_inputs(model, neurons, inputs, forward)
     return {}

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from nss_prune.core import shapes
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import (
     Forward,
@@ -30,6 +31,8 @@ from nss_prune.core.nested import map_tensors
 from nss_prune.graph.axes import check_fits, parameter_axes
 from nss_prune.graph.neurons import Member, NeuronGroup
 
+DEVICE = torch.ops.prim.device.default
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -41,8 +44,12 @@ class Cost:
 
 def measure(model: nn.Module, example_inputs: Any, forward: Forward = call_model) -> Cost:
     """Count the parameters, and the multiply-accumulates of one call."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, macs_by_module(model, example_inputs, forward)[""])
+    return Cost(parameters_of(model), macs_by_module(model, example_inputs, forward)[""])
+
+
+def parameters_of(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def macs_by_module(
@@ -54,11 +61,21 @@ def macs_by_module(
     attention, whatever the modules are called. Where a copy of the model runs on tensors without
     values, nothing is computed; otherwise the model itself is called.
     """
+    found = macs_without_values(meta_copy(model), example_inputs, forward)
+    return _counted(model, example_inputs, forward) if found is None else found
+
+
+def macs_without_values(
+    copy: nn.Module, example_inputs: Any, forward: Forward = call_model
+) -> dict[str, int] | None:
+    """As :func:`macs_by_module`, of a copy without values; None where it does not run.
+
+    A model that branches on values does not, nor one with an index that must be a number.
+    """
     try:
-        inputs = map_tensors(without_values, example_inputs)
-        return _counted(meta_copy(model), inputs, forward)
-    except Exception:  # it branches on values, or has an index that must be a number
-        return _counted(model, example_inputs, forward)
+        return _counted(copy, map_tensors(without_values, example_inputs), forward)
+    except Exception:
+        return None
 
 
 def _counted(model: nn.Module, example_inputs: Any, forward: Forward) -> dict[str, int]:
@@ -109,12 +126,12 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = function._overloadpacket
-        if packet not in flop_registry and function is not torch.ops.prim.device.default:
+        if not (packet in flop_registry or function in shapes.RULES or function is DEVICE):
             with self:
                 result = function.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = function(*args, **kwargs)
+        result = shapes.called(function, args, kwargs)
         if packet in flop_registry:
             operations = flop_registry[packet](*args, **kwargs, out_val=result)
             for name in {"", *self._inside}:

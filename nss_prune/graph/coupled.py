@@ -171,11 +171,15 @@ def _groups(found: Followed, free: int) -> tuple[NeuronGroup, ...]:
     for pinned, _ in labels.pinned:
         stays[cluster[pinned]] = True
     roots = {side.name: side for side in makes if side.name in found.roots}
+    by_cluster: dict[int, list[LabelledSide]] = {}
+    for side in found.sides:
+        for number in cluster[side.labels].unique().tolist():
+            by_cluster.setdefault(number, []).append(side)
     made: dict[int, NeuronGroup] = {}
     for name in (root for root in found.roots if root in roots):
         number = int(cluster[roots[name].labels[0]])
         if number not in made and not stays[number]:
-            group = _group(name, found.sides, component, cluster == number)
+            group = _group(name, by_cluster[number], component, cluster == number)
             if group is not None:
                 made[number] = group
     return tuple(made.values())
@@ -193,14 +197,20 @@ def _tied(grid: Tensor, component: Tensor, free: int) -> Tensor:
 def _group(
     root: str, sides: Sequence[LabelledSide], component: Tensor, inside: Tensor
 ) -> NeuronGroup | None:
-    """The neurons of one cluster of labels, named after a layer; None where they are no neurons."""
+    """The neurons of one cluster of labels, named after a layer; None where they are no neurons.
+
+    Args:
+        sides: Those with labels of the cluster.
+        inside: Whether a label is one of the cluster.
+    """
     own = next(side for side in sides if side.name == root and side.side == "out")
     order = component[own.labels]
-    numbers, counts = order.unique(return_counts=True)
+    numbers, which, counts = order.unique(return_inverse=True, return_counts=True)
     size, repeats = len(numbers), int(counts[0])
     if size < 2 or bool((counts != repeats).any()):
         return None
-    firsts = torch.stack([(order == number).nonzero()[0, 0] for number in numbers])
+    firsts = torch.full((size,), len(order))
+    firsts.scatter_reduce_(0, which, torch.arange(len(order)), "amin")
     numbers = numbers[firsts.argsort()]
     neuron = torch.full((len(component),), -1)
     neuron[numbers] = torch.arange(size)

@@ -32,9 +32,12 @@ BUDGETS: dict[str, type[Cost]] = {
     "latency_budget": CallLatency,
 }
 
-DEFAULT_RATIO: float = inspect.signature(tp.pruner.BasePruner).parameters["pruning_ratio"].default
+PARAMETERS = inspect.signature(tp.pruner.BasePruner).parameters
+"""Of torch-pruning's pruner, looked at before a script puts NSSPruner in its place."""
 
-AFTER_IMPORTANCE = tuple(inspect.signature(tp.pruner.BasePruner).parameters)[3:]
+DEFAULT_RATIO: float = PARAMETERS["pruning_ratio"].default
+
+AFTER_IMPORTANCE = tuple(PARAMETERS)[3:]
 
 DICT_ARGUMENTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
@@ -158,7 +161,7 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
         ArgumentError: torch-pruning has no such argument, it has no effect, or ignored_layers
             names a stranger.
     """
-    known = set(inspect.signature(tp.pruner.BasePruner).parameters) - {"self"}
+    known = set(PARAMETERS) - {"self"}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise ArgumentError(
@@ -326,9 +329,8 @@ def set_without_graph(
     pruner: Any, model: nn.Module, importance: Any, arguments: Mapping[str, Any]
 ) -> None:
     """Set what torch-pruning's constructor sets, where it could build no graph."""
-    defaults = inspect.signature(tp.pruner.BasePruner).parameters
     for name in ("iterative_steps", "round_to", "max_pruning_ratio", "global_pruning"):
-        setattr(pruner, name, arguments.get(name, defaults[name].default))
+        setattr(pruner, name, arguments.get(name, PARAMETERS[name].default))
     pruner.model, pruner.importance, pruner.DG = model, importance, None
     pruner.num_heads, pruner.current_step = arguments["num_heads"], 0
 

@@ -27,8 +27,9 @@ class Figures:
         categories: Layer -> category -> share of its contribution that the kept neurons carry.
         seconds: Stage -> seconds that it took.
         memory: Stage -> bytes by which it raised the peak of the process, or of the GPU.
-        latency: Seconds of a call with the example inputs, before and after: the least of some, or
-            the median of both models in turns where the whole one is at hand (``nss-prune prune``).
+        latency: Seconds of a call with the example inputs, before and after: the least of some,
+            measured when they are first read (see :mod:`nss_prune.core.late_timing`), or the median
+            of both models in turns where the whole one is at hand (``nss-prune prune``).
         accuracy: Share of the samples that are right, before and after.
         command: What made the model.
         versions: Package -> version.
@@ -42,7 +43,7 @@ class Figures:
     categories: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
-    latency: tuple[float, float] | None = None
+    latency: Sequence[float] | None = None
     accuracy: tuple[float, float] | None = None
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -93,7 +94,7 @@ def _sums(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _first_and_last(
-    first: tuple[float, float] | None, last: tuple[float, float] | None
+    first: Sequence[float] | None, last: Sequence[float] | None
 ) -> tuple[float, float] | None:
     return None if first is None or last is None else (first[0], last[1])
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
+from nss_prune.core.undo import undone_on_error
 from nss_prune.errors import GraphError
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.slices import Slice
-from nss_prune.pruner.member_groups import group_of_members
+from nss_prune.pruner.member_groups import dependency_of, group_of_members
 from nss_prune.pruner.subject import Subject
 from nss_prune.structures.protocol import Change
+from nss_prune.surgery.execute import execute
 from nss_prune.surgery.metadata import apply_changes, planned_changes
+from nss_prune.surgery.plan import plan_removal
 
 
 def history(chosen: Slice) -> Iterator[tuple[str, bool, list[int]]]:
@@ -65,13 +70,21 @@ def pruning_groups(
         if not groups[name].has_channels
     }
     changes = {}
+    apart = {name for name in entries if not is_described(subject, groups[name], entries[name])}
+    _refuse_shared(chosen, apart)
     for name, part in parts.items():
+        if name in apart:
+            continue
         if groups[name].is_uneven:
             group_of_members(subject, groups[name], ~part.kept[name])
         else:
             _check_heads(_pruning_group(subject, *entries[name]), groups[name], part, subject)
         changes[name] = planned_changes(subject.model, part, subject.adapters)
     for name, entry in entries.items():
+        if name in apart:
+            part = Slice({name: chosen.kept[name]}, (groups[name],))
+            yield _removal(subject, part, entry, num_heads)
+            continue
         if groups[name].is_uneven:
             found = group_of_members(subject, groups[name], ~chosen.kept[name])
         else:
@@ -79,6 +92,98 @@ def pruning_groups(
         if name in parts:
             _follow(found, parts[name], changes[name], num_heads, subject.model)
         yield found
+
+
+def is_apart(subject: Subject, group: NeuronGroup) -> bool:
+    """Whether layers of a group are none of torch-pruning's graph, or recurrent.
+
+    Its history has no entry for such a group.
+    """
+    modules = dict(subject.model.named_modules())
+    layers = [modules[member.name] for member in group.members if member.axis is None]
+    known = {} if subject.graph is None else subject.graph.module2node
+    return any(isinstance(layer, nn.RNNBase) or layer not in known for layer in layers)
+
+
+def is_described(subject: Subject, group: NeuronGroup, entry: tuple[str, bool, list[int]]) -> bool:
+    """Whether torch-pruning's group for an entry of the history has the channels of ours."""
+    if is_apart(subject, group):
+        return False
+    if not group.followed:
+        return True
+    try:
+        found = _pruning_group(subject, *entry)
+    except Exception:  # of its index mappings
+        return False
+    graph, gone = subject.graph, set(entry[2])
+    theirs = {
+        (graph._module2name.get(dependency.target.module), side): sorted(channels)
+        for dependency, channels in found
+        for side in ("out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in",)
+    }
+    root = next(m for m in group.members if m.name == group.name and m.side == "out")
+    lost = torch.zeros(group.size, dtype=torch.bool)
+    lost[[int(n) for c, n in zip(root.channels, root.neurons, strict=True) if int(c) in gone]] = (
+        True
+    )
+    return all(
+        sorted(_channels(member, lost).tolist())
+        in (theirs.get((member.name, side)) for side in sides)
+        for member in group.members
+        if member.axis is None
+        for sides in ((member.side,) if member.side != "both" else ("out", "in"),)
+    )
+
+
+def _refuse_shared(chosen: Slice, apart: set[str]) -> None:
+    """Raise where a group that is removed by itself shares a side of a layer with another one."""
+    sides = Counter(
+        (member.name, member.side)
+        for group in chosen.groups
+        if group.name in chosen.removed
+        for member in group.members
+    )
+    for group in chosen.groups:
+        if group.name in apart and any(sides[m.name, m.side] > 1 for m in group.members):
+            raise GraphError(
+                f"torch-pruning does not follow the channels of {group.name}, which lie beside "
+                "those of other layers; call step() without interactive=True"
+            )
+
+
+def _removal(
+    subject: Subject,
+    part: Slice,
+    entry: tuple[str, bool, list[int]],
+    num_heads: dict[nn.Module, int],
+) -> Any:
+    """A group of torch-pruning's whose ``prune`` removes what a slice of one group does not keep.
+
+    It shows the layers that torch-pruning's graph has.
+    """
+    (group,), model = part.groups, subject.model
+    made = tp.dependency.Group()
+    made._DG = subject.graph
+    gone = ~part.kept[group.name]
+    said = not is_apart(subject, group)
+    for member in group.members:
+        layer = None if member.axis is not None else model.get_submodule(member.name)
+        if layer in subject.graph.module2node:
+            made.add_dep(dependency_of(subject, member), _channels(member, gone).tolist())
+            made[-1].root_idxs = gone.nonzero().flatten().tolist()
+
+    def prune(*arguments: Any, **keywords: Any) -> None:
+        steps = plan_removal(part, model)
+        changes = planned_changes(model, part, subject.adapters)
+        with undone_on_error(model):
+            execute(model, steps, subject.customized_pruners or {})
+            apply_changes(changes)
+        count_heads(num_heads, model, part)
+        if said:
+            subject.graph._pruning_history.append(list(entry))
+
+    made.prune = prune
+    return made
 
 
 def _follow(

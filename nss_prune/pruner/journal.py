@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from nss_prune.core.late_timing import LateSeconds, MetaCopy
 from nss_prune.core.memory import peak_memory
+from nss_prune.core.models import on_one_device
 from nss_prune.core.timing import call_seconds, stage
-from nss_prune.graph.costs import Cost
+from nss_prune.graph.costs import Cost, macs_without_values, measure, parameters_of
 from nss_prune.pruner.plan import Plan
 from nss_prune.pruner.report import Report
 from nss_prune.pruner.rows import actual_rows, report_rows
@@ -37,8 +39,7 @@ class Journal:
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
         self.reports: list[Report] = []
-        self._before = Cost(0, 0)
-        self._latency = 0.0
+        self._before: tuple[Cost, float | MetaCopy] = Cost(0, 0), 0.0
 
     @property
     def total(self) -> Report | None:
@@ -56,29 +57,27 @@ class Journal:
             self.memory[name] = self.memory.get(name, 0) + max(after - before, 0)
 
     def begin(self, subject: Subject) -> None:
-        """Count and time the model as a step finds it."""
-        self._before = subject.cost()
-        with self.stage("timing the model"):
-            self._latency = self._call_seconds(subject)
+        """Count the model as a step finds it."""
+        self._before = self._counted(subject)
 
     def end(self, plan: Plan, notes: Sequence[str] = (), *, planned: bool = True) -> Report:
-        """Count and time what a step left, and report on it.
+        """Count what a step left, and report on it.
 
         Args:
             notes: Of the repairs.
             planned: Whether all of the plan was carried out; otherwise the layers are looked at.
         """
         subject = plan.subject
-        with self.stage("timing the model"):
-            latency = self._latency, self._call_seconds(subject)
+        (before, whole), (after, smaller) = self._before, self._counted(subject)
+        latency = LateSeconds(whole, smaller)
         rows = report_rows(subject, plan.slice)
         spent: dict[str, Any] = {"seconds": dict(self.seconds), "memory": dict(self.memory)}
         figures = replace(plan.figures, **spent, latency=latency)
         found = (*subject.neurons.notes, *plan.notes, *plan.evidence.notes, *notes)
         report = Report(
             rows if planned else actual_rows(rows, subject.model),
-            self._before,
-            subject.cost(),
+            before,
+            after,
             found,
             figures,
             classes=plan.classes,
@@ -88,6 +87,12 @@ class Journal:
         self.reports.append(report)
         return report
 
-    @staticmethod
-    def _call_seconds(subject: Subject) -> float:
-        return call_seconds(subject.model, subject.example_inputs, subject.forward)
+    def _counted(self, subject: Subject) -> tuple[Cost, float | MetaCopy]:
+        """The cost of a model, and the seconds of a call, or what they can be measured of later."""
+        called = subject.example_inputs, subject.forward
+        skeleton = MetaCopy(subject.model, *called)
+        macs = macs_without_values(skeleton.model, *called)
+        if macs is not None and on_one_device(subject.model):
+            return Cost(parameters_of(subject.model), macs[""]), skeleton
+        with self.stage("timing the model"):
+            return measure(subject.model, *called), call_seconds(subject.model, *called)

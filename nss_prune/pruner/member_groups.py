@@ -43,7 +43,7 @@ def group_of_members(subject: Subject, group: NeuronGroup, gone: Tensor | None =
             own = _by_neuron(member, group.size)[neuron]
             channels += own
             roots += [root[neuron][i % len(root[neuron])] for i in range(len(own))]
-        made.add_dep(_dependency(subject, member), channels)
+        made.add_dep(dependency_of(subject, member), channels)
         made[-1].root_idxs = roots
     return made
 
@@ -56,7 +56,7 @@ def _by_neuron(member: Member, size: int) -> list[list[int]]:
     return found
 
 
-def _dependency(subject: Subject, member: Member) -> Any:
+def dependency_of(subject: Subject, member: Member) -> Any:
     """That a layer is pruned."""
     graph = subject.graph
     layer = subject.model.get_submodule(member.name)

@@ -10,7 +10,7 @@ from torch import nn
 
 from nss_prune.core.models import device_of
 from nss_prune.errors import GraphError
-from nss_prune.pruner.interactive import count_heads, history, pruning_groups
+from nss_prune.pruner.interactive import count_heads, history, is_apart, pruning_groups
 from nss_prune.pruner.journal import Journal, Report
 from nss_prune.pruner.plan import Plan
 from nss_prune.pruner.stages import Stages
@@ -36,10 +36,11 @@ class Steps(Stages):
     _stale = False
 
     _history: list[Any]
+    _unrecorded: list[str]
 
     def _begin(self) -> None:
         """Before the first step, once the model is traced."""
-        self._history = []
+        self._history, self._unrecorded = [], []
         self._journal = Journal(device_of(self._subject.model))
         share_history(self)
 
@@ -105,10 +106,18 @@ class Steps(Stages):
         """Keep what was done, and let what is around the model follow."""
         self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
         self._stale = True
-        self._history += map(list, history(plan.slice))
+        self._record(plan)
         if self._upkeep.checkpoint and self.current_step == self.iterative_steps:
             self._upkeep.checkpoint.clear()
         count_heads(self.num_heads, self.model, plan.slice)
+
+    def _record(self, plan: Plan, *, all_of_it: bool = True) -> None:
+        """Write a plan to the history; of an interactive step only what it cannot say."""
+        lost = [group for group in plan.slice.groups if group.name in plan.slice.removed]
+        if plan.subject.graph is not None:
+            self._unrecorded += [group.name for group in lost if is_apart(plan.subject, group)]
+        if all_of_it:
+            self._history += map(list, history(plan.slice))
 
     def _groups(self, plan: Plan) -> Iterator[Any]:
         """torch-pruning's groups of a plan, one by one."""
@@ -116,6 +125,7 @@ class Steps(Stages):
 
         def groups() -> Iterator[Any]:
             self._stale = True
+            self._record(plan, all_of_it=False)
             with self._journal.stage("removing"):
                 yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
             self.report = self._journal.end(plan, planned=False)
@@ -123,5 +133,14 @@ class Steps(Stages):
         return groups()
 
     def pruning_history(self) -> list[Any]:
-        """What all steps removed, for ``load_pruning_history`` on a fresh model."""
+        """What all steps removed, for ``load_pruning_history`` on a fresh model.
+
+        Raises:
+            GraphError: torch-pruning does not follow some of it, such as hidden units.
+        """
+        if self._unrecorded:
+            raise GraphError(
+                f"torch-pruning's history does not have what {self._unrecorded[0]} lost; use "
+                "nss_prune.save_pruned and load_pruned"
+            )
         return list(self._history)

@@ -11,7 +11,6 @@ from torch import nn
 from nss_prune.core.models import Forward, call_model
 from nss_prune.discovery.head_dimensions import with_head_dimensions
 from nss_prune.discovery.samples import readable
-from nss_prune.graph.costs import Cost, measure
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.dimensions import head_widths
@@ -157,7 +156,3 @@ class Subject:
             forward=self.forward,
             adapters=self.adapters,
         )
-
-    def cost(self) -> Cost:
-        """Parameters, and multiply-accumulates of one call, of the model as it is now."""
-        return measure(self.model, self.example_inputs, self.forward)

@@ -222,8 +222,10 @@ def find_heads(module: nn.Module) -> Heads | None:
     """The heads of a module; None where it is not attention, or its heads cannot go one by one."""
     core = _core(module)
     queries = _number_of_heads(module.get_submodule(core))
+    if queries is None or queries < 2:
+        return None
     consumer = _projection(module, OUTPUT, "in")
-    if queries is None or queries < 2 or consumer is None or consumer.width % queries:
+    if consumer is None or consumer.width % queries:
         return None
     width = consumer.width // queries
     sources = _fused(module, queries, width) or _separate(module, queries, width)

@@ -35,9 +35,11 @@ def planned_changes(
     going = {group.name: group for group in critical.groups if group.name in removed}
     if not going:
         return ()
+    around = _paths_around(going)
     of_adapters = [
         change
         for name, module in model.named_modules()
+        if name in around
         for adapter in (*adapters, HEAD_DIMENSIONS)
         for group in adapter.groups(name, module)
         if group.name in going and _same(group, going[group.name])
@@ -55,6 +57,15 @@ def apply_changes(changes: Iterable[Change]) -> None:
     """Set the attributes."""
     for change in changes:
         change.apply()
+
+
+def _paths_around(layers: Iterable[str]) -> set[str]:
+    """Names of some layers and of the modules that they lie in; "" is the model."""
+    return {""} | {
+        name[:end]
+        for name in layers
+        for end in (*(place for place, letter in enumerate(name) if letter == "."), len(name))
+    }
 
 
 def _same(group: NeuronGroup, other: NeuronGroup) -> bool:

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from nss_prune.core.models import clone
 from nss_prune.core.nested import map_tensors
 
+POOL = 65537
+"""Random numbers that a copy is made of. No width is a multiple of this prime, so that no two
+channels become alike where they come round again."""
+
 
 def random_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy whose weights are random and of ordinary size.
@@ -28,11 +32,12 @@ def random_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         dtype: Of the floating-point weights and buffers; None for what they have.
     """
     generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(POOL, generator=generator)
     drawn: dict[int, Tensor] = {}
     for module in model.modules():
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is not None and id(value) not in drawn:
-                drawn[id(value)] = _drawn(module, name, value, generator, dtype)
+                drawn[id(value)] = _drawn(module, name, value, generator, pool, dtype)
     return clone(model, lambda tensor: drawn[id(tensor)])
 
 
@@ -68,6 +73,7 @@ def _drawn(
     name: str,
     value: Tensor,
     generator: torch.Generator,
+    pool: Tensor,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """A tensor in the place of a parameter or buffer."""
@@ -83,7 +89,14 @@ def _drawn(
     if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
         inputs = old.shape[0] // module.groups
     size = 1.0 if isinstance(module, nn.Embedding) else math.sqrt(2 / inputs)
-    return _like(torch.randn(old.shape, generator=generator) * size, old, dtype)
+    return _like(_normal(old.shape, size, generator, pool), old, dtype)
+
+
+def _normal(shape: torch.Size, size: float, generator: torch.Generator, pool: Tensor) -> Tensor:
+    """Normal numbers with a standard deviation, from some place of the pool on, round and round."""
+    first = int(torch.randint(len(pool), (), generator=generator))
+    rounds = -(-(first + shape.numel()) // len(pool))
+    return (size * pool).repeat(rounds)[first : first + shape.numel()].view(shape)
 
 
 def _random_vector(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

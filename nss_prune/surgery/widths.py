@@ -31,6 +31,8 @@ OF_A_PART = (
     "c", "c_", "chunk_size", "half", "hidden", "hidden_channels", "mid_channels", "split_size",
 )  # fmt: skip
 SHAPE = "normalized_shape"
+FEATURES = "feature_info"
+FOLLOWERS = {*OF_THE_HEAD, *OF_THE_STEM, *OF_THE_END, SHAPE, FEATURES}
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,18 @@ def width_changes(
     for path, module in model.named_modules():
         if side_width(module, "out", None) is not None:
             continue  # torch-pruning's functions change a layer's own
+        followers = [(name, value) for name, value in vars(module).items() if name in FOLLOWERS]
+        if not followers:
+            continue
         inside = [width for width in widths if _lies_in(width.layer, path)]
-        for name, value in list(vars(module).items()):
-            if name == "feature_info":
+        for name, value in followers:
+            if name == FEATURES:
                 yield from _feature_info(module, path, value, widths)
             elif name == SHAPE and path in layers and isinstance(value, tuple):
                 new = _followed(name, value[-1], inside, head)
                 if new != value[-1]:
                     yield Change(module, name, (*value[:-1], new))
-            elif type(value) is int and name in (*OF_THE_HEAD, *OF_THE_STEM, *OF_THE_END):
+            elif type(value) is int and name != SHAPE:
                 new = _followed(name, value, inside, head)
                 if new != value:
                     yield Change(module, name, new)
@@ -87,6 +92,8 @@ def _part_changes(model: nn.Module, critical: Slice) -> Iterator[Change]:
         for group in critical.groups
         if group.followed and group.name in critical.removed
     }
+    if not parts:
+        return
     for path, module in model.named_modules():
         inside = {sizes for name, sizes in parts.items() if _lies_in(name, path)}
         after = dict(inside)
@@ -181,4 +188,4 @@ def _feature_info(
             found = [width for width in reversed(read) if width.layer in later]
         changed.append({**stage, "num_chs": found[-1].after} if found else stage)
     if changed != value:
-        yield Change(module, "feature_info", changed)
+        yield Change(module, FEATURES, changed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def change(what: str, before: int, after: int) -> str:
     """What became of a count, such as "MACs: 5,000 -> 1,000 (80.0% gone)"."""
@@ -9,7 +11,7 @@ def change(what: str, before: int, after: int) -> str:
     return f"{what}: {before:,} -> {after:,}{share}"
 
 
-def slower(latency: tuple[float, float] | None) -> bool:
+def slower(latency: Sequence[float] | None) -> bool:
     """Whether a call was timed, and takes no less time than before."""
     return latency is not None and latency[1] >= latency[0]
 
@@ -20,7 +22,7 @@ NOT_FASTER = (
 )
 
 
-def latency_sentence(latency: tuple[float, float]) -> str:
+def latency_sentence(latency: Sequence[float]) -> str:
     """Seconds of a call before and after, and what to do where it is not faster."""
     before, after = latency
     text = f"latency of a call: {milliseconds(before)} -> {milliseconds(after)}"

@@ -1,0 +1,101 @@
+"""Seconds of a call before and after a change, measured when they are first read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from nss_prune.core.models import Forward, call_model, clone, device_of, without_values
+from nss_prune.core.timing import call_seconds
+
+SPREAD = 0.05  # of the weights that a model is timed with
+
+
+class MetaCopy:
+    """A model without values, on the meta device, to time it later as it is now.
+
+    How long a call takes depends on shapes alone, where a copy without values can be called.
+
+    Args:
+        example_inputs: Inputs of one call; they are held.
+        forward: Function of (model, inputs) that gives the outputs.
+
+    Attributes:
+        model: The copy, on torch's "meta" device.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, forward: Forward = call_model
+    ) -> None:
+        self._numbers: dict[str, Tensor] = {
+            name: buffer.detach().clone()
+            for name, buffer in model.named_buffers()
+            if not buffer.is_floating_point()
+        }
+        self._device = device_of(model)
+        self._called = example_inputs, forward
+        self.model = clone(model, without_values)
+
+    def seconds(self) -> float:
+        """Of a call with random weights, see :func:`nss_prune.core.timing.call_seconds`."""
+        kept = {id(self.model.get_buffer(name)): value for name, value in self._numbers.items()}
+        generator = torch.Generator(self._device).manual_seed(0)
+
+        def filled(tensor: Tensor) -> Tensor:
+            if id(tensor) in kept:
+                return kept[id(tensor)]
+            made = torch.zeros_like(tensor, device=self._device)
+            if made.is_floating_point():
+                made.normal_(0, SPREAD, generator=generator)
+            return made
+
+        return call_seconds(clone(self.model, filled), *self._called)
+
+
+class LateSeconds(Sequence[float]):
+    """Seconds of a call before and after a change, measured when they are first read.
+
+    A copy or pickle of it is a tuple. NaN stands for a call that fails.
+
+    Args:
+        before, after: The seconds, or what they are to be measured of.
+    """
+
+    def __init__(self, before: float | MetaCopy, after: float | MetaCopy) -> None:
+        self._sides = (before, after)
+        self._measured: tuple[float, ...] | None = None
+
+    def _read(self) -> tuple[float, ...]:
+        if self._measured is None:
+            self._measured = tuple(map(_seconds, self._sides))
+            self._sides = (math.nan, math.nan)  # nothing is held any more
+        return self._measured
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[float]: ...
+    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
+        return self._read()[index]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __repr__(self) -> str:
+        return "to be measured" if self._measured is None else repr(self._measured)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (self._read(),)
+
+
+def _seconds(side: float | MetaCopy) -> float:
+    if isinstance(side, float):
+        return side
+    try:
+        return side.seconds()
+    except Exception:  # of memory, or of a device that is no longer there
+        return math.nan
