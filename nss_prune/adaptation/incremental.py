@@ -24,6 +24,8 @@ from nss_prune.adaptation.task_finder import THETAS, Allocation, TaskFinder
 from nss_prune.adaptation.task_training import Metrics, TaskTraining, Validation
 from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.training import Loss, Objective, TaskLoss, objective_for
+from nss_prune.core.batches import first_batch
+from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
@@ -50,6 +52,10 @@ class IncrementalTrainer(LearnedTasks, OldNames):
 
     Without replay, the scores of every task under its mask are bit-identical before and after
     later tasks are learned.
+
+    Under torchrun, each process gives its part of the data (as a DistributedSampler makes them), to
+    the constructor too: gradients are averaged, and what finds a task's neurons is summed. All
+    processes end with the same model and tasks, bit for bit, or raise what one of them raised.
 
     Args:
         model: Trained on the first task; it is changed by :meth:`fit` and
@@ -103,6 +109,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         DataError: Data that cannot be used, see :func:`nss_prune.profile`.
     """
 
+    @agreed()
     def __init__(
         self,
         model: nn.Module,
@@ -146,6 +153,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         self._validations[self.tasks[0].name] = validation
         self._add_accuracies()
 
+    @agreed()
     def fit(
         self,
         data: Data,
@@ -178,7 +186,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         Returns: The task, now the last of ``tasks``.
 
         Raises:
-            ArgumentError, DataError: The arguments, several processes, or other labels.
+            ArgumentError, DataError: The arguments, or other labels.
             NothingToPruneError: No neuron is free.
             ModelMismatchError: The checkpoint is of another model, task or hyper-parameters.
             NumericalError: The loss or the weights became NaN or infinite.
@@ -194,8 +202,9 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         objective = objective_for(how.settings.loss, classes, self.tasks)
         with restored_on_error(self.model, values=True):
             grow_classifier(self.model, self.head, classes[-1] + 1)
+            copy_from_first(self.model)
             history = how.run(
-                self.freezing(next(iter(batches))[0]),
+                self.freezing(first_batch(batches)[0][0]),
                 objective,
                 batches,
                 replayed=again,
@@ -207,6 +216,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         self.history = history
         return task
 
+    @agreed()
     def finetune_masked(
         self,
         data: Data | None = None,
@@ -226,7 +236,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
                 cross entropy over the classes of the task by default.
 
         Raises:
-            ArgumentError: The arguments, no data of the task is known, or several processes.
+            ArgumentError: The arguments, or no data of the task is known.
             ModelMismatchError: The checkpoint is of another model, task or hyper-parameters.
             NumericalError: The loss or the weights became NaN or infinite.
             Exception: What the data raises. Whatever is raised, the model is as it was before.
@@ -237,7 +247,8 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         batches = on_device_of(self.model, given)
         of_task = how.settings.loss or TaskLoss(task.classes)
         with restored_on_error(self.model, values=True):
-            freezing = self.masked_freezing(next(iter(batches))[0])
+            copy_from_first(self.model)
+            freezing = self.masked_freezing(first_batch(batches)[0][0])
             with task.masked(self.model):
                 history = how.run(
                     freezing,
@@ -260,6 +271,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
             )
         return self._data[-1]
 
+    @agreed()
     def add(
         self,
         data: Data,

@@ -24,7 +24,7 @@ from nss_prune.adaptation.robustness import (
     evaluate_attack,
     validation_metrics,
 )
-from nss_prune.core.processes import copy_from_first
+from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
@@ -75,8 +75,8 @@ class ReadaptResult:
 class ReadaptTrainer:
     """Train the critical neurons on new samples and their adversaries; all others keep their bits.
 
-    Under torchrun, gradients are averaged over the processes; each of them needs its own part of
-    the data, of the same number of batches (as a DistributedSampler gives).
+    Under torchrun, gradients are averaged over the processes, each with its own part of the data
+    (as a DistributedSampler gives): all end with the same model, or raise what one of them raised.
 
     Args:
         model: The model, not wrapped; on any device. Its mode and flags stay as they are.
@@ -146,6 +146,7 @@ class ReadaptTrainer:
             raise ArgumentError("there is no result yet; call fit(data) first")
         return self._result
 
+    @agreed()
     def fit(
         self,
         data: Data,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from nss_prune.adaptation.tasks import Task
 from nss_prune.core.classifier import outputs_of
 from nss_prune.core.models import device_of, evaluation, run
 from nss_prune.core.outputs import class_scores
+from nss_prune.core.processes import total
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.profiling.accumulation import Loss
 from nss_prune.profiling.run import profile
@@ -106,7 +107,8 @@ class TaskFinder:
         whole = _answers(model, classifier, best, held_out, masked=False)
         for theta in THETAS:
             task = Task(name, found.slice(theta), classes, outputs)
-            if not self._allows(whole, _answers(model, classifier, task, held_out, masked=True)):
+            masked = _answers(model, classifier, task, held_out, masked=True)
+            if not self._allows(whole, masked, device_of(model)):
                 return best
             best = task
         return best
@@ -131,32 +133,48 @@ class TaskFinder:
         )
         return replace(task, weights=weights)
 
-    def _allows(self, whole: tuple[Tensor, float], masked: tuple[Tensor, float]) -> bool:
-        """Whether a mask costs no more accuracy and divergence than it may."""
-        if masked[1] < whole[1] - self.tolerance / 100:
+    def _allows(self, whole: Answers, masked: Answers, device: torch.device) -> bool:
+        """Whether a mask costs no more accuracy and divergence than it may, in all processes.
+
+        Raises:
+            DataError: There are no samples.
+        """
+        found, wanted = masked.probabilities, whole.probabilities
+        drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+        entropy = -(wanted.exp() * wanted).sum()
+        own = [masked.right, whole.right, float(drift), float(entropy), len(wanted)]
+        right, right_before, drifted, unsure, samples = total(own, device)
+        if not samples:
+            raise DataError(
+                "no samples are held out to choose theta='auto'; give more data, or theta as a "
+                "number"
+            )
+        if (right - right_before) / samples < -self.tolerance / 100:
             return False
-        found, wanted = masked[0], whole[0]
-        drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
-        entropy = -(wanted.exp() * wanted).sum(1).mean()
-        return float(drift) <= max(self.divergence, OF_ENTROPY * float(entropy))
+        return drifted / samples <= max(self.divergence, OF_ENTROPY * unsure / samples)
+
+
+class Answers(NamedTuple):
+    """What a model answers to the held-out samples of this process.
+
+    Attributes:
+        probabilities: Logarithms of those of the task's classes, ``[samples, classes]``.
+        right: How many answers are right.
+    """
+
+    probabilities: Tensor
+    right: int
 
 
 @torch.no_grad()
-def _answers(
-    model: nn.Module, classifier: str, task: Task, data: Data, *, masked: bool
-) -> tuple[Tensor, float]:
-    """Logarithms of the task's probabilities, ``[samples, classes]``, and the share right."""
-    probabilities, right = [], []
+def _answers(model: nn.Module, classifier: str, task: Task, data: Data, *, masked: bool) -> Answers:
+    probabilities, right = [torch.zeros(0, len(task.classes), device=device_of(model))], 0
     with task.inference(model, classifier, masked=masked), evaluation(model):
         for number, (inputs, labels) in enumerate(data):
             scores = class_scores(run(model, inputs, number)).float()
             probabilities.append(scores[:, list(task.classes)].log_softmax(1))
-            right.append(scores.argmax(1) == labels)
-    if not right:
-        raise DataError(
-            "no samples are held out to choose theta='auto'; give more data, or theta as a number"
-        )
-    return torch.cat(probabilities), float(torch.cat(right).float().mean())
+            right += int((scores.argmax(1) == labels).sum())
+    return Answers(torch.cat(probabilities), right)
 
 
 def _placed(model: nn.Module, data: Data) -> Data:

@@ -19,8 +19,6 @@ from nss_prune.adaptation.training import Objective, make_optimizer
 from nss_prune.adaptation.validation import Validation as Validation
 from nss_prune.adaptation.validation import validation_of_task
 from nss_prune.core.models import run
-from nss_prune.core.processes import processes
-from nss_prune.errors import ArgumentError
 from nss_prune.training.learner import Learner
 from nss_prune.training.loop import train
 from nss_prune.training.settings import Metrics as Metrics
@@ -97,13 +95,8 @@ class TaskTraining:
         """The training that some keywords ask for.
 
         Raises:
-            ArgumentError: One is outside what it may be, or there are several processes.
+            ArgumentError: One is outside what it may be.
         """
-        if processes() > 1:
-            raise ArgumentError(
-                f"IncrementalTrainer trains in one process, there are {processes()}: each would "
-                "find neurons of its own; start it without torchrun"
-            )
         settings = TrainingSettings.of(training)
         settings.check_validation(validation)
         return TaskTraining(settings, validation, progress)

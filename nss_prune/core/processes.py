@@ -38,8 +38,7 @@ def is_first() -> bool:
 
 def wait() -> None:
     """Wait for all processes."""
-    if processes() > 1:
-        dist.barrier()
+    gathered(None)
 
 
 @contextlib.contextmanager
@@ -156,9 +155,9 @@ def total(numbers: Sequence[float], device: torch.device) -> list[float]:
     if processes() == 1:
         return list(numbers)
     # Not float64 everywhere: some devices have none.
-    summed: Tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
-    dist.all_reduce(summed)
-    return [float(number) for number in summed]
+    values: Tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
+    summed([values])
+    return [float(number) for number in values]
 
 
 @torch.no_grad()
@@ -166,15 +165,19 @@ def copy_from_first(model: nn.Module) -> None:
     """Give every process the parameters and buffers of the first."""
     if processes() == 1:
         return
+    gathered(None)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         dist.broadcast(tensor.data, src=0)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter], sharing: int) -> None:
     """Average the gradients of what trains over the processes.
 
     Every process must have the same parameters. A parameter without a gradient counts as one
     whose gradient is zero.
+
+    Args:
+        sharing: Processes that had a batch; the others' gradients are zero.
     """
     if processes() == 1:
         return
@@ -186,7 +189,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradients = [p.grad for p in trained if p.dtype == dtype and p.grad is not None]
         packed = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(packed)
-        packed /= processes()
+        packed /= sharing
         pieces = packed.split([gradient.numel() for gradient in gradients])
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
