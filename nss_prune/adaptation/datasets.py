@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset
 
-from nss_prune.core.batches import pick_samples, split_batch
+from nss_prune.core.batches import first_batch, pick_samples, split_batch
 from nss_prune.core.models import device_of
 from nss_prune.core.nested import map_tensors, moved, tensors_in
-from nss_prune.core.processes import gathered
+from nss_prune.core.processes import agreed, gathered
 from nss_prune.core.shards import without_padding
 from nss_prune.errors import DataError
 from nss_prune.profiling.streaming import labelled_draw
@@ -77,6 +77,7 @@ def with_classes(batch: Any, number: int) -> tuple[Any, Tensor]:
     return inputs, labels.long()
 
 
+@agreed()
 def classes_in(data: Data) -> tuple[int, ...]:
     """All labels that occur in any process, ascending.
 
@@ -124,10 +125,27 @@ class Moved:
             inputs, labels = self.checked(batch, number)
             yield moved((inputs, labels), self.device)
 
+    @agreed()
+    def first_inputs(self) -> Any:
+        """The inputs of the first batch of the first process that has one.
+
+        Raises:
+            DataError: There is no batch, or it cannot be used.
+        """
+        return first_batch(self, self.device)[0][0]
+
 
 def on_device_of(model: nn.Module, data: Data, checked: Checked = with_classes) -> Moved:
     """(inputs, labels) on the device of a model; by default labels have to be class indices."""
     return Moved(data, device_of(model), checked)
+
+
+def placed(model: nn.Module, data: Data) -> Data:
+    """Batches on the device of a model; a DataLoader on a CPU as it is.
+
+    That can be profiled in the order of its categories.
+    """
+    return data if device_of(model).type == "cpu" else on_device_of(model, data)
 
 
 class Shuffled:

@@ -24,8 +24,6 @@ from nss_prune.adaptation.task_finder import THETAS, Allocation, TaskFinder
 from nss_prune.adaptation.task_training import Metrics, TaskTraining, Validation
 from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.training import Loss, Objective, TaskLoss, objective_for
-from nss_prune.core.batches import first_batch
-from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
@@ -51,11 +49,8 @@ class IncrementalTrainer(LearnedTasks, OldNames):
             scores = model(inputs)
 
     Without replay, the scores of every task under its mask are bit-identical before and after
-    later tasks are learned.
-
-    Under torchrun, each process gives its part of the data (as a DistributedSampler makes them), to
-    the constructor too: gradients are averaged, and what finds a task's neurons is summed. All
-    processes end with the same model and tasks, bit for bit, or raise what one of them raised.
+    later tasks are learned. Under torchrun, each process gives its part of the data, to the
+    constructor too; all end with the same model and tasks, or raise what one of them raised.
 
     Args:
         model: Trained on the first task; it is changed by :meth:`fit` and
@@ -109,7 +104,6 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         DataError: Data that cannot be used, see :func:`nss_prune.profile`.
     """
 
-    @agreed()
     def __init__(
         self,
         model: nn.Module,
@@ -153,7 +147,6 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         self._validations[self.tasks[0].name] = validation
         self._add_accuracies()
 
-    @agreed()
     def fit(
         self,
         data: Data,
@@ -202,9 +195,8 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         objective = objective_for(how.settings.loss, classes, self.tasks)
         with restored_on_error(self.model, values=True):
             grow_classifier(self.model, self.head, classes[-1] + 1)
-            copy_from_first(self.model)
             history = how.run(
-                self.freezing(first_batch(batches)[0][0]),
+                self.freezing(batches.first_inputs()),
                 objective,
                 batches,
                 replayed=again,
@@ -216,7 +208,6 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         self.history = history
         return task
 
-    @agreed()
     def finetune_masked(
         self,
         data: Data | None = None,
@@ -247,8 +238,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         batches = on_device_of(self.model, given)
         of_task = how.settings.loss or TaskLoss(task.classes)
         with restored_on_error(self.model, values=True):
-            copy_from_first(self.model)
-            freezing = self.masked_freezing(first_batch(batches)[0][0])
+            freezing = self.masked_freezing(batches.first_inputs())
             with task.masked(self.model):
                 history = how.run(
                     freezing,
@@ -271,7 +261,6 @@ class IncrementalTrainer(LearnedTasks, OldNames):
             )
         return self._data[-1]
 
-    @agreed()
     def add(
         self,
         data: Data,

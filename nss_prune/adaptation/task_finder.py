@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nss_prune.adaptation.datasets import Data, on_device_of, parts
+from nss_prune.adaptation.answers import Answers, answers, loss_between
+from nss_prune.adaptation.datasets import Data, on_device_of, parts, placed
 from nss_prune.adaptation.protection import all_needed_entries, needed_entries
 from nss_prune.adaptation.task_weights import prune_task_weights
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.classifier import outputs_of
-from nss_prune.core.models import device_of, evaluation, run
-from nss_prune.core.outputs import class_scores
-from nss_prune.core.processes import total
-from nss_prune.errors import ArgumentError, DataError
+from nss_prune.core.processes import agreed
+from nss_prune.errors import ArgumentError
 from nss_prune.profiling.accumulation import Loss
 from nss_prune.profiling.run import profile
 from nss_prune.profiling.selection import check_theta
@@ -71,6 +69,7 @@ class TaskFinder:
         if self.theta != "auto":
             check_theta(self.theta)
 
+    @agreed()
     def find(
         self,
         model: nn.Module,
@@ -97,18 +96,18 @@ class TaskFinder:
         arguments = {"loss": loss, "progress": self.progress, **self.profile_arguments}
         outputs = outputs_of(model, classifier)
         if self.theta != "auto" or self.keep is not None:
-            found = profile(model, _placed(model, data), **arguments)
+            found = profile(model, placed(model, data), **arguments)
             theta = None if self.theta == "auto" else self.theta
             return Task(name, found.slice(theta, ratio=self.keep), classes, outputs)
         held_out, profiled = parts(data, HELD_OUT, self.seed)
-        found = profile(model, _placed(model, profiled), **arguments)
+        found = profile(model, placed(model, profiled), **arguments)
         best = Task(name, found.slice(1.0), classes, outputs)
         held_out = on_device_of(model, held_out)
-        whole = _answers(model, classifier, best, held_out, masked=False)
+        whole = answers(model, classifier, best, held_out, masked=False)
         for theta in THETAS:
             task = Task(name, found.slice(theta), classes, outputs)
-            masked = _answers(model, classifier, task, held_out, masked=True)
-            if not self._allows(whole, masked, device_of(model)):
+            masked = answers(model, classifier, task, held_out, masked=True)
+            if not self._allows(whole, masked):
                 return best
             best = task
         return best
@@ -133,50 +132,9 @@ class TaskFinder:
         )
         return replace(task, weights=weights)
 
-    def _allows(self, whole: Answers, masked: Answers, device: torch.device) -> bool:
-        """Whether a mask costs no more accuracy and divergence than it may, in all processes.
-
-        Raises:
-            DataError: There are no samples.
-        """
-        found, wanted = masked.probabilities, whole.probabilities
-        drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
-        entropy = -(wanted.exp() * wanted).sum()
-        own = [masked.right, whole.right, float(drift), float(entropy), len(wanted)]
-        right, right_before, drifted, unsure, samples = total(own, device)
-        if not samples:
-            raise DataError(
-                "no samples are held out to choose theta='auto'; give more data, or theta as a "
-                "number"
-            )
-        if (right - right_before) / samples < -self.tolerance / 100:
+    def _allows(self, whole: Answers, masked: Answers) -> bool:
+        """Whether a mask costs no more accuracy and divergence than it may."""
+        lost = loss_between(whole, masked)
+        if lost.accuracy > self.tolerance / 100:
             return False
-        return drifted / samples <= max(self.divergence, OF_ENTROPY * unsure / samples)
-
-
-class Answers(NamedTuple):
-    """What a model answers to the held-out samples of this process.
-
-    Attributes:
-        probabilities: Logarithms of those of the task's classes, ``[samples, classes]``.
-        right: How many answers are right.
-    """
-
-    probabilities: Tensor
-    right: int
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, classifier: str, task: Task, data: Data, *, masked: bool) -> Answers:
-    probabilities, right = [torch.zeros(0, len(task.classes), device=device_of(model))], 0
-    with task.inference(model, classifier, masked=masked), evaluation(model):
-        for number, (inputs, labels) in enumerate(data):
-            scores = class_scores(run(model, inputs, number)).float()
-            probabilities.append(scores[:, list(task.classes)].log_softmax(1))
-            right += int((scores.argmax(1) == labels).sum())
-    return Answers(torch.cat(probabilities), right)
-
-
-def _placed(model: nn.Module, data: Data) -> Data:
-    # A DataLoader as it is can be profiled in the order of its categories.
-    return data if device_of(model).type == "cpu" else on_device_of(model, data)
+        return lost.divergence <= max(self.divergence, OF_ENTROPY * lost.entropy)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nss_prune.core.batches import labelled_batches
 from nss_prune.core.models import evaluation, run
 from nss_prune.core.outputs import class_scores
-from nss_prune.core.processes import decided, gathered
+from nss_prune.core.processes import agreed, decided, gathered
 from nss_prune.core.schema import LARGEST, check_finite, check_tensor, number, refuse, row, table
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
@@ -127,6 +127,7 @@ class TaskFeatures:
     usual_energy: tuple[float, float]
 
     @staticmethod
+    @agreed()
     def of(model: nn.Module, critical: Slice, data: Iterable[Any]) -> TaskFeatures:
         """Those of a task's data; ``model`` answers under the task's mask when this is called.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nss_prune.errors import ArgumentError, NSSPruneError
 
 Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 _MET = "_nss_prune_known_to_all"
 
@@ -45,8 +46,8 @@ def wait() -> None:
 def agreed() -> Iterator[None]:
     """All processes get through the body, or all raise what the first that failed raised.
 
-    Every process must enter, and exchange inside by :func:`gathered`, :func:`summed` and
-    :func:`decided` alone, in the same order. It may be nested, and used as a decorator.
+    Every process must enter, and exchange inside by the functions of this module alone, in the
+    same order. It may be nested, and used as a decorator.
     """
     try:
         yield
@@ -84,6 +85,33 @@ def decided(function: Callable[[], Value]) -> Value:
         found = function() if is_first() else None
     shared: Value = given_by(0, found)
     return shared
+
+
+def led(decide: Callable[[Callable[[Any], Result]], Value], work: Callable[[Any], Result]) -> Value:
+    """What a function returns in the first process, for which all processes work.
+
+    Args:
+        decide: Called in the first process alone, with a function that calls ``work`` in all.
+        work: Called in every process with the same value, as often as the first decides.
+    """
+    if processes() == 1:
+        return decide(work)
+
+    def ask(value: Any) -> Result:
+        given_by(0, ("work", value))
+        return work(value)
+
+    with agreed():
+        if is_first():
+            decided: Value = decide(ask)
+            given_by(0, ("done", decided))
+            return decided
+        while True:
+            what, value = given_by(0, ("", None))
+            if what == "done":
+                given: Value = value
+                return given
+            work(value)
 
 
 def given_by(process: int, value: Value) -> Value:

@@ -12,12 +12,13 @@ from torch import nn
 from nss_prune.core.batches import labelled_batches
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.outputs import predictions
+from nss_prune.core.processes import gathered
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.pruner.strategy import Score
 
 
 def accuracy_on(batches: Iterable[Any], forward: Forward = call_model) -> Score:
-    """A function of a model: its accuracy on batches, in percent.
+    """A function of a model: its accuracy on the batches of all processes, in percent.
 
     A ``score=`` of :class:`nss_prune.NSSPruner`::
 
@@ -56,4 +57,7 @@ class _Accuracy:
                     )
                 right += int((found == labels.to(found.device)).sum())
                 total += found.numel()
+        right, total = (sum(counts) for counts in zip(*gathered((right, total)), strict=True))
+        if not total:
+            raise DataError("there are no samples to score; give batches of (inputs, labels)")
         return 100 * right / total
