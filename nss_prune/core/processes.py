@@ -103,15 +103,20 @@ def led(decide: Callable[[Callable[[Any], Result]], Value], work: Callable[[Any]
 
     with agreed():
         if is_first():
-            decided: Value = decide(ask)
-            given_by(0, ("done", decided))
-            return decided
+            found = decide(ask)
+            given_by(0, ("done", found))
+            return found
         while True:
-            what, value = given_by(0, ("", None))
+            what, value = _from_first()
             if what == "done":
                 given: Value = value
                 return given
             work(value)
+
+
+def _from_first() -> tuple[str, Any]:
+    """What the first process gives next."""
+    return given_by(0, ("", None))
 
 
 def given_by(process: int, value: Value) -> Value:

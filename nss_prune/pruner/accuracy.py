@@ -57,7 +57,8 @@ class _Accuracy:
                     )
                 right += int((found == labels.to(found.device)).sum())
                 total += found.numel()
-        right, total = (sum(counts) for counts in zip(*gathered((right, total)), strict=True))
+        everywhere = gathered((right, total))
+        right, total = (sum(each[part] for each in everywhere) for part in (0, 1))
         if not total:
             raise DataError("there are no samples to score; give batches of (inputs, labels)")
         return 100 * right / total

@@ -59,12 +59,8 @@ class Planner:
             step: From 1 to ``steps``.
             whole: The first model's costs; counted here where there are none.
         """
-        given = (subject, evidence, step, steps, whole)
-        measuring = getattr(self.strategy, "measuring", None)
-        if measuring is None:
-            decision = decided(lambda: self._decision(*given, self.strategy.select))
-        else:
-            decision = self._measured(measuring(subject, evidence), given)
+        decide = partial(self._decision, subject, evidence, step, steps, whole)
+        decision = self._decided(decide, subject, evidence)
         chosen = Slice(decision.kept, subject.groups, decision.rule)
         chosen = replace(chosen, bases=bases_of(chosen, evidence.bases))
         notes, classes = decision.notes, {}
@@ -75,12 +71,16 @@ class Planner:
             subject, evidence, chosen, decision.whole, notes, figures, classes, decision.sensitivity
         )
 
-    def _measured(self, measure: Measure | None, given: tuple[Any, ...]) -> Decision:
+    def _decided(
+        self, decide: Callable[[Callable[..., Slice]], Decision], subject: Subject, evidence: Any
+    ) -> Decision:
         """What the first process decides, where all measure the slices that it tries."""
-        select: Any = self.strategy.select
+        select: Callable[..., Slice] = self.strategy.select
+        measuring = getattr(self.strategy, "measuring", None)
+        measure: Measure | None = None if measuring is None else measuring(subject, evidence)
         if measure is None:
-            return decided(lambda: self._decision(*given, partial(select, measure=None)))
-        return led(lambda ask: self._decision(*given, partial(select, measure=ask)), measure)
+            return decided(lambda: decide(select))
+        return led(lambda ask: decide(partial(select, measure=ask)), measure)
 
     def _decision(
         self,
