@@ -24,6 +24,7 @@ from nss_prune.adaptation.robustness import (
     evaluate_attack,
     validation_metrics,
 )
+from nss_prune.core.models import uncompiled
 from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
@@ -125,7 +126,7 @@ class ReadaptTrainer:
                 DeprecationWarning,
                 stacklevel=2,
             )
-        self.model = model
+        self.model = model = uncompiled(model)
         self.attack = None if attack is None else make_attack(attack, epsilon, normalization)
         self.adversaries = adversaries
         self.freezing = _freezing(train, slice, model)

@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from nss_prune.core.models import Forward, evaluation
+from nss_prune.core.models import Forward, evaluation, uncompiled
 from nss_prune.core.processes import refuse_sharded
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
@@ -334,15 +334,16 @@ def set_without_graph(
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """The model inside a wrapper for several devices, and the wrapper, or None.
+    """The model inside what compiles it and wraps it for several devices, and the latter, or None.
 
     Raises:
         ArgumentError: Weights are masked, parametrized, or sharded over devices.
     """
     refuse_sharded(model)
     refuse_reparametrised(model)
+    model = uncompiled(model)
     if isinstance(model, (DataParallel, DistributedDataParallel)):
-        return model.module, model
+        return uncompiled(model.module), model
     return model, None
 
 
