@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common import results, tables
@@ -248,7 +248,7 @@ def main(words: Sequence[str] | None = None) -> None:
     first = Case(**{axis: along[0] for axis, along in values.items()}, depth=asked.depth,
                  size=asked.size)  # fmt: skip
     rows = rows_of(sides, first, values)
-    found = [(asked.name, COLUMNS, rows)]
+    found: list[tuple[str, Sequence[Column], Rows]] = [(asked.name, COLUMNS, rows)]
     if any(len(along) > 1 for along in values.values()):
         found.append((f"{asked.name}-slopes", SLOPES, slopes(rows)))
     for name, columns, table in found:

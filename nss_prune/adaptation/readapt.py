@@ -25,7 +25,7 @@ from nss_prune.adaptation.robustness import (
     validation_metrics,
 )
 from nss_prune.core.models import uncompiled
-from nss_prune.core.processes import agreed, copy_from_first
+from nss_prune.core.processes import agreed, copy_from_first, refuse_sharded
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
@@ -126,6 +126,7 @@ class ReadaptTrainer:
                 DeprecationWarning,
                 stacklevel=2,
             )
+        refuse_sharded(model)
         self.model = model = uncompiled(model)
         self.attack = None if attack is None else make_attack(attack, epsilon, normalization)
         self.adversaries = adversaries

@@ -62,8 +62,7 @@ def test_contributions_are_near_and_weights_stay() -> None:
     lower.step()
     assert torch.bfloat16 in seen
     assert {value.dtype for value in lower.model.parameters()} == {torch.float32}
-    report = lower.report
-    assert report is not None and report.rows
+    assert lower.report is not None
 
 
 def test_other_dtypes_are_refused() -> None:

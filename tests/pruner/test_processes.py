@@ -9,13 +9,14 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from networks import assert_unchanged, batches, fingerprint, mlp, settled
-from nss_prune import NSSPruner, accuracy_on, profile
+from nss_prune import NSSPruner, ReadaptTrainer, accuracy_on, profile
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.pruner.report import Report
 from processes import in_processes
@@ -108,12 +109,21 @@ def padded(rank: int) -> None:
 
 
 def sharded(rank: int, folder: str) -> None:
-    """Weights of which each process has a part."""
-    model, data = network("mlp")
+    """Weights of which each process has a part: of tensor parallelism, and of FSDP2."""
+    parallel, data = network("mlp")
     mesh = init_device_mesh("cpu", (2,))
-    parallelize_module(model, mesh, {"1": ColwiseParallel()})
-    with pytest.raises(ArgumentError) as refused:
-        NSSPruner(model, data[0][0][:2], macs_budget=0.5, data=data)
+    parallelize_module(parallel, mesh, {"1": ColwiseParallel()})
+    models = [parallel]
+    if hasattr(fsdp, "fully_shard"):  # since torch 2.6
+        split, _ = network("mlp")
+        models.append(fsdp.fully_shard(split, mesh=mesh))
+    for model in models:
+        with pytest.raises(ArgumentError, match="sharded"):
+            profile(model, data, data[0][0][:2])
+        with pytest.raises(ArgumentError, match="sharded"):
+            ReadaptTrainer(model, None, train="all")
+        with pytest.raises(ArgumentError) as refused:
+            NSSPruner(model, data[0][0][:2], macs_budget=0.5, data=data)
     Path(f"{folder}/sharded").write_text(str(refused.value))
 
 
