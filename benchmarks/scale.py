@@ -44,6 +44,7 @@ from benchmarks.rivals.ranking import GRADIENTS, set_gradients
 from nss_prune import NSSPruner
 from nss_prune.errors import ArgumentError
 
+TITLE = "Scale: a budget beside bare passes"
 SIDES = ("bare", "ours", "taylor", "hessian")
 STAGES = {"convnext": "depths", "resnet": "layers"}
 """Family of timm's -> what says how many blocks its stages have."""
@@ -195,8 +196,17 @@ def slopes(rows: Rows) -> Rows:
     return found
 
 
-def rows_of(sides: Sequence[str], first: Case, values: dict[str, list[Any]]) -> Rows:
-    """A row for each side of each case; what two axes share is measured once."""
+def rows_of(
+    sides: Sequence[str],
+    first: Case,
+    values: dict[str, list[Any]],
+    write: Callable[[Rows], None],
+) -> None:
+    """A row for each side of each case; what two axes share is measured once.
+
+    Args:
+        write: Called after each case with all rows so far.
+    """
     rows: Rows = []
     known: dict[tuple[str, Case], list[float]] = {}
     for axis, case in cases(first, values):
@@ -213,7 +223,7 @@ def rows_of(sides: Sequence[str], first: Case, values: dict[str, list[Any]]) -> 
                 "parameters": parameters,
             })  # fmt: skip
             show({column.key: rows[-1][column.key] for column in COLUMNS})
-    return rows
+        write(rows)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -247,15 +257,18 @@ def main(words: Sequence[str] | None = None) -> None:
     values = {axis: values[axis] for axis in AXES}
     first = Case(**{axis: along[0] for axis, along in values.items()}, depth=asked.depth,
                  size=asked.size)  # fmt: skip
-    rows = rows_of(sides, first, values)
-    found: list[tuple[str, Sequence[Column], Rows]] = [(asked.name, COLUMNS, rows)]
-    if any(len(along) > 1 for along in values.values()):
-        found.append((f"{asked.name}-slopes", SLOPES, slopes(rows)))
-    for name, columns, table in found:
-        path = asked.output / f"{name}.json"
-        title = "Scale: a budget beside bare passes"
-        results.write(path, title, columns, table, seeds=[0], depth=asked.depth, size=asked.size)
-        print(f"\n{tables.text_table(columns, table)}\n\n{path} written")
+    path = asked.output / f"{asked.name}.json"
+
+    def write(rows: Rows) -> None:
+        found = slopes(rows) if any(len(along) > 1 for along in values.values()) else []
+        details = {"depth": asked.depth, "size": asked.size, "slopes": found}
+        results.write(path, TITLE, COLUMNS, rows, seeds=[0], **details)
+
+    rows_of(sides, first, values, write)
+    content = results.read(path)
+    for columns, table in ((COLUMNS, content["rows"]), (SLOPES, content["slopes"])):
+        print(f"\n{tables.text_table(columns, table)}")
+    print(f"\n{path} written")
 
 
 if __name__ == "__main__":
