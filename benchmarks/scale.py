@@ -267,7 +267,8 @@ def main(words: Sequence[str] | None = None) -> None:
     rows_of(sides, first, values, write)
     content = results.read(path)
     for columns, table in ((COLUMNS, content["rows"]), (SLOPES, content["slopes"])):
-        print(f"\n{tables.text_table(columns, table)}")
+        if table:
+            print(f"\n{tables.text_table(columns, table)}")
     print(f"\n{path} written")
 
 
