@@ -7,8 +7,9 @@ A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a re
 RQ2, RQ3 or RQ4 says in all, `NAME leads`: the best of every criterion on that accuracy board,
 `NAME agreement`: the same by agreement with the whole model, or `NAME classes`: what the class that
 loses most loses on it, with and without balance, `NAME limits` and `NAME drop`: what
-`max_divergence` and `max_drop` found, or `coverage costs`: what the allocation of every
-architecture cost. `headlines` is one table of all accuracy boards.
+`max_divergence` and `max_drop` found, `NAME slopes`: how that file of scale grows, or `coverage
+costs`: what the allocation of every architecture cost. `headlines` is one table of all accuracy
+boards.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from benchmarks.reports.rq1 import THETA_COLUMNS
 from benchmarks.reports.rq2 import SUMMARY_COLUMNS as GAINS
 from benchmarks.reports.rq3 import SUMMARY_COLUMNS as CLAIMS
 from benchmarks.reports.rq4 import SUMMARY_COLUMNS as TASK_CLAIMS
+from benchmarks.scale import SLOPES
 
 ROOT = Path(__file__).parent.parent
 ALL_RESULTS = results.FOLDER / "README.md"
@@ -82,6 +84,8 @@ def table(name: str) -> str:
     if part in (["drop"], ["limits"]):
         shown = content["tables"][part[0]]
         return tables.markdown_table([Column(**one) for one in shown["columns"]], shown["rows"])
+    if part == ["slopes"]:
+        return tables.markdown_table(SLOPES, content["slopes"])
     if part == ["costs"]:
         return tables.markdown_table(COSTS, content["costs"])
     if part == ["summary"]:

@@ -1,9 +1,10 @@
 """Seconds and memory of a budget over samples, widths, categories and processes.
 
 A whole step of NSSPruner at half of the MACs, beside bare forward and backward passes over the same
-samples, and beside torch-pruning's Taylor and Hessian criteria, each in a process of its own. One
-axis at a time; the others are at the first of their values. The slopes are those of a line through
-the logarithms: 1 where twice as much takes twice as long.
+samples, and beside torch-pruning's Taylor and Hessian criteria, each in a process of its own of one
+thread. One axis at a time; the others are at the first of their values. Seconds are those of the
+CPU, which others on the machine do not change, and of several processes those of the first. The
+slopes are those of a line through the logarithms: 1 where twice as much takes twice as long.
 
     python benchmarks/scale.py                                       # a minute or two
     python benchmarks/scale.py --models vit_base_patch16_224,vit_large_patch16_224 --depth 0 \\
@@ -17,8 +18,10 @@ import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +33,23 @@ import torch
 import torch.distributed as dist
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common import results, tables
 from benchmarks.common.options import run
 from benchmarks.common.tables import Cell, Column
-from benchmarks.common.timing import printed_by, resident_peak, seconds, show
+from benchmarks.common.timing import show, with_peak
 from benchmarks.rivals.ranking import GRADIENTS, set_gradients
 from nss_prune import NSSPruner
 from nss_prune.errors import ArgumentError
 
+TITLE = "Scale: a budget beside bare passes"
 SIDES = ("bare", "ours", "taylor", "hessian")
+STAGES = {"convnext": "depths", "resnet": "layers"}
+"""Family of timm's -> what says how many blocks its stages have."""
+PRELOADED = ["benchmarks.scale"]
+"""Imported once for all processes, which takes longer than what they do."""
 AXES = ("samples", "model", "categories", "processes")
 COLUMNS = (
     Column("axis", "axis"), Column("model", "model"), Column("samples", "samples", 0),
@@ -63,7 +71,7 @@ class Case:
     """What one process measures.
 
     Attributes:
-        depth: Blocks that are left of the model; 0 for all.
+        depth: Blocks that are left of the model, or of each of its stages; 0 for all.
         size: Of the pictures, in pixels.
     """
 
@@ -74,25 +82,18 @@ class Case:
     depth: int
     size: int
 
-    @classmethod
-    def of(cls, words: str) -> Case:
-        """The inverse of ``str``."""
-        model, *numbers = words.split(",")
-        return cls(model, *map(int, numbers))
-
-    def __str__(self) -> str:
-        return ",".join(map(str, asdict(self).values()))
-
     def made(self) -> nn.Module:
         """The model, not trained: neither time nor memory depend on its weights."""
         torch.manual_seed(0)
         cut: dict[str, Any] = {}
         if self.model.startswith("vit"):
             cut = {"img_size": self.size, **({"depth": self.depth} if self.depth else {})}
-        elif self.model.startswith("convnext") and self.depth:
-            cut = {"depths": (self.depth,) * 4}
         elif self.depth:
-            raise ArgumentError(f"--depth cuts vit and convnext models, not {self.model}; give 0")
+            family = next((name for name in STAGES if self.model.startswith(name)), None)
+            if family is None:
+                known = ", ".join(("vit", *STAGES))
+                raise ArgumentError(f"--depth cuts {known} models, not {self.model}; give 0")
+            cut = {STAGES[family]: (self.depth,) * 4}
         return timm.create_model(self.model, num_classes=self.categories, **cut).eval()
 
     def data(self, rank: int = 0) -> Batches:
@@ -127,43 +128,47 @@ def ranked(kind: str, model: nn.Module, data: Batches) -> None:
 
 
 def measured(side: str, case: Case, rank: int = 0) -> tuple[float, float]:
-    """Seconds, and MB beyond the model and its data."""
+    """Seconds of the CPU, and MB beyond the model and its data."""
     model, data = case.made(), case.data(rank)
     with torch.no_grad():
         model(data[0][0][:1])
     sides: dict[str, Callable[[nn.Module, Batches], None]] = {"bare": bare, "ours": ours}
-    before = resident_peak()
-    taken = seconds(
+    before = time.process_time()
+    _, megabytes = with_peak(
         lambda: sides[side](model, data) if side in sides else ranked(side, model, data)
     )
-    return taken, resident_peak() - before
+    return time.process_time() - before, megabytes or 0.0
 
 
 def member(rank: int, side: str, case: Case, folder: str) -> None:
-    """One of several processes; the first writes what it measured."""
+    """One of the processes; the first writes what it measured."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    method = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=case.processes)
+    if case.processes > 1:
+        method = f"file://{folder}/meeting"
+        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=case.processes)
     found = measured(side, case, rank)
     if rank == 0:
         Path(folder, "found").write_text(" ".join(map(str, found)))
-    dist.destroy_process_group()
+    if case.processes > 1:
+        dist.destroy_process_group()
 
 
-def one_case(side: str, case: Case) -> str:
+def one_case(side: str, case: Case) -> list[float]:
     """What :func:`measured` gives, in as many processes as the case says."""
-    if case.processes == 1:
-        return " ".join(map(str, measured(side, case)))
+    get_context("forkserver").set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(member, args=(side, case, folder), nprocs=case.processes)
-        return Path(folder, "found").read_text()
+        start_processes(
+            member, (side, case, folder), nprocs=case.processes, start_method="forkserver"
+        )
+        return [float(word) for word in Path(folder, "found").read_text().split()]
 
 
 def cases(first: Case, values: dict[str, list[Any]]) -> Iterator[tuple[str, Case]]:
-    """Axis and case, one axis at a time."""
-    for axis, along in values.items():
-        for value in along if len(along) > 1 else ():
+    """Axis and case, one axis at a time; the first case alone where no axis has two values."""
+    varied = {axis: along for axis, along in values.items() if len(along) > 1}
+    for axis, along in (varied or {"model": [first.model]}).items():
+        for value in along:
             yield axis, replace(first, **{axis: value})
 
 
@@ -191,8 +196,17 @@ def slopes(rows: Rows) -> Rows:
     return found
 
 
-def rows_of(sides: Sequence[str], first: Case, values: dict[str, list[Any]]) -> Rows:
-    """A row for each side of each case; what two axes share is measured once."""
+def rows_of(
+    sides: Sequence[str],
+    first: Case,
+    values: dict[str, list[Any]],
+    write: Callable[[Rows], None],
+) -> None:
+    """A row for each side of each case; what two axes share is measured once.
+
+    Args:
+        write: Called after each case with all rows so far.
+    """
     rows: Rows = []
     known: dict[tuple[str, Case], list[float]] = {}
     for axis, case in cases(first, values):
@@ -200,7 +214,7 @@ def rows_of(sides: Sequence[str], first: Case, values: dict[str, list[Any]]) -> 
         alone = 0.0
         for side in sides:
             if (side, case) not in known:
-                known[side, case] = printed_by("benchmarks.scale", "--case", f"{side},{case}")
+                known[side, case] = one_case(side, case)
             taken, megabytes = known[side, case]
             alone = taken if side == "bare" else alone
             rows.append({
@@ -209,7 +223,7 @@ def rows_of(sides: Sequence[str], first: Case, values: dict[str, list[Any]]) -> 
                 "parameters": parameters,
             })  # fmt: skip
             show({column.key: rows[-1][column.key] for column in COLUMNS})
-    return rows
+        write(rows)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -227,17 +241,13 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=64, help="pixels of the pictures (default: %(default)s)")
     add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
         help="folder of the result files (default: %(default)s)")  # fmt: skip
-    add("--case", help=argparse.SUPPRESS)
+    add("--name", default="scale", help="of the result files (default: %(default)s)")
     return parser
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
-    if asked.case:
-        side, _, case = asked.case.partition(",")
-        print(one_case(side, Case.of(case)))
-        return
     sides = asked.sides.split(",")
     if unknown := sorted(set(sides) - set(SIDES)):
         raise ArgumentError(f"There is no side {unknown[0]!r}; there are: {', '.join(SIDES)}.")
@@ -247,12 +257,19 @@ def main(words: Sequence[str] | None = None) -> None:
     values = {axis: values[axis] for axis in AXES}
     first = Case(**{axis: along[0] for axis, along in values.items()}, depth=asked.depth,
                  size=asked.size)  # fmt: skip
-    rows = rows_of(sides, first, values)
-    for name, columns, table in (("scale", COLUMNS, rows), ("scale-slopes", SLOPES, slopes(rows))):
-        path = asked.output / f"{name}.json"
-        title = "Scale: a budget beside bare passes"
-        results.write(path, title, columns, table, seeds=[0], depth=asked.depth, size=asked.size)
-        print(f"\n{tables.text_table(columns, table)}\n\n{path} written")
+    path = asked.output / f"{asked.name}.json"
+
+    def write(rows: Rows) -> None:
+        found = slopes(rows) if any(len(along) > 1 for along in values.values()) else []
+        details = {"depth": asked.depth, "size": asked.size, "slopes": found}
+        results.write(path, TITLE, COLUMNS, rows, seeds=[0], **details)
+
+    rows_of(sides, first, values, write)
+    content = results.read(path)
+    for columns, table in ((COLUMNS, content["rows"]), (SLOPES, content["slopes"])):
+        if table:
+            print(f"\n{tables.text_table(columns, table)}")
+    print(f"\n{path} written")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from nss_prune import (
 )
 from nss_prune.adaptation import critical_channels, critical_entries
 from nss_prune.compensation.folding import fold
+from nss_prune.core.nested import moved
 from nss_prune.profiling.contributions.protocol import metrics_known
 from nss_prune.statistics.consumers import consumer_statistics
 from nss_prune.unstructured import iterative_sparsify
@@ -38,6 +39,15 @@ DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 Batches = list[tuple[Tensor, Tensor]]
+
+
+def test_batches_arrive_with_their_values() -> None:
+    batch = {"inputs": torch.randn(64, 3, 32, 32), "labels": [torch.arange(64)]}
+    sent = moved(batch, DEVICE)
+    assert sent["inputs"].is_cuda
+    back = moved(sent, "cpu")
+    assert torch.equal(back["inputs"], batch["inputs"])
+    assert torch.equal(back["labels"][0], batch["labels"][0])
 
 
 def mlp() -> nn.Module:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset
 
-from nss_prune.core.batches import pick_samples, split_batch
+from nss_prune.core.batches import first_batch, pick_samples, split_batch
 from nss_prune.core.models import device_of
 from nss_prune.core.nested import map_tensors, moved, tensors_in
+from nss_prune.core.processes import agreed, gathered
+from nss_prune.core.shards import without_padding
 from nss_prune.errors import DataError
 from nss_prune.profiling.streaming import labelled_draw
 
@@ -75,21 +77,28 @@ def with_classes(batch: Any, number: int) -> tuple[Any, Tensor]:
     return inputs, labels.long()
 
 
+@agreed()
 def classes_in(data: Data) -> tuple[int, ...]:
-    """All labels that occur, ascending.
+    """All labels that occur in any process, ascending.
 
     Raises:
         DataError: There are none, or they are no class indices.
     """
-    drawn = labelled_draw(data, 0) if isinstance(data, DataLoader) else None
-    if drawn:
-        return tuple(sorted({label for label, _ in drawn}))
-    found: set[int] = set()
-    for number, batch in enumerate(data):
-        found.update(with_classes(batch, number)[1].unique().tolist())
+    found = set().union(*gathered(_own_classes(data)))
     if not found:
         raise DataError("the data has no batch; give an iterable of (inputs, labels) batches")
     return tuple(sorted(found))
+
+
+def _own_classes(data: Data) -> set[int]:
+    """The labels of this process."""
+    drawn = labelled_draw(data, 0) if isinstance(data, DataLoader) else None
+    if drawn:
+        return {label for label, _ in drawn}
+    found: set[int] = set()
+    for number, batch in enumerate(data):
+        found.update(with_classes(batch, number)[1].unique().tolist())
+    return found
 
 
 class Moved:
@@ -116,10 +125,27 @@ class Moved:
             inputs, labels = self.checked(batch, number)
             yield moved((inputs, labels), self.device)
 
+    @agreed()
+    def first_inputs(self) -> Any:
+        """The inputs of the first batch of the first process that has one.
+
+        Raises:
+            DataError: There is no batch, or it cannot be used.
+        """
+        return first_batch(self, self.device)[0][0]
+
 
 def on_device_of(model: nn.Module, data: Data, checked: Checked = with_classes) -> Moved:
     """(inputs, labels) on the device of a model; by default labels have to be class indices."""
     return Moved(data, device_of(model), checked)
+
+
+def placed(model: nn.Module, data: Data) -> Data:
+    """Batches on the device of a model; a DataLoader on a CPU as it is.
+
+    That can be profiled in the order of its categories.
+    """
+    return data if device_of(model).type == "cpu" else on_device_of(model, data)
 
 
 class Shuffled:
@@ -165,9 +191,12 @@ class Drawn:
 def parts(data: Data, share: float, seed: int) -> tuple[Data, Data]:
     """A random share of the samples and the others, both to be iterated repeatedly.
 
+    In several processes, of those of each; what a DistributedSampler repeats counts once.
+
     Of a DataLoader over a map-style data set, samples are drawn once and for all. Of other data
     they are drawn by their position, so that it must come in the same order in every pass.
     """
+    data = without_padding(data)
     if (
         not isinstance(data, DataLoader)
         or isinstance(data.dataset, IterableDataset)

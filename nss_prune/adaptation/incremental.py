@@ -49,7 +49,8 @@ class IncrementalTrainer(LearnedTasks, OldNames):
             scores = model(inputs)
 
     Without replay, the scores of every task under its mask are bit-identical before and after
-    later tasks are learned.
+    later tasks are learned. Under torchrun, each process gives its part of the data, to the
+    constructor too; all end with the same model and tasks, or raise what one of them raised.
 
     Args:
         model: Trained on the first task; it is changed by :meth:`fit` and
@@ -178,7 +179,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         Returns: The task, now the last of ``tasks``.
 
         Raises:
-            ArgumentError, DataError: The arguments, several processes, or other labels.
+            ArgumentError, DataError: The arguments, or other labels.
             NothingToPruneError: No neuron is free.
             ModelMismatchError: The checkpoint is of another model, task or hyper-parameters.
             NumericalError: The loss or the weights became NaN or infinite.
@@ -195,7 +196,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         with restored_on_error(self.model, values=True):
             grow_classifier(self.model, self.head, classes[-1] + 1)
             history = how.run(
-                self.freezing(next(iter(batches))[0]),
+                self.freezing(batches.first_inputs()),
                 objective,
                 batches,
                 replayed=again,
@@ -226,7 +227,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
                 cross entropy over the classes of the task by default.
 
         Raises:
-            ArgumentError: The arguments, no data of the task is known, or several processes.
+            ArgumentError: The arguments, or no data of the task is known.
             ModelMismatchError: The checkpoint is of another model, task or hyper-parameters.
             NumericalError: The loss or the weights became NaN or infinite.
             Exception: What the data raises. Whatever is raised, the model is as it was before.
@@ -237,7 +238,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         batches = on_device_of(self.model, given)
         of_task = how.settings.loss or TaskLoss(task.classes)
         with restored_on_error(self.model, values=True):
-            freezing = self.masked_freezing(next(iter(batches))[0])
+            freezing = self.masked_freezing(batches.first_inputs())
             with task.masked(self.model):
                 history = how.run(
                     freezing,

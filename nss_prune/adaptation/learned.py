@@ -23,7 +23,7 @@ from nss_prune.adaptation.task_weights import check_weights
 from nss_prune.adaptation.tasks import Task
 from nss_prune.adaptation.validation import Validation, accuracy_of_task
 from nss_prune.core.classifier import find_classifier, outputs_of
-from nss_prune.core.models import submodule
+from nss_prune.core.models import submodule, uncompiled
 from nss_prune.errors import ArgumentError, DataError, ModelMismatchError, NothingToPruneError
 from nss_prune.graph.axes import check_fits
 from nss_prune.graph.slices import Slice
@@ -49,7 +49,7 @@ class LearnedTasks(InferredTask):
     def __init__(
         self, model: nn.Module, head: nn.Module | str | None, tasks: Sequence[Task]
     ) -> None:
-        self.model = model
+        self.model = model = uncompiled(model)
         self.head = find_classifier(model, head)
         self.tasks = tuple(tasks)
         for task in self.tasks:

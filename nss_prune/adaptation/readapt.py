@@ -24,7 +24,8 @@ from nss_prune.adaptation.robustness import (
     evaluate_attack,
     validation_metrics,
 )
-from nss_prune.core.processes import copy_from_first
+from nss_prune.core.models import uncompiled
+from nss_prune.core.processes import agreed, copy_from_first, refuse_sharded
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
@@ -75,8 +76,8 @@ class ReadaptResult:
 class ReadaptTrainer:
     """Train the critical neurons on new samples and their adversaries; all others keep their bits.
 
-    Under torchrun, gradients are averaged over the processes; each of them needs its own part of
-    the data, of the same number of batches (as a DistributedSampler gives).
+    Under torchrun, gradients are averaged over the processes, each with its own part of the data
+    (as a DistributedSampler gives): all end with the same model, or raise what one of them raised.
 
     Args:
         model: The model, not wrapped; on any device. Its mode and flags stay as they are.
@@ -125,7 +126,8 @@ class ReadaptTrainer:
                 DeprecationWarning,
                 stacklevel=2,
             )
-        self.model = model
+        refuse_sharded(model)
+        self.model = model = uncompiled(model)
         self.attack = None if attack is None else make_attack(attack, epsilon, normalization)
         self.adversaries = adversaries
         self.freezing = _freezing(train, slice, model)
@@ -146,6 +148,7 @@ class ReadaptTrainer:
             raise ArgumentError("there is no result yet; call fit(data) first")
         return self._result
 
+    @agreed()
     def fit(
         self,
         data: Data,

@@ -17,12 +17,14 @@ from nss_prune.adaptation.datasets import (
     sampled,
     with_classes,
 )
+from nss_prune.core.processes import agreed
 from nss_prune.errors import ArgumentError
 
 Replay = float | Sampler[Any] | Data
 """A share of earlier data, a sampler over it, or batches."""
 
 
+@agreed()
 def replayed(replay: Replay, earlier: Sequence[Data], seed: int, device: torch.device) -> Moved:
     """Batches to replay, on a device.
 

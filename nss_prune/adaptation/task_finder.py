@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nss_prune.adaptation.datasets import Data, on_device_of, parts
+from nss_prune.adaptation.answers import Answers, answers, loss_between
+from nss_prune.adaptation.datasets import Data, on_device_of, parts, placed
 from nss_prune.adaptation.protection import all_needed_entries, needed_entries
 from nss_prune.adaptation.task_weights import prune_task_weights
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.classifier import outputs_of
-from nss_prune.core.models import device_of, evaluation, run
-from nss_prune.core.outputs import class_scores
-from nss_prune.errors import ArgumentError, DataError
+from nss_prune.core.processes import agreed
+from nss_prune.errors import ArgumentError
 from nss_prune.profiling.accumulation import Loss
 from nss_prune.profiling.run import profile
 from nss_prune.profiling.selection import check_theta
@@ -70,6 +69,7 @@ class TaskFinder:
         if self.theta != "auto":
             check_theta(self.theta)
 
+    @agreed()
     def find(
         self,
         model: nn.Module,
@@ -96,17 +96,18 @@ class TaskFinder:
         arguments = {"loss": loss, "progress": self.progress, **self.profile_arguments}
         outputs = outputs_of(model, classifier)
         if self.theta != "auto" or self.keep is not None:
-            found = profile(model, _placed(model, data), **arguments)
+            found = profile(model, placed(model, data), **arguments)
             theta = None if self.theta == "auto" else self.theta
             return Task(name, found.slice(theta, ratio=self.keep), classes, outputs)
         held_out, profiled = parts(data, HELD_OUT, self.seed)
-        found = profile(model, _placed(model, profiled), **arguments)
+        found = profile(model, placed(model, profiled), **arguments)
         best = Task(name, found.slice(1.0), classes, outputs)
         held_out = on_device_of(model, held_out)
-        whole = _answers(model, classifier, best, held_out, masked=False)
+        whole = answers(model, classifier, best, held_out, masked=False)
         for theta in THETAS:
             task = Task(name, found.slice(theta), classes, outputs)
-            if not self._allows(whole, _answers(model, classifier, task, held_out, masked=True)):
+            masked = answers(model, classifier, task, held_out, masked=True)
+            if not self._allows(whole, masked):
                 return best
             best = task
         return best
@@ -131,34 +132,9 @@ class TaskFinder:
         )
         return replace(task, weights=weights)
 
-    def _allows(self, whole: tuple[Tensor, float], masked: tuple[Tensor, float]) -> bool:
+    def _allows(self, whole: Answers, masked: Answers) -> bool:
         """Whether a mask costs no more accuracy and divergence than it may."""
-        if masked[1] < whole[1] - self.tolerance / 100:
+        lost = loss_between(whole, masked)
+        if lost.accuracy > self.tolerance / 100:
             return False
-        found, wanted = masked[0], whole[0]
-        drift = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
-        entropy = -(wanted.exp() * wanted).sum(1).mean()
-        return float(drift) <= max(self.divergence, OF_ENTROPY * float(entropy))
-
-
-@torch.no_grad()
-def _answers(
-    model: nn.Module, classifier: str, task: Task, data: Data, *, masked: bool
-) -> tuple[Tensor, float]:
-    """Logarithms of the task's probabilities, ``[samples, classes]``, and the share right."""
-    probabilities, right = [], []
-    with task.inference(model, classifier, masked=masked), evaluation(model):
-        for number, (inputs, labels) in enumerate(data):
-            scores = class_scores(run(model, inputs, number)).float()
-            probabilities.append(scores[:, list(task.classes)].log_softmax(1))
-            right.append(scores.argmax(1) == labels)
-    if not right:
-        raise DataError(
-            "no samples are held out to choose theta='auto'; give more data, or theta as a number"
-        )
-    return torch.cat(probabilities), float(torch.cat(right).float().mean())
-
-
-def _placed(model: nn.Module, data: Data) -> Data:
-    # A DataLoader as it is can be profiled in the order of its categories.
-    return data if device_of(model).type == "cpu" else on_device_of(model, data)
+        return lost.divergence <= max(self.divergence, OF_ENTROPY * lost.entropy)

@@ -17,6 +17,7 @@ above their mean; "both" is their sum.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from nss_prune.core.batches import labelled_batches
 from nss_prune.core.models import evaluation, run
 from nss_prune.core.outputs import class_scores
+from nss_prune.core.processes import agreed, decided, gathered
 from nss_prune.core.schema import LARGEST, check_finite, check_tensor, number, refuse, row, table
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
@@ -125,8 +127,11 @@ class TaskFeatures:
     usual_energy: tuple[float, float]
 
     @staticmethod
+    @agreed()
     def of(model: nn.Module, critical: Slice, data: Iterable[Any]) -> TaskFeatures:
         """Those of a task's data; ``model`` answers under the task's mask when this is called.
+
+        Of the data of all processes, which get the same.
 
         Args:
             data: Batches of (inputs, labels), which are classes.
@@ -140,11 +145,23 @@ class TaskFeatures:
             for number, inputs, own, samples in labelled_batches(model, data, False, ""):
                 outputs, activations = pooled(model, critical.groups, inputs, samples, number)
                 labels.append(torch.as_tensor(own).cpu())
-                energies.append(energy(class_scores(outputs)))
+                energies.append(energy(class_scores(outputs)).cpu())
                 for name, values in activations.items():
                     found[name].append(values.cpu())
+        classes, usual = _of_all(labels), _of_all(energies)
+        seen = {name: _of_all(parts) for name, parts in found.items()}
+        return decided(lambda: TaskFeatures._from(critical, seen, classes, usual))
+
+    @staticmethod
+    def _from(
+        critical: Slice,
+        activations: Mapping[str, list[Tensor]],
+        labels: list[Tensor],
+        energies: list[Tensor],
+    ) -> TaskFeatures:
+        """Those of what each batch showed."""
         classes = torch.cat(labels)
-        seen = {name: torch.cat(parts) for name, parts in found.items() if parts}
+        seen = {name: torch.cat(parts) for name, parts in activations.items() if parts}
         layers = {
             name: LayerFeatures.of(values, classes, critical.kept[name].nonzero()[:, 0])
             for name, values in seen.items()
@@ -205,6 +222,11 @@ class TaskFeatures:
             for found in self.layers.values()
             for tensor in (getattr(found, part) for part in PARTS)
         )
+
+
+def _of_all(parts: list[Tensor]) -> list[Tensor]:
+    """The parts of all processes."""
+    return list(itertools.chain.from_iterable(gathered(parts)))
 
 
 def _distance(layers: Mapping[str, LayerFeatures], activations: Mapping[str, Tensor]) -> Tensor:

@@ -19,8 +19,7 @@ from nss_prune.adaptation.training import Objective, make_optimizer
 from nss_prune.adaptation.validation import Validation as Validation
 from nss_prune.adaptation.validation import validation_of_task
 from nss_prune.core.models import run
-from nss_prune.core.processes import processes
-from nss_prune.errors import ArgumentError
+from nss_prune.core.processes import agreed, copy_from_first
 from nss_prune.training.learner import Learner
 from nss_prune.training.loop import train
 from nss_prune.training.settings import Metrics as Metrics
@@ -97,17 +96,13 @@ class TaskTraining:
         """The training that some keywords ask for.
 
         Raises:
-            ArgumentError: One is outside what it may be, or there are several processes.
+            ArgumentError: One is outside what it may be.
         """
-        if processes() > 1:
-            raise ArgumentError(
-                f"IncrementalTrainer trains in one process, there are {processes()}: each would "
-                "find neurons of its own; start it without torchrun"
-            )
         settings = TrainingSettings.of(training)
         settings.check_validation(validation)
         return TaskTraining(settings, validation, progress)
 
+    @agreed()
     def run(
         self,
         freezing: Freezing,
@@ -138,6 +133,7 @@ class TaskTraining:
             NumericalError: The loss or the weights became NaN or infinite.
         """
         settings = self.settings
+        copy_from_first(freezing.model)
         optimizer = make_optimizer(freezing, settings)
         reads_gradients = settings.clip_norm is not None or settings.amp == torch.float16
         learner = TaskLearner(

@@ -9,7 +9,7 @@ from torch import nn
 
 from nss_prune.adaptation.datasets import Data, on_device_of
 from nss_prune.core.models import device_of
-from nss_prune.core.processes import processes, total
+from nss_prune.core.processes import agreed, processes, total
 from nss_prune.training.evaluation import accuracy
 from nss_prune.training.loop import Validate
 
@@ -45,6 +45,7 @@ def validation_of_task(
     return validate
 
 
+@agreed()
 def accuracy_of_task(model: nn.Module, validation: Validation | None) -> float:
     """The accuracy of a model that answers for a task; NaN without validation batches."""
     if validation is None or callable(validation):

@@ -17,6 +17,8 @@ S + ε tr(S)/d I stands for S, so that both hold for heads that do not use all o
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +32,7 @@ from nss_prune.core.batches import counted_batches
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.outputs import Outputs
+from nss_prune.core.processes import decided, gathered, processes
 from nss_prune.errors import NumericalError
 from nss_prune.graph.bases import BasisChange
 from nss_prune.graph.neurons import NeuronGroup
@@ -46,6 +49,12 @@ class Sums:
     weight: Any = 0
     first: Any = 0
     second: Any = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        """The sums of both."""
+        return Sums(
+            self.weight + other.weight, self.first + other.first, self.second + other.second
+        )
 
     def add(self, rows: Tensor, weights: Tensor) -> None:
         """Add rows ``[rows, heads, d]`` with weights ``[rows, heads]``."""
@@ -71,6 +80,15 @@ class HeadSums:
     values: Sums = field(default_factory=Sums)
     information: Sums = field(default_factory=Sums)
 
+    def __add__(self, other: HeadSums) -> HeadSums:
+        """The sums of both."""
+        return HeadSums(
+            self.queries + other.queries,
+            self.keys + other.keys,
+            self.values + other.values,
+            self.information + other.information,
+        )
+
 
 def head_bases(
     model: nn.Module,
@@ -85,7 +103,7 @@ def head_bases(
     """Layer that reads the heads -> their change of basis; the model is left as found.
 
     Args:
-        data: Batches; at most :data:`MOST_SAMPLES` samples of them are used.
+        data: Batches; at most :data:`MOST_SAMPLES` samples of all processes are used.
         names: Of the attention modules.
         outputs: What the outputs mean.
         seed: For what is drawn at random.
@@ -105,8 +123,16 @@ def head_bases(
                 given = run(model, inputs, number, forward)
                 outputs.drawn_loss(given, Draws(inputs, seed)).backward()
             seen += samples
-            if seen >= MOST_SAMPLES:
+            if seen >= MOST_SAMPLES / processes():
                 break
+    sums = {name: functools.reduce(operator.add, gathered(own)) for name, own in sums.items()}
+    return decided(lambda: _changes(model, dimensions, sums))
+
+
+def _changes(
+    model: nn.Module, dimensions: Mapping[str, Dimensions], sums: Mapping[str, HeadSums]
+) -> dict[str, tuple[BasisChange, ...]]:
+    """Layer that reads the heads -> their change of basis."""
     return {
         f"{name}.{one.consumer.name}": basis_changes(
             f"{name}.", one, *_coordinates(model, name, sums[name])

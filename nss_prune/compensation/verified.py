@@ -22,6 +22,7 @@ from nss_prune.core.batches import counted_batches
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
+from nss_prune.core.processes import gathered, processes
 from nss_prune.core.undo import Snapshot
 from nss_prune.graph.slices import Slice
 
@@ -93,7 +94,10 @@ def _note(name: str, place: str, plain: float, folded: float) -> str:
 def _errors(
     model: nn.Module, critical: Slice, folds: Folds, data: Iterable[Any], forward: Forward
 ) -> dict[str, float]:
-    """Consumer -> squared distance of what it puts out in the sliced and in the whole model."""
+    """Consumer -> squared distance of what it puts out in the sliced and in the whole model.
+
+    Over the samples of all processes.
+    """
     names = {member.name for group in critical.groups for member in group.consumers}
     total: dict[str, float] = dict.fromkeys((*names, OUTPUTS), 0.0)
     with evaluation(model), torch.no_grad():
@@ -104,7 +108,8 @@ def _errors(
             for name, values in whole.items():
                 for first, second in zip(values, sliced.get(name, ()), strict=False):
                     total[name] += _distance(first, second, folds.get(name))
-    return total
+    everywhere = gathered(total)
+    return {name: sum(part[name] for part in everywhere) for name in total}
 
 
 def _first_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
@@ -112,7 +117,7 @@ def _first_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[tuple[int,
     for number, inputs, samples in counted_batches(model, data, False, ""):
         yield number, inputs
         seen += samples
-        if seen >= SAMPLES:
+        if seen >= SAMPLES / processes():
             return
 
 

@@ -29,6 +29,28 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, or the model itself.
+
+    A compiled model runs what it was compiled to, past hooks that came later.
+    """
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
+def in_dtype(forward: Forward, dtype: torch.dtype | None) -> Forward:
+    """``forward``, in mixed precision where there is a dtype; weights stay as they are."""
+    if dtype is None:
+        return forward
+
+    def lower(model: nn.Module, inputs: Any) -> Any:
+        with torch.autocast(device_of(model).type, dtype=dtype):
+            return forward(model, inputs)
+
+    return lower
+
+
 def clone(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy with children of its own, without hooks, and with ``copied`` of every tensor.
 

@@ -84,8 +84,18 @@ def add_nested(first: Any, second: Any) -> Any:
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """The same nest with its tensors on a device; those that are there are not copied."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+    """The same nest with its tensors on a device; those that are there are not copied.
+
+    To a GPU they go from pinned memory, while the CPU goes on.
+    """
+    home = torch.device(device)
+
+    def sent(tensor: Tensor) -> Tensor:
+        if home.type != "cuda" or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return tensor.to(home)
+        return tensor.pin_memory().to(home, non_blocking=True)
+
+    return map_tensors(sent, value)
 
 
 def _registered_parts(value: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nss_prune.errors import ArgumentError, NSSPruneError
 
 Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 _MET = "_nss_prune_known_to_all"
 
@@ -38,16 +39,15 @@ def is_first() -> bool:
 
 def wait() -> None:
     """Wait for all processes."""
-    if processes() > 1:
-        dist.barrier()
+    gathered(None)
 
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
     """All processes get through the body, or all raise what the first that failed raised.
 
-    Every process must enter, and exchange inside by :func:`gathered`, :func:`summed` and
-    :func:`decided` alone, in the same order. It may be nested, and used as a decorator.
+    Every process must enter, and exchange inside by the functions of this module alone, in the
+    same order. It may be nested, and used as a decorator.
     """
     try:
         yield
@@ -85,6 +85,38 @@ def decided(function: Callable[[], Value]) -> Value:
         found = function() if is_first() else None
     shared: Value = given_by(0, found)
     return shared
+
+
+def led(decide: Callable[[Callable[[Any], Result]], Value], work: Callable[[Any], Result]) -> Value:
+    """What a function returns in the first process, for which all processes work.
+
+    Args:
+        decide: Called in the first process alone, with a function that calls ``work`` in all.
+        work: Called in every process with the same value, as often as the first decides.
+    """
+    if processes() == 1:
+        return decide(work)
+
+    def ask(value: Any) -> Result:
+        given_by(0, ("work", value))
+        return work(value)
+
+    with agreed():
+        if is_first():
+            found = decide(ask)
+            given_by(0, ("done", found))
+            return found
+        while True:
+            what, value = _from_first()
+            if what == "done":
+                given: Value = value
+                return given
+            work(value)
+
+
+def _from_first() -> tuple[str, Any]:
+    """What the first process gives next."""
+    return given_by(0, ("", None))
 
 
 def given_by(process: int, value: Value) -> Value:
@@ -156,9 +188,9 @@ def total(numbers: Sequence[float], device: torch.device) -> list[float]:
     if processes() == 1:
         return list(numbers)
     # Not float64 everywhere: some devices have none.
-    summed: Tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
-    dist.all_reduce(summed)
-    return [float(number) for number in summed]
+    values: Tensor = torch.tensor(numbers, dtype=torch.float32, device=device)
+    summed([values])
+    return [float(number) for number in values]
 
 
 @torch.no_grad()
@@ -166,15 +198,19 @@ def copy_from_first(model: nn.Module) -> None:
     """Give every process the parameters and buffers of the first."""
     if processes() == 1:
         return
+    gathered(None)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         dist.broadcast(tensor.data, src=0)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter], sharing: int) -> None:
     """Average the gradients of what trains over the processes.
 
     Every process must have the same parameters. A parameter without a gradient counts as one
     whose gradient is zero.
+
+    Args:
+        sharing: Processes that had a batch; the others' gradients are zero.
     """
     if processes() == 1:
         return
@@ -186,7 +222,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradients = [p.grad for p in trained if p.dtype == dtype and p.grad is not None]
         packed = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(packed)
-        packed /= processes()
+        packed /= sharing
         pieces = packed.split([gradient.numel() for gradient in gradients])
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))

@@ -1,8 +1,12 @@
-"""Short texts: what a repr shows of long lists and names."""
+"""Short texts: what a repr shows of long lists and names, and values in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
 
 
 def elided(items: Sequence[str], shown: int, what: str = "more") -> list[str]:
@@ -30,3 +34,20 @@ def listing(rows: Sequence[tuple[str, str]], shown: int, what: str) -> list[str]
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def described(value: Any) -> Any:
+    """A value as JSON can hold it, the same in every run: a function by its name."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return repr(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): described(item) for key, item in value.items()}
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return f"{module}.{name}"

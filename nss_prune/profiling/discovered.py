@@ -9,6 +9,7 @@ from torch import nn
 
 from nss_prune.core.batches import entered, first_batch
 from nss_prune.core.models import Forward
+from nss_prune.core.processes import refuse_sharded
 from nss_prune.core.undo import left_as_found
 from nss_prune.discovery.samples import readable
 from nss_prune.discovery.whole import discover
@@ -37,8 +38,10 @@ def readable_neurons(
     """The neurons outside of ignored layers whose activations can be told apart by sample.
 
     Raises:
+        ArgumentError: The weights are sharded over devices.
         GraphError, NothingToPruneError: From tracing the model.
     """
+    refuse_sharded(model)
     ignored = resolve_layers(model, ignored_layers)
     with left_as_found(model):
         neurons = discover(model, example_inputs, ignored, forward=forward, adapters=adapters)

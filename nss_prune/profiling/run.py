@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from nss_prune.core.models import Forward, call_model
+from nss_prune.core.models import Forward, call_model, uncompiled
 from nss_prune.core.outputs import OutputsSpec
 from nss_prune.graph.neurons import NeuronMap
 from nss_prune.profiling.categories import Categories
@@ -91,7 +91,7 @@ def profile(
         NumericalError: NaN or infinite activations, gradients or losses.
         GraphError, NothingToPruneError: From tracing the model.
     """
-    example, data = with_example(model, data, example_inputs)
+    example, data = with_example(model := uncompiled(model), data, example_inputs)
     neurons = readable_neurons(model, example, ignored_layers, forward, adapters)
     landscape = Landscape(features, centered, positions)
     comparison = Comparison(metrics, categories, landscape, interval, ranking)

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from nss_prune.core.accuracy import share_right
+from nss_prune.core.accuracy import count_right
 from nss_prune.core.batches import labelled_batches
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.outputs import predictions
-from nss_prune.errors import ArgumentError
+from nss_prune.core.processes import gathered
+from nss_prune.errors import ArgumentError, DataError
 from nss_prune.pruner.strategy import Score
 
 
 def accuracy_on(batches: Iterable[Any], forward: Forward = call_model) -> Score:
-    """A function of a model: its accuracy on batches, in percent.
+    """A function of a model: its accuracy on the batches of all processes, in percent.
 
     A ``score=`` of :class:`nss_prune.NSSPruner`::
 
@@ -47,8 +48,14 @@ class _Accuracy:
 
     def __call__(self, model: nn.Module) -> float:
         with evaluation(model), torch.no_grad():
-            batches = labelled_batches(model, self.batches, False, "score")
-            return 100 * share_right(
+            right, total = count_right(
                 (predictions(run(model, inputs, number, self.forward)), labels)
-                for number, inputs, labels, _ in batches
+                for number, inputs, labels, _ in labelled_batches(
+                    model, self.batches, False, "score"
+                )
             )
+        everywhere = gathered((right, total))
+        right, total = (sum(each[part] for each in everywhere) for part in (0, 1))
+        if not total:
+            raise DataError("there are no samples to score; give batches of (inputs, labels)")
+        return 100 * right / total

@@ -13,8 +13,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from nss_prune.core.models import Forward, evaluation
-from nss_prune.core.processes import processes, refuse_sharded
+from nss_prune.core.models import Forward, evaluation, uncompiled
+from nss_prune.core.processes import refuse_sharded
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
 from nss_prune.profiling.selection import STRATEGIES, check_theta
@@ -240,7 +240,7 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
         raise ArgumentError(f"strategy is {strategy!r}; use one of {known}, or an object")
     if strategy == "divergence" and (not predicts or importance is not None):
         raise ArgumentError(
-            "strategy='divergence' allocates a budget in one process: give macs_budget=, "
+            "strategy='divergence' allocates a budget: give macs_budget=, "
             "params_budget= or latency_budget=, and no importance="
         )
     if strategy in ("category", "global") and (aim.ratio is None or importance is not None):
@@ -251,10 +251,10 @@ def check_strategy(strategy: Any, aim: Aim, importance: Any, predicts: bool) -> 
 
 
 def _check_quality(strategy: Any, importance: Any, predicts: bool) -> None:
-    if importance is not None or not predicts or processes() > 1:
+    if importance is not None or not predicts:
         raise ArgumentError(
-            "max_divergence= and score= choose the size from what data predicts: give data=, in "
-            "one process, and no importance="
+            "max_divergence= and score= choose the size from what data predicts: give data= and no "
+            "importance="
         )
     if strategy != "divergence":
         raise ArgumentError(
@@ -336,15 +336,16 @@ def set_without_graph(
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """The model inside a wrapper for several devices, and the wrapper, or None.
+    """The model inside what compiles it and wraps it for several devices, and the latter, or None.
 
     Raises:
         ArgumentError: Weights are masked, parametrized, or sharded over devices.
     """
     refuse_sharded(model)
     refuse_reparametrised(model)
+    model = uncompiled(model)
     if isinstance(model, (DataParallel, DistributedDataParallel)):
-        return model.module, model
+        return uncompiled(model.module), model
     return model, None
 
 

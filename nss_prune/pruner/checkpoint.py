@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from nss_prune.core.files import checked_contents, read_file, write_file
+from nss_prune.core.models import uncompiled
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError, NumericalError
 from nss_prune.graph.tracing import refuse_reparametrised
@@ -43,6 +44,7 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
         NumericalError: A parameter has NaN, or a norm a variance that is negative or NaN.
         OSError: The file cannot be written.
     """
+    model = uncompiled(model)
     _refuse_masks(model)
     refuse_reparametrised(model)
     tensors = named_tensors(model)
@@ -100,9 +102,10 @@ def load_pruned(
     loading = Loading(path, stored, notes)
     if model is None:
         return built(path, notes["timm"], loading, trust=trust).eval()
-    loading.check(model, named_tensors(model))
-    with restored_on_error(model, values=True):
-        loading.fill(model)
+    inner = uncompiled(model)
+    loading.check(inner, named_tensors(inner))
+    with restored_on_error(inner, values=True):
+        loading.fill(inner)
     return model
 
 

@@ -10,7 +10,6 @@ from nss_prune.allocation.effects import LEAST_SAMPLES
 from nss_prune.allocation.head_bases import head_bases
 from nss_prune.core.batches import has_samples
 from nss_prune.core.outputs import OutputsSpec
-from nss_prune.core.processes import processes
 from nss_prune.graph.bases import BasisChange, in_basis
 from nss_prune.pruner.elimination_evidence import EliminationEvidence
 from nss_prune.pruner.elimination_passes import Passes
@@ -31,8 +30,7 @@ class Eliminating:
         folds: Whether the removed neurons will be folded.
         outputs: What the outputs mean, see :data:`nss_prune.core.outputs.OutputsSpec`.
         upkeep: What the passes may take, keep and show.
-        inside_heads: Whether dimensions inside heads may go, where their effects are measured in
-            one process.
+        inside_heads: Whether dimensions inside heads may go, where their effects can be measured.
     """
 
     data: Iterable[Any] | None
@@ -98,5 +96,4 @@ class ByElimination:
 
 def _measures(data: Iterable[Any]) -> bool:
     """Whether what dimensions inside heads cause can be measured."""
-    again = not isinstance(data, Iterator) and processes() == 1
-    return again and has_samples(data, LEAST_SAMPLES)
+    return not isinstance(data, Iterator) and has_samples(data, LEAST_SAMPLES)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from nss_prune.compensation.folding import apply, folding
 from nss_prune.compensation.verified import verified
-from nss_prune.core.processes import processes
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.repair import Repaired
 from nss_prune.pruner.schedule import FORWARD, Stage, kept_bytes
@@ -76,8 +75,7 @@ class Fold:
         if seen is None:
             return Repaired(("nothing was folded: there is no data",))
         folds = folding(subject.model, chosen, seen)
-        # What can be read only once is gone, and each process has a part of the data.
-        if self.data is not None and not isinstance(self.data, Iterator) and processes() == 1:
+        if self.data is not None and not isinstance(self.data, Iterator):
             folds = verified(subject.model, chosen, folds, self.data, subject.forward)
         done = apply(subject.model, folds)
         return Repaired(done.notes, tuple(done.errors))

@@ -12,6 +12,7 @@ import torch
 from nss_prune.allocation.effects import LEAST_SAMPLES, MOST_SAMPLES
 from nss_prune.core.batches import counted_batches, has_samples
 from nss_prune.core.models import evaluation, run
+from nss_prune.core.processes import gathered, processes
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.meaning import outputs_for
@@ -21,7 +22,7 @@ from nss_prune.pruner.subject import Subject
 
 
 class Measuring:
-    """Measures slices of a model on at most :data:`MOST_SAMPLES` samples.
+    """Measures slices of a model on at most :data:`MOST_SAMPLES` samples of all processes.
 
     Args:
         subject: Its model is left as it is.
@@ -69,6 +70,7 @@ class Measuring:
                 whole, left = (run(model, inputs, number, subject.forward) for model in both)
                 total += float(outputs.divergence(whole, left).sum())
                 samples += count
-                if samples >= MOST_SAMPLES:
+                if samples >= MOST_SAMPLES / processes():
                     break
-        return total / samples
+        everywhere = gathered((total, samples))
+        return sum(each for each, _ in everywhere) / sum(count for _, count in everywhere)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nss_prune.profiling.categories import check_categories
@@ -11,6 +12,7 @@ from nss_prune.profiling.contributions.protocol import metric_named
 from nss_prune.profiling.run import profile_neurons
 from nss_prune.profiling.similarity import Landscape
 from nss_prune.pruner.example_data import example_data
+from nss_prune.pruner.kept_profile import recalled
 from nss_prune.pruner.profile_evidence import ProfileEvidence, evidence_of
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.types import Categories, Features, Profile
@@ -46,9 +48,14 @@ class Profiling:
         if self.data is None:
             profile = self._of_example_inputs(subject)
         else:
-            keeps = self.keeps_consumers(subject)
-            profile = self._of(subject, self.data, keep_readers=keeps, minimum_samples=2)
+            profile = self._recalled(subject, self.data)
         return evidence_of(profile, subject)
+
+    def _recalled(self, subject: Subject, data: Iterable[Any]) -> Profile:
+        """The profile of a finished pass, from the checkpoint where it has it."""
+        keeps = self.keeps_consumers(subject)
+        make = partial(self._of, subject, data, keep_readers=keeps, minimum_samples=2)
+        return recalled(self.upkeep, subject, data, (keeps, self.settings), make)
 
     def keeps_consumers(self, subject: Subject) -> bool:
         """Whether the pass sums up what the consumers read; else the fold takes its own."""

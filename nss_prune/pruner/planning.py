@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from nss_prune.allocation.budget import TOLERANCE, Limits, ShareOf
-from nss_prune.core.processes import decided
+from nss_prune.core.processes import decided, led
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.arguments import Aim
 from nss_prune.pruner.classes import ClassHead
@@ -16,7 +17,7 @@ from nss_prune.pruner.limits import RoundTo, limits_of
 from nss_prune.pruner.plan import Decision, Plan, bases_of
 from nss_prune.pruner.plan_figures import figures_of, predicted_sensitivity
 from nss_prune.pruner.shortfall import budgets_shortfall, ratio_shortfall
-from nss_prune.pruner.strategy import Evidence, Strategy, Target
+from nss_prune.pruner.strategy import Evidence, Measure, Strategy, Target
 from nss_prune.pruner.subject import Subject
 
 
@@ -58,7 +59,8 @@ class Planner:
             step: From 1 to ``steps``.
             whole: The first model's costs; counted here where there are none.
         """
-        decision = decided(lambda: self._decision(subject, evidence, step, steps, whole))
+        decide = partial(self._decision, subject, evidence, step, steps, whole)
+        decision = self._decided(decide, subject, evidence)
         chosen = Slice(decision.kept, subject.groups, decision.rule)
         chosen = replace(chosen, bases=bases_of(chosen, evidence.bases))
         notes, classes = decision.notes, {}
@@ -69,6 +71,17 @@ class Planner:
             subject, evidence, chosen, decision.whole, notes, figures, classes, decision.sensitivity
         )
 
+    def _decided(
+        self, decide: Callable[[Callable[..., Slice]], Decision], subject: Subject, evidence: Any
+    ) -> Decision:
+        """What the first process decides, where all measure the slices that it tries."""
+        select: Callable[..., Slice] = self.strategy.select
+        measuring = getattr(self.strategy, "measuring", None)
+        measure: Measure | None = None if measuring is None else measuring(subject, evidence)
+        if measure is None:
+            return decided(lambda: decide(select))
+        return led(lambda ask: decide(partial(select, measure=ask)), measure)
+
     def _decision(
         self,
         subject: Subject,
@@ -76,11 +89,12 @@ class Planner:
         step: int,
         steps: int,
         whole: tuple[float, ...],
+        select: Callable[..., Slice],
     ) -> Decision:
         """What the first of several processes decides."""
         whole, kept = self._shares(subject, whole)
         target = self._target(step, steps, kept)
-        chosen, limits = self._selected(subject, evidence, target)
+        chosen, limits = self._selected(subject, evidence, target, select)
         notes = self._shortfall(subject, chosen, kept, step, steps)
         if not kept:
             return Decision(dict(chosen.kept), chosen.rule, whole, notes)
@@ -90,13 +104,17 @@ class Planner:
         return Decision(dict(chosen.kept), chosen.rule, whole, notes, reached, sensitivity)
 
     def _selected(
-        self, subject: Subject, evidence: Evidence, target: Target
+        self,
+        subject: Subject,
+        evidence: Evidence,
+        target: Target,
+        select: Callable[..., Slice],
     ) -> tuple[Slice, Limits]:
         """What stays, with the coarsest rounding that meets the budget, and within which limits."""
         found: list[tuple[Slice, Limits]] = []
         given = self.first_sizes, self.max_pruning_ratio, self.round_to
         for limits in limits_of(subject, *given):
-            found.append((self.strategy.select(subject, evidence, target, limits), limits))
+            found.append((select(subject, evidence, target, limits), limits))
             if target.budget is None or target.share is None:
                 break
             if abs(target.share(found[-1][0]) - target.budget) <= TOLERANCE:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from nss_prune.pruner.arguments import (
@@ -67,7 +69,8 @@ class NSSPruner(Steps, WithoutRegularizer):
 
     Args:
         model: The model, pruned in place by :meth:`step`. DataParallel and
-            DistributedDataParallel are unwrapped, and the latter wraps the smaller model again.
+            DistributedDataParallel are unwrapped, and the latter wraps the smaller model again; of
+            a compiled model that inside is pruned, and compiled anew when it is called.
             All processes of torch.distributed give their shards of the data, and get the same.
         example_inputs: Inputs of one call: a tensor, a tuple of arguments or a dict; or a list of
             pictures, where the model takes one.
@@ -125,6 +128,8 @@ class NSSPruner(Steps, WithoutRegularizer):
         memory_limit: Bytes for the sums of a pass; where all take more there are several passes.
         checkpoint: A folder for the sums of finished passes. A run that was broken off goes on
             from them, with the same model, arguments and data; they go when all steps are done.
+        forward_dtype: torch.bfloat16 runs the model in mixed precision in the passes over the
+            data, which is faster on most GPUs; sums stay in float32 and float64.
         *positional: torch-pruning's arguments after ``importance``, in its order.
         **torch_pruning_arguments: As ``torch_pruning.pruner.BasePruner`` takes them.
             ``ignored_layers`` may hold modules, types and names; the layers that make the
@@ -183,6 +188,7 @@ class NSSPruner(Steps, WithoutRegularizer):
         progress: bool | None = None,
         memory_limit: float = 2**32,
         checkpoint: str | os.PathLike[str] | None = None,
+        forward_dtype: torch.dtype | None = None,
         **torch_pruning_arguments: Any,
     ) -> None:
         given = by_position(positional, torch_pruning_arguments)
@@ -193,7 +199,7 @@ class NSSPruner(Steps, WithoutRegularizer):
         self.strategy = chosen_strategy(strategy, aim, importance, bool(profile or loss))
         subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
         data, outputs = subset.data, subset.outputs
-        upkeep = self._upkeep = Upkeep.of(progress, memory_limit, checkpoint)
+        upkeep = self._upkeep = Upkeep.of(progress, memory_limit, checkpoint, forward_dtype)
         moves = recalibrates(recalibrate, aim, fold)
         self.repairs = repairs_for(data, fold, moves, balance, repairs, outputs, upkeep)
         own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
@@ -204,8 +210,7 @@ class NSSPruner(Steps, WithoutRegularizer):
         self._subject = self._first_subject(model, importance, aim, *tracing)
         self._arrange(aim, importance, subset, settings, outputs)
         check_steps(self.iterative_steps, importance, data, profile, aim)
-        self._given = None if profile is None else evidence_of(profile, self._subject)
-        self._profiled = self._given
+        self._given = self._profiled = evidence_of(profile, self._subject) if profile else None
 
     def _arrange(
         self,
@@ -260,6 +265,7 @@ class NSSPruner(Steps, WithoutRegularizer):
             return self.DG
 
         subject = tracer.first(model, build)
+        subject = replace(subject, forward_dtype=self._upkeep.forward_dtype)
         if subject.graph is None:
             set_without_graph(self, model, chosen, settings)
         return subject

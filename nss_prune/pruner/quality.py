@@ -9,6 +9,7 @@ from typing import Any
 
 from nss_prune.allocation.budget import Limits, ShareOf
 from nss_prune.allocation.path import Path, smallest_passing, whole, within_divergence
+from nss_prune.core.processes import gathered
 from nss_prune.core.undo import Snapshot
 from nss_prune.errors import ArgumentError, NumericalError
 from nss_prune.graph.slices import Slice
@@ -16,7 +17,7 @@ from nss_prune.pruner.eliminating import ByElimination, Eliminating
 from nss_prune.pruner.elimination_evidence import EliminationEvidence
 from nss_prune.pruner.measuring import Measuring
 from nss_prune.pruner.repair import Repair
-from nss_prune.pruner.strategy import Score, Strategy, Target
+from nss_prune.pruner.strategy import Measure, Score, Strategy, Target
 from nss_prune.pruner.subject import Subject
 
 ROUNDS = 6  # of measuring a slice, and predicting for less where it exceeds its limit
@@ -121,8 +122,18 @@ class WithinDivergence(ByElimination):
     most: float
     repairs: tuple[Repair, ...] = ()
 
+    def measuring(self, subject: Subject, evidence: EliminationEvidence) -> Measure | None:
+        """What measures the divergence of a slice, in nats a sample; None without data."""
+        measuring = Measuring(subject, evidence, self.eliminating, self.repairs)
+        return measuring.divergence if measuring.possible else None
+
     def select(
-        self, subject: Subject, evidence: EliminationEvidence, target: Target, limits: Limits
+        self,
+        subject: Subject,
+        evidence: EliminationEvidence,
+        target: Target,
+        limits: Limits,
+        measure: Measure | None = None,
     ) -> Slice:
         """The smallest of nested slices."""
         predictor, share = evidence.predictor, _share(target)
@@ -132,9 +143,8 @@ class WithinDivergence(ByElimination):
                 subject.groups, evidence.eliminations, predictor, most, share, limits
             )
 
-        measuring = Measuring(subject, evidence, self.eliminating, self.repairs)
-        if measuring.possible:
-            chosen, found = self._checked(predicted_within, measuring)
+        if measure is not None:
+            chosen, found = self._checked(predicted_within, measure)
             measured = f", measured {found:.4g}"
         else:
             chosen, measured = predicted_within(self.most), ""
@@ -142,7 +152,7 @@ class WithinDivergence(ByElimination):
         return replace(chosen, rule=rule)
 
     def _checked(
-        self, predicted_within: Callable[[float], Slice], measuring: Measuring
+        self, predicted_within: Callable[[float], Slice], measure: Measure
     ) -> tuple[Slice, float]:
         """The smallest slice found that is measured within the limit, and what is measured.
 
@@ -152,7 +162,7 @@ class WithinDivergence(ByElimination):
         best: tuple[Slice, float] | None = None
         for _ in range(ROUNDS):
             last = predicted_within(most)
-            found = measuring.divergence(last)
+            found = measure(last)
             if found > self.most:
                 failing = most
             else:
@@ -178,8 +188,18 @@ class WithinScore(ByElimination):
     quality: Quality
     repairs: tuple[Repair, ...] = ()
 
+    def measuring(self, subject: Subject, evidence: EliminationEvidence) -> Measure:
+        """What measures the score of a slice, the mean of those in all processes."""
+        seen = [repair.observe(subject, evidence) for repair in self.repairs]
+        return lambda critical: self._measured(subject, critical, seen)
+
     def select(
-        self, subject: Subject, evidence: EliminationEvidence, target: Target, limits: Limits
+        self,
+        subject: Subject,
+        evidence: EliminationEvidence,
+        target: Target,
+        limits: Limits,
+        measure: Measure | None = None,
     ) -> Slice:
         """The smallest of nested slices.
 
@@ -187,14 +207,14 @@ class WithinScore(ByElimination):
             ArgumentError: The whole model does not score as much.
             NumericalError: A score is NaN.
         """
+        measure = measure or self.measuring(subject, evidence)
         share, found = _share(target), evidence.eliminations
-        seen = [repair.observe(subject, evidence) for repair in self.repairs]
         scores: dict[tuple[int, ...], float] = {}
 
         def score(critical: Slice) -> float:
             sizes = tuple(int(kept.sum()) for kept in critical.kept.values())
             if sizes not in scores:
-                scores[sizes] = self._measured(subject, critical, seen)
+                scores[sizes] = measure(critical)
             return scores[sizes]
 
         everything = whole(subject.groups)
@@ -230,9 +250,11 @@ class WithinScore(ByElimination):
                 found = float(self.quality.score(model))
         finally:
             before.restore()
-        if math.isnan(found):
+        everywhere = gathered(found)
+        mean = sum(everywhere) / len(everywhere)
+        if math.isnan(mean):
             raise NumericalError("score= gives NaN; check the function and its data")
-        return found
+        return mean
 
 
 def _share(target: Target) -> ShareOf:

@@ -23,6 +23,10 @@ Score = Callable[[nn.Module], float]
 """Function of a model that says how good it is, larger for better, as on held-out batches."""
 
 
+Measure = Callable[[Slice], float]
+"""Function of a slice that measures it on the data, in all processes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What a strategy observed of a subject; derive from it to keep more.

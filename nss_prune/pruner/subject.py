@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
-from nss_prune.core.models import Forward, call_model
+from nss_prune.core.models import Forward, call_model, in_dtype
 from nss_prune.discovery.head_dimensions import with_head_dimensions
 from nss_prune.discovery.samples import readable
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
@@ -56,6 +57,7 @@ class Subject:
         customized_pruners: As torch-pruning takes them.
         graph: torch-pruning's dependency graph; None where the model was traced in parts.
         tracer: Traces the model again.
+        forward_dtype: Of the forward calls in passes over the data; None for the model's own.
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class Subject:
     customized_pruners: Pruners | None = None
     graph: Any = None
     tracer: Tracer | None = None
+    forward_dtype: torch.dtype | None = None
 
     @property
     def untraceable(self) -> Exception | None:
@@ -89,8 +92,9 @@ class Subject:
 
     @property
     def calling(self) -> dict[str, Any]:
-        """``forward=`` for what runs the model, where it is not called as usual."""
-        return {} if self.forward is call_model else {"forward": self.forward}
+        """``forward=`` for passes over the data, where the model is not called as usual."""
+        forward = in_dtype(self.forward, self.forward_dtype)
+        return {} if forward is call_model else {"forward": forward}
 
     def fresh(self) -> Subject:
         """The model as it is now; what was left alone before stays so, for the same reason.
@@ -100,7 +104,8 @@ class Subject:
         """
         assert self.tracer is not None
         found = self.tracer.again(self.model)
-        return replace(found, neurons=found.neurons.without(self.neurons.left_alone))
+        neurons = found.neurons.without(self.neurons.left_alone)
+        return replace(found, neurons=neurons, forward_dtype=self.forward_dtype)
 
     def on(self, neurons: NeuronMap) -> Subject:
         """The same with other neurons."""

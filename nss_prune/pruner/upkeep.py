@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from nss_prune.core.batches import length
@@ -26,27 +27,38 @@ class Upkeep:
         progress: Show a progress bar; None for only on a terminal.
         memory_limit: Bytes for the sums of a pass; where all take more there are several.
         checkpoint: Keeps the sums of finished passes.
+        forward_dtype: Of the forward calls, torch.bfloat16 or None for the model's own.
 
     Raises:
-        ArgumentError: The limit is not above 0.
+        ArgumentError: The limit is not above 0, or the dtype is another one.
     """
 
     progress: bool | None = None
     memory_limit: float = MEMORY_LIMIT
     checkpoint: Checkpoint | None = None
+    forward_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not self.memory_limit > 0:
             raise ArgumentError(
                 f"memory_limit is {self.memory_limit!r}; give a number of bytes above 0"
             )
+        if self.forward_dtype not in (None, torch.bfloat16):
+            raise ArgumentError(
+                f"forward_dtype is {self.forward_dtype!r}; give torch.bfloat16, or None for the "
+                "model's own (gradients in float16 would need a loss that is scaled)"
+            )
 
     @classmethod
     def of(
-        cls, progress: bool | None, limit: float, folder: str | os.PathLike[str] | None
+        cls,
+        progress: bool | None,
+        limit: float,
+        folder: str | os.PathLike[str] | None,
+        dtype: torch.dtype | None = None,
     ) -> Upkeep:
         """With a checkpoint in a folder, where there is one."""
-        return cls(progress, limit, None if folder is None else Checkpoint(folder))
+        return cls(progress, limit, None if folder is None else Checkpoint(folder), dtype)
 
     def recalled(
         self,
@@ -67,7 +79,8 @@ class Upkeep:
         if self.checkpoint is None:
             return make()
         batches = None if data is None else length(data)
-        return self.checkpoint.records(name, model, (batches, asked), kinds, make)
+        wanted = (batches, asked, self.forward_dtype)
+        return self.checkpoint.records(name, model, wanted, kinds, make)
 
 
 DEFAULT = Upkeep()

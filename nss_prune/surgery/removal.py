@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nss_prune.core.models import Forward, call_model, evaluation, full_precision, training
+from nss_prune.core.models import (
+    Forward,
+    call_model,
+    evaluation,
+    full_precision,
+    training,
+    uncompiled,
+)
 from nss_prune.core.undo import undone_on_error
 from nss_prune.errors import RemovalError
 from nss_prune.graph.slices import Slice
@@ -54,6 +61,7 @@ def remove(
         RemovalError: The smaller model would not run or would compute something else.
         ModelMismatchError: The slice is of another model.
     """
+    given, model = model, uncompiled(model)
     steps = plan_removal(critical, model)
     structure = StructureCheck(model, example_inputs, forward)
     widths = structure.check(critical, customized_pruners, adapters)
@@ -72,7 +80,7 @@ def remove(
         if trains:
             with training(model), torch.no_grad():
                 _run(model, example_inputs, forward)
-    return model
+    return given
 
 
 def _runnable(model: nn.Module, example_inputs: Any, forward: Forward) -> Any:

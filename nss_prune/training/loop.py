@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nss_prune.core.models import device_of
-from nss_prune.core.processes import average_gradients, copy_from_first, is_first
+from nss_prune.core.processes import (
+    agreed,
+    average_gradients,
+    copy_from_first,
+    gathered,
+    is_first,
+    processes,
+    total,
+)
 from nss_prune.core.undo import copied, put_back
 from nss_prune.errors import DataError, NumericalError
 from nss_prune.training.learner import Learner
@@ -27,6 +36,7 @@ Validate = Callable[[], Mapping[str, float]]
 """Gives the metrics of the model as it is, "score" among them: larger is better."""
 
 
+@agreed()
 def train(
     learner: Learner,
     batches: Iterable[Any],
@@ -38,8 +48,9 @@ def train(
 ) -> Progress:
     """Train up to a number of epochs, those of a checkpoint included.
 
-    Under torchrun, gradients are averaged over the processes, each with its own part of the data
-    of the same number of batches; all end with the same model.
+    Under torchrun, gradients are averaged over the processes, each with its own part of the data:
+    in a step, over those that still have a batch. All end with the same model, bit for bit, or
+    raise what one of them raised.
 
     Args:
         learner: What trains, and the loss of a batch.
@@ -96,7 +107,9 @@ def _epoch(steps: Steps, batches: Iterable[Any], done: Progress, validate: Valid
 
 def _draw_by_epoch(batches: Any, epoch: int) -> None:
     """Let a sampler that draws by the number of the epoch know it."""
-    sampler = getattr(getattr(batches, "data", batches), "sampler", None)
+    while hasattr(batches, "data"):
+        batches = batches.data
+    sampler = getattr(batches, "sampler", None)
     if sampler is not None and hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
 
@@ -148,43 +161,68 @@ class Steps:
             title: For the progress bar and messages.
 
         Returns:
-            The mean loss.
+            The mean loss, over all processes.
 
         Raises:
             DataError: There is no batch.
             NumericalError: The loss, or a parameter afterwards, is NaN or infinite.
         """
-        total: Tensor | None = None
-        number = -1
+        losses: list[Tensor] = []
         self.learner.begin()
         self.learner.model.train()
         with tqdm(batches, title, unit="batch", leave=False, disable=self.hidden) as bar:
-            for number, batch in enumerate(bar):
+            for number, batch in enumerate(_until_all_end(bar)):
                 loss = self._step(batch, number)
-                total = loss if total is None else total + loss
-        if total is None:
+                if loss is None:
+                    break
+                losses += [] if batch is None else [loss]
+        sums = [float(sum(losses)), len(losses)]
+        summed, steps = total(sums, device_of(self.learner.model))
+        if not steps:
             raise DataError("the data has no batch; give batches that can be iterated repeatedly")
-        mean = float(total) / (number + 1)
+        mean = summed / steps
         check_finite(self.learner.model, mean, title)
         return mean
 
-    def _step(self, batch: Any, number: int) -> Tensor:
-        """One step of the optimiser; the loss, detached."""
-        learner, amp = self.learner, self.settings.amp
-        prepared = learner.prepare(batch)
-        learner.optimizer.zero_grad()
-        with learner.gradients():
-            with torch.autocast(self.device, dtype=amp, enabled=amp is not None):
-                loss = learner.loss(prepared, number)
-            self.scaler.scale(loss).backward()
-        average_gradients(learner.parameters())
+    def _step(self, batch: Any, number: int) -> Tensor | None:
+        """One step of the optimiser; the loss, detached.
+
+        Args:
+            batch: None where this process has no more; None is returned where no process has.
+        """
+        learner = self.learner
+        loss = self._backward(batch, number)
+        sharing = sum(gathered(batch is not None))
+        if not sharing:
+            return None
+        average_gradients(learner.parameters(), sharing)
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(learner.optimizer)
             nn.utils.clip_grad_norm_(learner.parameters(), self.settings.clip_norm)
         self.scaler.step(learner.optimizer)
         self.scaler.update()
         learner.stepped()
+        return loss
+
+    def _backward(self, batch: Any, number: int) -> Tensor:
+        """The loss of a batch, detached, its gradients taken; zero where there is no batch."""
+        learner, amp = self.learner, self.settings.amp
+        prepared = None if batch is None else learner.prepare(batch)
+        learner.optimizer.zero_grad()
+        if batch is None:
+            loss = torch.zeros((), device=device_of(learner.model))
+            self.scaler.scale(loss)  # which sets it up
+            return loss
+        with learner.gradients():
+            with torch.autocast(self.device, dtype=amp, enabled=amp is not None):
+                loss = learner.loss(prepared, number)
+            self.scaler.scale(loss).backward()
         return loss.detach()
+
+
+def _until_all_end(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches of this process; then None, where another may have more."""
+    return batches if processes() == 1 else itertools.chain(batches, itertools.repeat(None))
 
 
 def check_finite(model: nn.Module, loss: float, title: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from nss_prune.core.text import described as described
 from nss_prune.errors import ArgumentError
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -174,16 +175,3 @@ def _numbers(options: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, (tuple, list)):
             found[name] = [described(item) for item in value]
     return found
-
-
-def described(value: Any) -> Any:
-    """A value as JSON can hold it, the same in every run: a function by its name."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return repr(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, torch.dtype):
-        return str(value)
-    name = getattr(value, "__qualname__", None) or type(value).__qualname__
-    module = getattr(value, "__module__", None) or type(value).__module__
-    return f"{module}.{name}"

@@ -7,6 +7,7 @@ from numbers import Real
 
 from torch import Tensor, nn
 
+from nss_prune.core.models import uncompiled
 from nss_prune.errors import ArgumentError, NothingToPruneError
 from nss_prune.unstructured.allocation import Allocation, allocate, find_method
 from nss_prune.unstructured.masks import set_masks
@@ -57,6 +58,7 @@ def sparsify(
     """
     check_share("amount", amount, least_is_allowed=True)
     find_method(method)
+    model = uncompiled(model)
     layers = prunable_layers(model, ignored_layers)
     remaining = sum(layer.remaining for layer in layers)
     return keep_best(model, layers, round(remaining * (1 - amount)), method)

@@ -974,11 +974,98 @@ def test_old_names_work_with_a_warning() -> None:
         trainer_of(trained_mlp(), share=0.5, keep=0.5)
 
 
-def several(rank: int, folder: str) -> None:
-    trainer = trainer_of(trained_mlp())
-    with pytest.raises(ArgumentError, match="one process"):
-        trainer.fit(pictures((2, 3)), epochs=1)
+def shard(data: Batches, rank: int, number: int = 2) -> Batches:
+    """The part of every batch that belongs to one of several processes."""
+    return [(x[rank::number].contiguous(), y[rank::number].contiguous()) for x, y in data]
 
 
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    in_processes(several, tmp_path)
+def learn(
+    model: nn.Module, rank: int = 0, number: int = 1, folder: str | None = None
+) -> IncrementalTrainer:
+    """Three tasks with all that a trainer does, the last fine-tuned under its mask."""
+    data = [shard(pictures(classes), rank, number) for classes in ((0, 1), (2, 3), (4, 5))]
+    kept: dict[str, Any] = {"theta": 0.9, "keep_weights": 0.3, "validation": data[0]}
+    trainer = IncrementalTrainer(model, data=data[0], progress=False, **kept)
+    path = None if folder is None else f"{folder}/training"
+    trainer.fit(data[1], data[1], replay=data[0], epochs=2, checkpoint=path)
+    trainer.fit(data[2], data[2], epochs=2)
+    trainer.finetune_masked(epochs=1)
+    return trainer
+
+
+def learn_shard(rank: int, folder: str) -> None:
+    model = trained_mlp()
+    torch.manual_seed(rank)  # rows of new classes are drawn
+    trainer = learn(model, rank, 2, folder)
+    found = {"state": model.state_dict(), "tasks": trainer.tasks}
+    torch.save({**found, "accuracies": trainer.accuracies.rows}, f"{folder}/{rank}")
+    fail_in_one(rank)
+    learn_unequal(rank)
+
+
+class FailingOnce:
+    """Batches of which the last cannot be read, in the pass of that number."""
+
+    def __init__(self, data: Batches, number: int) -> None:
+        self.data = data
+        self.left = number
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.left -= 1
+        for position, batch in enumerate(self.data):
+            if not self.left and position == len(self.data) - 1:
+                raise FileNotFoundError("the last picture is gone")
+            yield batch
+
+
+def fail_in_one(rank: int) -> None:
+    """Whichever pass fails in one process, both raise, and the models are as before."""
+    failed = 0
+    for number in range(1, 20):
+        trainer = trainer_of(trained_mlp())
+        before = fingerprint(trainer.model)
+        data = shard(pictures((2, 3)), rank)
+        given = FailingOnce(data, number if rank else 100)
+        try:
+            trainer.fit(given, epochs=2)
+        except FileNotFoundError:
+            assert_unchanged(trainer.model, before)
+            assert len(trainer.tasks) == 1
+            failed += 1
+        left = [None, None]
+        torch.distributed.all_gather_object(left, given.left)
+        if left[1] > 0:
+            break
+    assert failed >= 5  # the classes, the epochs, the profile, the features
+
+
+def learn_unequal(rank: int) -> None:
+    """Shards of unequal length, and an empty one."""
+    for sizes in ((1, 4), (4, 0)):
+        trainer = trainer_of(trained_mlp(), theta="auto")
+        task = trainer.fit(pictures((2, 3))[: sizes[rank]], epochs=1, clip_norm=1.0)
+        found = [*trainer.model.state_dict().values(), *task.slice.kept.values()]
+        state = torch.cat([value.float().flatten() for value in found])
+        both = [torch.empty_like(state) for _ in range(2)]
+        torch.distributed.all_gather(both, state)
+        assert torch.equal(*both)
+
+
+def test_processes_learn_the_same_tasks_as_one(tmp_path: Path) -> None:
+    in_processes(learn_shard, tmp_path)
+    first, second = (torch.load(tmp_path / name, weights_only=False) for name in "01")
+    assert (tmp_path / "training").exists()
+    model = trained_mlp()
+    torch.manual_seed(0)
+    alone = learn(model)
+    assert first["accuracies"] == second["accuracies"]
+    for found, other, wanted in zip(first["tasks"], second["tasks"], alone.tasks, strict=True):
+        for one, two in ((found, other), (found, wanted)):
+            assert (one.classes, one.finetuned) == (two.classes, two.finetuned)
+            assert all(torch.equal(kept, two.slice.kept[n]) for n, kept in one.slice.kept.items())
+            assert all(torch.equal(kept, two.weights[n]) for n, kept in one.weights.items())
+        for layer, features in found.features.layers.items():
+            assert torch.equal(features.directions, other.features.layers[layer].directions)
+    for name, value in model.state_dict().items():
+        assert torch.equal(first["state"][name], second["state"][name]), name
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nss_prune import NSSPruner
+from nss_prune import (
+    IncrementalTrainer,
+    NSSPruner,
+    ReadaptTrainer,
+    load_pruned,
+    profile,
+    remove,
+    save_pruned,
+    sparsify,
+)
 
 SIDE = 32
 MODELS = {
@@ -111,3 +120,43 @@ def test_a_data_parallel_model_stays_wrapped() -> None:
     NSSPruner(wrapped, inputs[:2], theta=0.7, data=data).step()
     assert model[0].out_features < 16
     torch.testing.assert_close(wrapped(inputs), model(inputs))
+
+
+def compiled_mlp() -> tuple[nn.Module, nn.Module, Tensor, list[tuple[Tensor, Tensor]]]:
+    """A model, the same compiled and called, inputs and data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    inputs = torch.randn(40, 6)
+    compiled = torch.compile(model, backend="eager")
+    compiled(inputs)
+    return model, compiled, inputs, [(inputs, torch.arange(40) % 3)]
+
+
+def test_a_compiled_model_is_pruned_inside() -> None:
+    model, compiled, inputs, data = compiled_mlp()
+    whole = copy.deepcopy(model)
+    NSSPruner(compiled, inputs[:2], theta=0.7, data=data).step()
+    NSSPruner(whole, inputs[:2], theta=0.7, data=data).step()
+    assert whole[0].out_features < 16
+    for name, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    torch.testing.assert_close(compiled(inputs), whole(inputs))
+
+
+def test_compiled_models_enter_everywhere(tmp_path: Path) -> None:
+    model, compiled, inputs, data = compiled_mlp()
+    found, wanted = profile(compiled, data), profile(model, data)
+    assert torch.equal(found.overall["taylor"]["0"], wanted.overall["taylor"]["0"])
+    assert sparsify(compiled, 0.1).keys() == sparsify(copy.deepcopy(compiled), 0.1).keys()
+    model, compiled, inputs, data = compiled_mlp()
+    critical = found.slice(ratio=0.5)
+    ReadaptTrainer(compiled, critical, None).fit(data, epochs=1)
+    IncrementalTrainer(compiled, critical).fit([(inputs, 3 + data[0][1] % 2)], epochs=1)
+    assert remove(compiled, critical, inputs[:2]) is compiled
+    assert model[0].out_features == 8
+    save_pruned(compiled, tmp_path / "small.safetensors")
+    fresh = torch.compile(
+        nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5)), backend="eager"
+    )
+    assert load_pruned(tmp_path / "small.safetensors", fresh) is fresh
+    assert torch.equal(fresh(inputs), model(inputs))

@@ -9,13 +9,14 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from networks import assert_unchanged, batches, fingerprint, mlp, settled
-from nss_prune import NSSPruner, profile
+from nss_prune import NSSPruner, ReadaptTrainer, accuracy_on, profile
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.pruner.report import Report
 from processes import in_processes
@@ -38,7 +39,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cnn, ratio": ("cnn", {"pruning_ratio": 0.4, "metric": "ens"}),
     "cnn, semantic budget and refit": ("cnn", {**BUDGET, "strategy": "semantic", "fold": "refit"}),
     "vit, divergence": ("vit", {"macs_budget": 0.7, "prune_head_dims": False}),
+    "vit, heads": ("vit", {"macs_budget": 0.7}),
     "vit, theta": ("vit", {"theta": 0.9}),
+    "mlp, max_divergence": ("mlp", {"max_divergence": 0.0005}),
+    "cnn, score": ("cnn", {"max_drop": 5.0, "recalibrate": True}),
+    "cnn, score, masked": ("cnn", {"min_score": 95.0, "cost": "parameters"}),
     "values": ("mlp", {**BUDGET, "outputs": "values"}),
     "steps": ("mlp", {**BUDGET, "iterative_steps": 2}),
 }
@@ -65,7 +70,12 @@ def network(name: str) -> tuple[nn.Module, Batches]:
 def pruned(case: str, rank: int = 0, number: int = 1) -> tuple[nn.Module, Report]:
     name, settings = CASES[case]
     model, data = network(name)
-    pruner = NSSPruner(model, data[0][0][:2], data=data[rank::number], **settings)
+    shard = data[rank::number]
+    if {"max_drop", "min_score"} & settings.keys():
+        with torch.no_grad():
+            own = [(inputs, model(inputs).argmax(1)) for inputs, _ in shard]
+        settings = {**settings, "score": accuracy_on(own)}
+    pruner = NSSPruner(model, data[0][0][:2], data=shard, **settings)
     for _ in range(settings.get("iterative_steps", 1)):
         pruner.step()
     assert pruner.report is not None
@@ -99,12 +109,21 @@ def padded(rank: int) -> None:
 
 
 def sharded(rank: int, folder: str) -> None:
-    """Weights of which each process has a part."""
-    model, data = network("mlp")
+    """Weights of which each process has a part: of tensor parallelism, and of FSDP2."""
+    parallel, data = network("mlp")
     mesh = init_device_mesh("cpu", (2,))
-    parallelize_module(model, mesh, {"1": ColwiseParallel()})
-    with pytest.raises(ArgumentError) as refused:
-        NSSPruner(model, data[0][0][:2], macs_budget=0.5, data=data)
+    parallelize_module(parallel, mesh, {"1": ColwiseParallel()})
+    models = [parallel]
+    if hasattr(fsdp, "fully_shard"):  # since torch 2.6
+        split, _ = network("mlp")
+        models.append(fsdp.fully_shard(split, mesh=mesh))
+    for model in models:
+        with pytest.raises(ArgumentError, match="sharded"):
+            profile(model, data, data[0][0][:2])
+        with pytest.raises(ArgumentError, match="sharded"):
+            ReadaptTrainer(model, None, train="all")
+        with pytest.raises(ArgumentError) as refused:
+            NSSPruner(model, data[0][0][:2], macs_budget=0.5, data=data)
     Path(f"{folder}/sharded").write_text(str(refused.value))
 
 

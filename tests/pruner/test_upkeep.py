@@ -100,12 +100,22 @@ SETTINGS = {"params_budget": 0.6, "recalibrate": True, "balance": True}
 
 
 @pytest.mark.parametrize("limit", [2000, 2**30])
-def test_a_broken_run_goes_on_and_comes_to_the_same(limit: int, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "memory_limit": limit}
+@pytest.mark.parametrize(
+    "asked",
+    [
+        SETTINGS,
+        {"theta": 0.9, "recalibrate": True, "balance": True},
+        {"pruning_ratio": 0.4, "strategy": "category", "metric": "ens", "fold": "refit"},
+    ],
+)
+def test_a_broken_run_goes_on_and_comes_to_the_same(
+    asked: dict[str, Any], limit: int, tmp_path: Path
+) -> None:
+    settings = {**asked, "memory_limit": limit}
     unbroken = Counted(made(cnn)[1])
     expected = pruned(cnn, unbroken, **settings)
     folder = tmp_path / "sums"
-    for fails_at in range(unbroken.read // 3, unbroken.read, unbroken.read // 5):
+    for fails_at in range(2 * unbroken.read // 3, unbroken.read, unbroken.read // 7):
         broken = Counted(unbroken, fails_at)
         with pytest.raises((FileNotFoundError, RemovalError)):
             pruned(cnn, broken, checkpoint=folder, **settings)
