@@ -57,6 +57,18 @@ def check(found: Architecture) -> str:
     return "survived"
 
 
+def attempted(found: Architecture) -> tuple[str, str]:
+    """ "survived", "refused", "wrong" or "foreign", and of which network and why."""
+    try:
+        outcome = check(found)
+    except Violation as error:
+        return "wrong", f"{found}: {error}"
+    except Exception as error:
+        return "foreign", f"{found}: {type(error).__name__}: {error}"
+    kind, _, why = outcome.partition(": ")
+    return kind, f"{found}: {why}" if why else ""
+
+
 def cost_by_hand(found: Architecture, model: nn.Module) -> Cost:
     """Parameters and multiply-accumulates of a call with the example inputs."""
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())

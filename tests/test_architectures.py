@@ -69,4 +69,6 @@ def test_a_network_shrinks_to_the_parts_that_a_failure_needs() -> None:
     assert "excited" in smaller.parts
     assert str(smaller).startswith(f"seed {seed} without")
     again = architecture(seed, smaller.without).model.state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in smaller.model.state_dict().items())
+    assert all(
+        torch.equal(value, again[name]) for name, value in smaller.model.state_dict().items()
+    )
