@@ -232,6 +232,8 @@ def interrupted(number: int, folder: Path) -> Outcome:
             return _is(done or same(before, fingerprint(model)), "a model half way")
         return "wrong", "the interrupt was lost"
 
+    # A process in the background ignores the signal until it is told not to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     child = Child(work)
     child.send(signal.SIGINT, draw.uniform(0.02, 1.2 * seconds))
     try:
