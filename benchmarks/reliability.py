@@ -26,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":  # a script imports from the repository, as the tests do
     sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests")]
 
-from benchmarks.common.results import FOLDER, write
+from benchmarks.common.results import FOLDER, read, write
 from benchmarks.common.tables import Cell, Column, text_table
 
 RESULT = FOLDER / "reliability.json"
@@ -159,39 +159,59 @@ def run(
     return found, dict(listed)
 
 
+def kinds_of_trials(folder: Path) -> dict[str, Iterator[Callable[[], tuple[str, str]]]]:
+    """All that is tried, in this order."""
+    from faults import faults
+
+    folders = [folder / each for each in ("crafted", "free", "damaged")]
+    for each in folders:
+        each.mkdir()
+    return {
+        **{kind: faults_of(trials) for kind, trials in faults().items()},
+        HOSTILE: crafted_files(folders[0], True),
+        "files with another value": crafted_files(folders[1], False),
+        "cut and flipped files": cut_and_flipped(folders[2]),
+        "random networks": networks(),
+    }
+
+
+def tried(only: Sequence[str], seconds: float) -> Iterator[tuple[dict[str, Cell], Any]]:
+    """The counts of each kind and its outcomes; what time one leaves goes to those behind it."""
+    import torch
+
+    torch.set_num_threads(1)  # forked processes cannot use the threads of their parent
+    left = sum(SHARES[kind] for kind in only)
+    with tempfile.TemporaryDirectory() as name:
+        kinds = kinds_of_trials(Path(name))
+        for kind in (kind for kind in kinds if kind in only):
+            began = time.monotonic()
+            share = max(0.0, seconds) * SHARES[kind] / left
+            yield run(kind, kinds[kind], share, MOST.get(kind, sys.maxsize))
+            seconds, left = seconds - (time.monotonic() - began), left - SHARES[kind]
+
+
 def main() -> None:
     """Try everything, each for its share of the time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="for all of it")
     parser.add_argument("--result", type=Path, default=RESULT, help="the file to write")
+    parser.add_argument(
+        "--only", nargs="+", choices=SHARES, help="kinds to try; the file keeps its other rows"
+    )
     chosen = parser.parse_args()
-    seconds = 60 * chosen.minutes
-    import torch
-
-    from faults import faults
-
-    torch.set_num_threads(1)  # forked processes cannot use the threads of their parent
-    with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / each for each in ("crafted", "free", "damaged")]
-        for folder in folders:
-            folder.mkdir()
-        kinds = {
-            **{kind: faults_of(trials) for kind, trials in faults().items()},
-            HOSTILE: crafted_files(folders[0], True),
-            "files with another value": crafted_files(folders[1], False),
-            "cut and flipped files": cut_and_flipped(folders[2]),
-            "random networks": networks(),
-        }
-        found, left = [], sum(SHARES.values())
-        for kind, trials in kinds.items():
-            share = max(0.0, seconds) * SHARES[kind] / left
-            began = time.monotonic()
-            found.append(run(kind, trials, share, MOST.get(kind, sys.maxsize)))
-            seconds, left = seconds - (time.monotonic() - began), left - SHARES[kind]
-    rows = [row for row, _ in found]
-    listed = {str(row["what"]): described for row, described in found}
-    write(chosen.result, "Reliability", COLUMNS, rows, seeds=[0], listed=listed)
-    print(text_table(COLUMNS, rows))
+    before: dict[str, Any] = {"rows": [], "listed": {}, "commands": {}}
+    if chosen.only:
+        before |= read(chosen.result)
+    rows = {str(row["what"]): row for row in before["rows"]}
+    listed, commands = before["listed"], before["commands"]
+    for row, described in tried(chosen.only or list(SHARES), 60 * chosen.minutes):
+        kind = str(row["what"])
+        rows[kind], listed[kind] = row, described
+        commands[kind] = " ".join(["python", *sys.argv])
+    ordered = list(rows.values())
+    details = {"listed": listed, "commands": commands}
+    write(chosen.result, "Reliability", COLUMNS, ordered, seeds=[0], **details)
+    print(text_table(COLUMNS, ordered))
 
 
 if __name__ == "__main__":

@@ -335,7 +335,11 @@ def with_loader_workers(number: int, folder: Path) -> Outcome:
     how = "spawn" if number % 8 == 7 else "fork"
     fault = draw.choice((-1, draw.randrange(48), draw.randrange(48)))
     loader = DataLoader(
-        Samples(fault, draw.random() < 0.5), 16, num_workers=1, multiprocessing_context=how
+        Samples(fault, draw.random() < 0.5),
+        16,
+        num_workers=1,
+        multiprocessing_context=how,
+        persistent_workers=how == "spawn",  # it takes seconds to start one
     )
 
     def work() -> Outcome:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.profiling.categories import check_categories
 from nss_prune.profiling.contributions.protocol import metric_named
 from nss_prune.profiling.run import profile_neurons
@@ -35,6 +36,7 @@ class Profiling:
     settings: dict[str, Any]
     upkeep: Upkeep = DEFAULT
 
+    @outside_inference_mode
     def observe(self, subject: Subject) -> ProfileEvidence:
         """The evidence, from one pass; the model is left as found.
 

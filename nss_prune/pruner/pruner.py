@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.pruner.arguments import (
     WithoutRegularizer,
     as_called,
@@ -143,6 +144,7 @@ class NSSPruner(Steps, WithoutRegularizer):
         GraphError, NothingToPruneError: From tracing the model.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: nn.Module,
