@@ -154,7 +154,7 @@ def run(
         if described and len(listed[outcome]) < SHOWN:
             listed[outcome].append(described)
     row = {kind: counts[kind] for kind in OUTCOMES}
-    found = {"what": what, "tried": counts.total(), **row}
+    found: dict[str, Cell] = {"what": what, "tried": counts.total(), **row}
     print(text_table(COLUMNS, [found]), flush=True)
     return found, dict(listed)
 
