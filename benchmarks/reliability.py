@@ -199,11 +199,12 @@ def main() -> None:
         "--only", nargs="+", choices=SHARES, help="kinds to try; the file keeps its other rows"
     )
     chosen = parser.parse_args()
-    before: dict[str, Any] = {"rows": [], "listed": {}, "commands": {}}
+    before: dict[str, Any] = {"rows": [], "listed": {}}
     if chosen.only:
-        before |= read(chosen.result)
+        before = read(chosen.result)
     rows = {str(row["what"]): row for row in before["rows"]}
-    listed, commands = before["listed"], before["commands"]
+    made_by = before.get("made_by", {}).get("command", "")
+    listed, commands = before["listed"], before.get("commands", dict.fromkeys(rows, made_by))
     for row, described in tried(chosen.only or list(SHARES), 60 * chosen.minutes):
         kind = str(row["what"])
         rows[kind], listed[kind] = row, described
