@@ -1,7 +1,8 @@
 """Files of every kind, and what can be wrong with them: cut, flipped, and crafted with right sums.
 
 A crafted file has the digest of what it holds, so that only the checks of its contents stand
-between it and whoever loads it.
+between it and whoever loads it. It is hostile unless all that was changed are facts in ``FREE``,
+which nothing else in the file tells, and each is another value of the same kind.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,31 @@ WRONG: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+FREE = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"notes\.history\[\d+\]\.(?!epoch)\w+",  # what was measured in an epoch, a validation's too
+        r"options\[\d+\]\.(lr|foreach|fused|capturable|differentiable)",
+        r"start\.last\.(seconds|accuracy)",
+        r"rule|name|left_alone\.\d+|notes\[\d+\]",  # texts for people
+        r"classes\[\d+\]",  # another class of as many outputs
+        r"used|unused|left_alone_sizes\.\d+|statistics\.landscape\.positions",
+        r"statistics\.sums\[\d+\]\[2\]\.\d+",  # how many positions were seen
+        r"groups\[\d+\]\[2\]\[\d+\]\[5\]",  # the axis of the samples, where activations are made
+    )
+)
+"""Places in notes."""
+
+OPTIONAL = re.compile(
+    r"rule|ranked_by|used|unused|statistics\.drawn|groups.*\[5\]|modules\..*\.numbers\.further"
+    r"|notes\.history\[\d+\]\.further|classes\[\d+\]"
+)
+"""What a file may lack, as those of earlier versions do, or have: a validation's metric, a
+class, and an attribute that the model lacks and does not get."""
+
+MISSING = object()
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file.
@@ -48,11 +75,13 @@ class Kind:
         write: Writes one to a path.
         load: Loads it, perhaps into a model.
         use: Does with what was loaded what a user does with it.
+        save: Writes what was loaded, if that is possible.
     """
 
     write: Callable[[Path], None]
     load: Callable[[Path, nn.Module], Any]
     use: Callable[[Any, nn.Module], Any] = lambda loaded, model: None
+    save: Callable[[Any, Path], None] | None = None
 
 
 def _perceptron() -> nn.Module:
@@ -83,6 +112,11 @@ def _use_task(loaded: Task, model: nn.Module) -> None:
     repr(loaded)
     with loaded.inference(model, "5", masked=True):
         model(torch.randn(2, 12).double())
+
+
+def _use_pruned(loaded: nn.Module, model: nn.Module) -> None:
+    model(torch.randn(2, 12).double())
+    assert not any(hasattr(module, "further") for module in model.modules())
 
 
 def _write_pruned(path: Path) -> None:
@@ -122,13 +156,17 @@ KINDS = {
         lambda path: _profile(True).save(path, statistics=True),
         lambda path, _: Profile.load(path),
         _use_profile,
+        lambda loaded, path: loaded.save(path, statistics=loaded.statistics is not None),
     ),
     "slice": Kind(
-        lambda path: _profile().slice(0.8).save(path), lambda path, _: Slice.load(path), _use_slice
+        lambda path: _profile().slice(0.8).save(path),
+        lambda path, _: Slice.load(path),
+        _use_slice,
+        Slice.save,
     ),
-    "task": Kind(_write_task, lambda path, _: Task.load(path), _use_task),
+    "task": Kind(_write_task, lambda path, _: Task.load(path), _use_task, Task.save),
     "masks": Kind(_write_masks, load_masks),
-    "pruned": Kind(_write_pruned, load_pruned),
+    "pruned": Kind(_write_pruned, load_pruned, _use_pruned),
     "iterations": Kind(
         lambda path: _iterate(path, _perceptron(), 1), lambda path, model: _iterate(path, model, 1)
     ),
@@ -156,16 +194,64 @@ def places(notes: Any) -> Iterator[tuple[Any, Any]]:
             yield from places(value)
 
 
-def crafted(path: Path, seed: int) -> str:
-    """Write a file with one or two things wrong and the right digest; says what they are."""
+@dataclass(frozen=True)
+class Crafted:
+    """What was changed in a file.
+
+    Attributes:
+        what: In words.
+        hostile: Whether something is not as this library could have written it.
+    """
+
+    what: str
+    hostile: bool
+
+
+def crafted(path: Path, seed: int) -> Crafted:
+    """Change one or two things in a file, with the right digest."""
     draw = random.Random(seed)
-    kind, tensors, notes = contents(path)
-    done = []
-    for _ in range(draw.choice((1, 1, 1, 2))):
-        change = draw.choice((_value, _value, _value, _number, _missing, _added, _tensor, _tensor))
-        done.append(change(draw, tensors, notes))
+    kind, old_tensors, old_notes = contents(path)
+    while True:
+        tensors, notes, done = dict(old_tensors), copy.deepcopy(old_notes), []
+        for _ in range(draw.choice((1, 1, 1, 2))):
+            change = draw.choice(
+                (_value, _value, _value, _number, _missing, _added, _tensor, _tensor)
+            )
+            done.append(change(draw, tensors, notes))
+        changed = list(differences(old_notes, notes))
+        same = tensors.keys() == old_tensors.keys() and all(
+            tensors[name] is old_tensors[name] for name in tensors
+        )
+        if changed or not same:
+            break
     write_file(path, kind, tensors, notes)
-    return "; ".join(done)
+    return Crafted("; ".join(done), not same or not all(_is_free(*each) for each in changed))
+
+
+def differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(place, old value, new value) of all that differs in decoded JSON, MISSING for none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            deeper = f"{place}.{key}" if place else str(key)
+            yield from differences(old.get(key, MISSING), new.get(key, MISSING), deeper)
+    elif isinstance(old, list) and isinstance(new, list):
+        for number in range(max(len(old), len(new))):
+            pair = (each[number] if number < len(each) else MISSING for each in (old, new))
+            yield from differences(*pair, f"{place}[{number}]")
+    elif old != new or isinstance(old, bool) != isinstance(new, bool):
+        yield place, old, new
+
+
+def _is_free(place: str, old: Any, new: Any) -> bool:
+    if MISSING in (old, new):
+        return OPTIONAL.fullmatch(place) is not None
+    return any(pattern.fullmatch(place) for pattern in FREE) and (
+        _sort(old) == _sort(new) or place == "start.last.accuracy"
+    )
+
+
+def _sort(value: Any) -> type:
+    return float if type(value) is int else type(value)
 
 
 def _value(draw: random.Random, tensors: dict[str, Tensor], notes: dict[str, Any]) -> str:
@@ -234,11 +320,22 @@ class Outcome:
         refusal: The error of this library, or None.
         foreign: Any other exception, or None.
         damaged: Whether a model was changed by a file that was refused.
+        other: Whether something else was loaded than the file says, as is seen by saving it again.
     """
 
     refusal: NSSPruneError | None = None
     foreign: BaseException | None = None
     damaged: bool = False
+    other: bool = False
+
+    @property
+    def kind(self) -> str:
+        """In one word, as results count it."""
+        if self.foreign is not None:
+            return "foreign"
+        if self.damaged or self.other:
+            return "wrong"
+        return "survived" if self.refusal is None else "refused"
 
 
 def attempt(kind: Kind, path: Path) -> Outcome:
@@ -249,6 +346,7 @@ def attempt(kind: Kind, path: Path) -> Outcome:
     try:
         loaded = kind.load(path, model)
         kind.use(loaded, model)
+        outcome.other = kind.save is not None and not _says_the_same(kind.save, loaded, path)
     except NSSPruneError as error:
         outcome.refusal = error
     except Exception as error:
@@ -257,6 +355,15 @@ def attempt(kind: Kind, path: Path) -> Outcome:
         after = fingerprint(model)
         outcome.damaged = any(not _equal(before[key], after[key]) for key in before)
     return outcome
+
+
+def _says_the_same(save: Callable[[Any, Path], None], loaded: Any, path: Path) -> bool:
+    """Whether all that a file says is said by what was loaded, saved again."""
+    again = path.with_name(f"{path.name} again")
+    save(loaded, again)
+    (_, tensors, notes), (_, saved, written) = contents(path), contents(again)
+    same = all(old is MISSING for _, old, _ in differences(notes, written))
+    return same and _equal(tensors, saved)
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -53,6 +53,12 @@ BY_ENTRY = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_s
 
 NEVER_NEGATIVE = frozenset({"step", "exp_avg_sq", "max_exp_avg_sq", "square_avg"})
 
+HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Options of an optimiser that say how it computes, not what: machines differ in them."""
+
+SCHEDULED = frozenset({"lr", "initial_lr", "momentum", "betas", "lr_scale"})
+"""Options that schedulers change in a training."""
+
 PREFIXES = ("model/", "best/", "random/", "optimizer/")
 
 Values = dict[str, Tensor]
@@ -261,13 +267,17 @@ def _check_state(position: int, entries: Mapping[str, Any], parameter: Tensor) -
 
 
 def _check_options(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """The numbers among the options of a parameter group are the same ones, and finite."""
+    """The numbers among the options of a parameter group are the same ones.
+
+    Those that no scheduler changes have the same values, the others are finite and of one sign.
+    """
     present = {key for key, value in group.items() if isinstance(value, (int, float))}
     if options.keys() != present:
         raise FileFormatError(f"the optimiser has options {sorted(present)}, not {sorted(options)}")
     for key, value in options.items():
         alike = isinstance(value, bool) == isinstance(group[key], bool)
-        if not alike or not math.isfinite(value) or (value < 0 <= group[key]):
+        changed = key not in SCHEDULED | HOW and value != group[key]
+        if not alike or changed or not math.isfinite(value) or (value < 0 <= group[key]):
             raise refuse(f"option {key!r}", value, f"a value such as {group[key]!r}")
 
 

@@ -20,7 +20,7 @@ from nss_prune.core.hooks import attached
 from nss_prune.core.models import flags_kept, submodule
 from nss_prune.core.schema import array, check_tensors, record, text, truth, whole
 from nss_prune.core.text import elided, shortened
-from nss_prune.errors import FileFormatError
+from nss_prune.errors import FileFormatError, ModelMismatchError
 from nss_prune.graph.axes import input_axis
 from nss_prune.graph.slices import (
     OPTIONAL,
@@ -158,13 +158,21 @@ class Task:
 
         A classifier that has grown computes as many outputs as it had when the task was learned:
         with others, the order of its sums, and so the last bits, could be different.
+
+        Raises:
+            ModelMismatchError: It has fewer than then.
         """
+        axis = input_axis(classifier)
+        if outputs.shape[axis] < self.outputs:
+            raise ModelMismatchError(
+                f"task {shortened(self.name, 60)!r} was learned with {self.outputs} outputs, the "
+                f"model has {outputs.shape[axis]}; use the model that learned the task"
+            )
         scores = outputs
         if isinstance(classifier, nn.Linear) and classifier.out_features > self.outputs:
             weight, bias = classifier.weight[: self.outputs], classifier.bias
             own = None if bias is None else bias[: self.outputs]
             scores = functional.linear(arguments[0], weight, own)
-        axis = input_axis(classifier)
         classes = torch.tensor(self.classes, device=outputs.device)
         nothing = torch.full_like(outputs, float("-inf"))
         return nothing.index_copy(axis, classes, scores.index_select(axis, classes))

@@ -3,7 +3,8 @@
 The statistics of a folding are those of the whole model. In the smaller one a norm sees fewer
 neurons, and earlier consumers are folded, so what a consumer reads there can be so different that
 its folding does harm. Here it is measured: the squared distance of each consumer's output to that
-of the whole model, with and without the folding.
+of the whole model, with and without the folding, added up over all of the data. A pass calls the
+model three times with each batch, and keeps nothing of it but these sums.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from nss_prune.core.batches import counted_batches
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
-from nss_prune.core.processes import gathered, processes
+from nss_prune.core.processes import gathered
 from nss_prune.core.undo import Snapshot
 from nss_prune.graph.slices import Slice
 
-SAMPLES = 256  # that are looked at, of the first batches
 ROUNDS = 3
 ROUNDING = 1e-6  # relative to the larger of the error and the output's power times its precision
 OUTPUTS = ""  # stands for the outputs of the model among its consumers
@@ -56,9 +56,8 @@ def verified(
     kept = dict(folds)
     if not _changing(kept):
         return kept
-    plain = _errors(model, critical, {}, data, forward)
     for _ in range(ROUNDS):
-        found = _errors(model, critical, kept, data, forward)
+        plain, found = _errors(model, critical, kept, data, forward)
         worse = [name for name in found if found[name] > plain[name] * (1 + ROUNDING)]
         if not worse:
             return kept
@@ -69,7 +68,7 @@ def verified(
             kept[name] = ConsumerFold(note=_note(name, place, plain[place], found[place]))
         if not _changing(kept):
             return kept
-    found = _errors(model, critical, kept, data, forward)
+    plain, found = _errors(model, critical, kept, data, forward)
     still = any(found[name] > plain[name] * (1 + ROUNDING) for name in found)
     for name in _changing(kept):
         if still:
@@ -93,32 +92,32 @@ def _note(name: str, place: str, plain: float, folded: float) -> str:
 
 def _errors(
     model: nn.Module, critical: Slice, folds: Folds, data: Iterable[Any], forward: Forward
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
     """Consumer -> squared distance of what it puts out in the sliced and in the whole model.
 
     Over the samples of all processes.
+
+    Returns:
+        Without the folds, and with them, of the same batches: a loader may draw others each time.
     """
     names = {member.name for group in critical.groups for member in group.consumers}
-    total: dict[str, float] = dict.fromkeys((*names, OUTPUTS), 0.0)
+    plain: dict[str, float] = dict.fromkeys((*names, OUTPUTS), 0.0)
+    folded = dict(plain)
     with evaluation(model), torch.no_grad():
-        for number, inputs in _first_batches(model, data):
+        for number, inputs, _ in counted_batches(model, data, False, ""):
             whole = _outputs(model, names, inputs, number, forward)
-            with _folded(model, folds), critical.masked(model):
-                sliced = _outputs(model, names, inputs, number, forward)
-            for name, values in whole.items():
-                for first, second in zip(values, sliced.get(name, ()), strict=False):
-                    total[name] += _distance(first, second, folds.get(name))
-    everywhere = gathered(total)
-    return {name: sum(part[name] for part in everywhere) for name in total}
+            for total, used in ((plain, {}), (folded, folds)):
+                with _folded(model, used), critical.masked(model):
+                    sliced = _outputs(model, names, inputs, number, forward)
+                for name, values in whole.items():
+                    for first, second in zip(values, sliced.get(name, ()), strict=False):
+                        total[name] += _distance(first, second, used.get(name))
+    return _added(plain), _added(folded)
 
 
-def _first_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    seen = 0
-    for number, inputs, samples in counted_batches(model, data, False, ""):
-        yield number, inputs
-        seen += samples
-        if seen >= SAMPLES / processes():
-            return
+def _added(errors: dict[str, float]) -> dict[str, float]:
+    everywhere = gathered(errors)
+    return {name: sum(part[name] for part in everywhere) for name in errors}
 
 
 @contextlib.contextmanager

@@ -1,15 +1,17 @@
-"""Run a function in another thread as it would run in this one."""
+"""What torch keeps for each thread: the same in another one, or without inference mode."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 from collections.abc import Callable
-from typing import TypeVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
 Made = TypeVar("Made")
+Given = ParamSpec("Given")
 
 
 def with_state_of_this_thread(function: Callable[[], Made]) -> Callable[[], Made]:
@@ -40,5 +42,21 @@ def with_state_of_this_thread(function: Callable[[], Made]) -> Callable[[], Made
             if stream is not None:
                 stack.enter_context(torch.cuda.stream(stream))
             return variables.run(function)
+
+    return call
+
+
+def outside_inference_mode(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A decorator: the caller's inference mode is off meanwhile.
+
+    Gradients are needed within, and tensors made in that mode would have none for ever.
+    """
+
+    @wraps(function)
+    def call(*arguments: Given.args, **keywords: Given.kwargs) -> Made:
+        if not torch.is_inference_mode_enabled():
+            return function(*arguments, **keywords)
+        with torch.inference_mode(False):
+            return function(*arguments, **keywords)
 
     return call

@@ -74,7 +74,7 @@ class _Worker(threading.Thread, Generic[Made]):
         self.results: list[Made] = []
         self.returned = False
         self.error: BaseException | None = None
-        self._began = self._stopping = self._may_end = False
+        self._began = self._stopping = self._done = self._may_end = False
         # Locks and no Events: an interruption in the midst of setting one would leave the lock
         # inside of it held for ever.
         self._running, self._leave = threading.Lock(), threading.Lock()
@@ -86,6 +86,7 @@ class _Worker(threading.Thread, Generic[Made]):
         while not self._may_end:
             try:
                 self._call()
+                self._done = True
                 if self._running.locked():
                     self._running.release()
                 self._leave.acquire()
@@ -104,10 +105,10 @@ class _Worker(threading.Thread, Generic[Made]):
 
     def wait(self, seconds: float) -> bool:
         """Whether the function is done within some time."""
-        done = self._running.acquire(timeout=seconds)
-        if done:
-            self._running.release()
-        return done
+        # The lock only wakes: an interrupt may come once it is acquired, before that is known.
+        if not self._done:
+            self._running.acquire(timeout=seconds)
+        return self._done
 
     def end(self) -> None:
         """Interrupt the function until it is done, then let the thread end.
@@ -126,7 +127,7 @@ class _Worker(threading.Thread, Generic[Made]):
 
     def _finish(self) -> None:
         self._stopping = True  # one that is just starting calls nothing any more
-        while self.is_alive() and not self.wait(0):
+        while self.is_alive() and not self._done:
             _raise_in(self.ident, _Expired)
             # Again and again: Python drops what is raised while it runs a finaliser.
             self.wait(AGAIN)

@@ -94,6 +94,11 @@ def _check_positions(tensors: Mapping[str, Tensor], notes: Sequence[Any]) -> Non
     if wanted > FREE + PER_BYTE * paid:
         raise FileFormatError(f"the groups have {wanted} positions, more than this file can have")
     for name, size, members, ties, *_ in notes:
+        if any(member in members[:place] for place, member in enumerate(members)):
+            raise FileFormatError(f"group {name!r} has a member twice")
+        sides = {member[1] for member in members}
+        if "both" not in sides and not {"in", "out"} <= sides:
+            raise refuse(f"group {name!r}", sorted(sides), "what makes and what consumes it")
         if size * ties > max((member[2] for member in members), default=0):
             raise refuse(f"the size of group {name!r}", [size, ties], "that of a layer")
     for size, (name, _, width, _, form, *_) in forms:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nss_prune.core.batches import as_computed, samples_in
 from nss_prune.core.models import Forward, call_model, run
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.errors import NumericalError
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.profiling.categories import Categories, assign, count_used
@@ -120,6 +121,7 @@ class Collector:
             }
         )
 
+    @outside_inference_mode
     def add(
         self,
         model: nn.Module,

@@ -10,6 +10,7 @@ from torch import nn
 from nss_prune.core.batches import entered, first_batch
 from nss_prune.core.models import Forward
 from nss_prune.core.processes import refuse_sharded
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.core.undo import left_as_found
 from nss_prune.discovery.samples import readable
 from nss_prune.discovery.whole import discover
@@ -28,6 +29,7 @@ def with_example(
     return entered(model, first, 0)[0], data
 
 
+@outside_inference_mode
 def readable_neurons(
     model: nn.Module,
     example_inputs: Any,

@@ -89,6 +89,8 @@ def check_profile(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> No
             f"the metrics are {metrics[:4]}, the categories {notes['categories'][:4]} of "
             f"{notes['samples'][:4]} samples"
         )
+    if notes["left_alone_sizes"].keys() != notes["left_alone"].keys():
+        raise FileFormatError("the layers left alone and their sizes differ")
     values = {
         f"{kind}/{metric}/{name}": (kind, size)
         for kind in VALUES

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.core.undo import left_as_found
 from nss_prune.pruner.arguments import Aim, check_strategy
 from nss_prune.pruner.classes import Classes, ClassHead, ClassScores, find_classes, of_classes
@@ -135,6 +136,7 @@ def is_by_profile(strategy: Strategy[Any]) -> bool:
     return isinstance(strategy, ByProfile)
 
 
+@outside_inference_mode
 def observed(strategy: Strategy[Any], subject: Subject, given: ProfileEvidence | None) -> Evidence:
     """What a strategy observes of a subject.
 

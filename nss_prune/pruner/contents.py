@@ -36,6 +36,12 @@ def _floating(value: Any, where: str) -> None:
         raise refuse(where, value, "the name of a floating-point dtype")
 
 
+def _recipe(value: Any, where: str) -> None:
+    """Arguments of timm.create_model; those beside the name count where a model is built."""
+    table(anything)(value, where)
+    text(value.get("model_name"), f"{where}.model_name")
+
+
 _INTEGER = whole(-LARGEST, LARGEST)
 NOTES = record(
     {
@@ -44,7 +50,7 @@ NOTES = record(
         ),
         "ties": table(names),
         "unsaved": table(_floating),
-        "timm": either(one_of(None), table(anything)),
+        "timm": either(one_of(None), _recipe),
     }
 )
 """Of the notes of a file."""

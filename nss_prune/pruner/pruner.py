@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.pruner.arguments import (
     WithoutRegularizer,
     as_called,
@@ -151,6 +152,7 @@ class NSSPruner(Steps, WithoutRegularizer):
         GraphError, NothingToPruneError: From tracing the model.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: nn.Module,

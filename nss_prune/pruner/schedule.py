@@ -14,6 +14,7 @@ from nss_prune.core.batches import first_batch, length, split_batch
 from nss_prune.core.models import device_of, evaluation
 from nss_prune.core.nested import map_tensors, tensors_in
 from nss_prune.core.progress import TITLES, Progress
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.pruner.subject import Subject
 
 FORWARD, BACKWARD = 1.0, 3.0  # what a pass takes, in forward passes
@@ -82,6 +83,7 @@ def stages_of(strategy: Any, repairs: Iterable[Any], subject: Subject) -> tuple[
     return tuple(found)
 
 
+@outside_inference_mode
 def schedule(
     strategy: Any, repairs: Iterable[Any], subject: Subject, data: Iterable[Any] | None
 ) -> Schedule:

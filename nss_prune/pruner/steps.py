@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nss_prune.core.models import device_of
+from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.errors import GraphError
 from nss_prune.pruner.interactive import count_heads, history, is_apart, pruning_groups
 from nss_prune.pruner.journal import Journal, Report
@@ -51,6 +52,7 @@ class Steps(Stages):
         self.__dict__.update(state)
         trace_graph(self)
 
+    @outside_inference_mode
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Remove the neurons of this step.
 

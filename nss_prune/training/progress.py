@@ -10,7 +10,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nss_prune.core.schema import LARGEST, Check, array, number, record, refuse, table
+from nss_prune.core.schema import (
+    LARGEST,
+    Check,
+    array,
+    either,
+    number,
+    record,
+    refuse,
+    table,
+    whole,
+)
 from nss_prune.training.settings import Metrics
 
 Values = dict[str, Tensor]
@@ -39,7 +49,7 @@ _EVERY_EPOCH = {
 
 def _epochs(value: Any, where: str) -> None:
     """The metrics of epochs in order, of which a validation may add others."""
-    array(table(number()))(value, where)
+    array(table(number()), least=1)(value, where)
     for position, metrics in enumerate(value):
         known = {key: metrics[key] for key in _EVERY_EPOCH if key in metrics}
         record(_EVERY_EPOCH)(known, f"{where}[{position}]")
@@ -49,7 +59,14 @@ def _epochs(value: Any, where: str) -> None:
         raise refuse(where, [sorted(metrics) for metrics in value], "the same metrics each epoch")
 
 
-_NOTES = record({"history": _epochs, "scaler": table(number())})
+_SCALER = {  # what the state of torch's GradScaler is made of
+    "scale": number(0, sys.float_info.max),
+    "growth_factor": number(1, LARGEST),
+    "backoff_factor": number(0, 1),
+    "growth_interval": whole(),
+    "_growth_tracker": whole(),
+}
+_NOTES = record({"history": _epochs, "scaler": either(record({}), record(_SCALER))})
 
 
 @dataclass

@@ -310,6 +310,9 @@ class _Checkpoint:
         most = sum(layer.weight.numel() for layer in layers)
         if not least <= start["remaining"] <= most:
             raise refuse("start.remaining", start["remaining"], f"{least} to {most}")
+        number = start["last"]["number"]
+        if least != round(start["remaining"] * (1 - self.settings["rate"]) ** number):
+            raise refuse("start.last.number", number, f"what leaves {least} weights")
         found = compression_rate(model, self.settings["dense_weights"])
         if not math.isclose(start["last"]["compression_rate"], found, abs_tol=1e-9):
             raise refuse(

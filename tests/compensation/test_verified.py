@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from nss_prune.compensation.folding import folding
 from nss_prune.compensation.refit import refit
 from nss_prune.compensation.solve import ConsumerFold
 from nss_prune.compensation.verified import verified
+from nss_prune.graph.neurons import Member, NeuronGroup
 
 
 class Normed(nn.Module):
@@ -124,6 +126,48 @@ def test_a_harmful_weight_is_refused() -> None:
     kept = verified(model, critical, {"3": worse}, data)
     assert kept["3"].weight is None
     assert "would be" in kept["3"].note
+
+
+class Late(nn.Module):
+    """Its second neuron is the first input, and the head adds both neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 1)
+        with torch.no_grad():
+            self.stem.weight.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+            self.head.weight.fill_(1)
+            self.head.bias.fill_(0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.stem(inputs))
+
+
+@pytest.mark.parametrize(("late", "stays"), [(-1.0, False), (1.0, True), (0.4, True), (0.3, False)])
+def test_what_hurts_only_samples_after_many_is_left_unfolded(late: float, stays: bool) -> None:
+    """320 samples on which the removed neuron is 1, then 1,280 on which it is something else.
+
+    Without it the head is wrong by its value v, with the constant 1 by 1 - v: the squares are
+    320 + 1280 v^2 and 1280 (1 - v)^2, of which the second is smaller if v > 0.375.
+    """
+    model = Late().double()
+    others = torch.randn(1600, 1, dtype=torch.float64)
+    first = torch.cat([torch.ones(320, 1), torch.full((1280, 1), late)]).double()
+    inputs = torch.cat([first, others], 1)
+    data = [(part, torch.zeros(len(part), dtype=torch.long)) for part in inputs.split(64)]
+    stem = NeuronGroup(
+        "stem", 2, (regular_member("stem", "out", 2), regular_member("head", "in", 2)), 1
+    )
+    critical = Slice({"stem": torch.tensor([True, False])}, (stem,))
+    fold = ConsumerFold(constant=torch.ones(1, dtype=torch.float64))
+    kept = verified(model, critical, {"head": fold}, data)["head"]
+    assert (kept.constant is not None) == stays
+    assert ("left unfolded" in kept.note) != stays
+    assert (1280 * (1 - late) ** 2 < 320 + 1280 * late**2) == stays  # the squares, by the formula
+
+
+def regular_member(name: str, side: str, size: int) -> Member:
+    return Member(name, side, torch.arange(size), torch.arange(size), size)
 
 
 class UsedTwice(nn.Module):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +183,44 @@ def test_the_function_sees_the_state_of_the_caller() -> None:
         assert within(5, model, state) == state()
     with torch.inference_mode():
         assert within(5, model, state) == state()
+
+
+class InterruptedOnce:
+    """A lock that is interrupted once, when the caller has just acquired it."""
+
+    def __init__(self, lock: Any, caller: threading.Thread) -> None:
+        self.lock, self.caller, self.raised = lock, caller, False
+
+    def acquire(self, timeout: float = -1) -> bool:
+        acquired = self.lock.acquire(timeout=timeout)
+        if acquired and not self.raised and threading.current_thread() is self.caller:
+            self.raised = True
+            raise KeyboardInterrupt
+        return acquired
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lock, name)
+
+
+def test_an_interrupt_that_comes_with_the_end_of_the_function_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[BaseException] = []
+    original = deadline._Worker.__init__
+
+    def init(self: Any, function: Any) -> None:
+        original(self, function)
+        self._running = InterruptedOnce(self._running, caller)
+
+    def call() -> None:
+        try:
+            deadline.within(60, nn.Identity(), lambda: time.sleep(0.1))
+        except KeyboardInterrupt as error:
+            raised.append(error)
+
+    caller = threading.Thread(target=call, daemon=True)
+    monkeypatch.setattr(deadline._Worker, "__init__", init)
+    caller.start()
+    caller.join(20)
+    assert not caller.is_alive()
+    assert len(raised) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -174,3 +175,13 @@ def test_unknown_choices_are_named() -> None:
 def test_ranks_are_by_magnitude() -> None:
     contributions = torch.tensor([[0.5, -3.0, 0.0, 2.0], [1.0, -1.0, 2.0, 0.0]])
     assert ranked(contributions).tolist() == [[1, 3, 0, 2], [2, 0, 1, 3]]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_changes_nothing(mode: Any) -> None:
+    torch.manual_seed(0)
+    model, data = mlp(), batches(48, (12,), 3)
+    expected = profile(model, data, metrics=("taylor",)).slice(0.8)
+    with mode():
+        found = profile(model, data, metrics=("taylor",)).slice(0.8)
+    assert all(torch.equal(found.kept[name], kept) for name, kept in expected.kept.items())
