@@ -11,10 +11,12 @@ from nss_prune.allocation.budget import Limits, ShareOf
 from nss_prune.allocation.path import Path, smallest_passing, whole, within_divergence
 from nss_prune.core.undo import Snapshot
 from nss_prune.errors import ArgumentError, NumericalError
+from nss_prune.graph.bases import change_basis
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.eliminating import ByElimination, Eliminating
 from nss_prune.pruner.elimination_evidence import EliminationEvidence
 from nss_prune.pruner.measuring import Measuring
+from nss_prune.pruner.plan import bases_of
 from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategy import Score, Strategy, Target
 from nss_prune.pruner.subject import Subject
@@ -194,7 +196,7 @@ class WithinScore(ByElimination):
         def score(critical: Slice) -> float:
             sizes = tuple(int(kept.sum()) for kept in critical.kept.values())
             if sizes not in scores:
-                scores[sizes] = self._measured(subject, critical, seen)
+                scores[sizes] = self._measured(subject, evidence, critical, seen)
             return scores[sizes]
 
         everything = whole(subject.groups)
@@ -212,12 +214,19 @@ class WithinScore(ByElimination):
         reached = f"score {score(chosen):.6g}, the whole model's {before:.6g}"
         return replace(chosen, rule=f"{asked} ({reached}, {len(scores)} models measured)")
 
-    def _measured(self, subject: Subject, critical: Slice, seen: Sequence[Any]) -> float:
+    def _measured(
+        self,
+        subject: Subject,
+        evidence: EliminationEvidence,
+        critical: Slice,
+        seen: Sequence[Any],
+    ) -> float:
         """The score of a slice; the model is put back."""
         assert self.quality.score is not None
         model, before = subject.model, Snapshot(subject.model)
         known = list(zip(self.repairs, seen, strict=True))
         try:
+            change_basis(model, bases_of(critical, evidence.bases))
             for repair, what in known:
                 repair.before(subject, critical, what)
             if all(getattr(repair, "before_removal", False) for repair in self.repairs):

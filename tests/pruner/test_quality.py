@@ -6,6 +6,7 @@ import copy
 import itertools
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -268,3 +269,63 @@ def test_arguments_that_contradict_each_other(case: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         NSSPruner(model, inputs[:2], **{"data": data, **arguments})
     assert_unchanged(model, before)
+
+
+@pytest.fixture(scope="module")
+def attention() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3,
+        num_classes=5,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model.head.weight.mul_(50)
+    inputs = torch.randn(240, 3, 32, 32)
+    with torch.no_grad():
+        labels = model(inputs).argmax(1)
+    return model, list(zip(inputs.split(80), labels.split(80), strict=True))
+
+
+@pytest.mark.parametrize("extra", [{}, {"fold": False}, {"fold": "refit"}])
+def test_a_divergence_is_met_inside_heads(attention, extra) -> None:
+    model, data = copy.deepcopy(attention[0]), attention[1]
+    pruner = NSSPruner(model, data[0][0][:2], data=data, max_divergence=0.02, progress=False,
+                       round_to=1, **extra)  # fmt: skip
+    before = fingerprint(model)
+    chosen = pruner.slice
+    assert_unchanged(model, before)
+    assert chosen.bases
+    assert not chosen.kept["blocks.0.attn"].all()
+    pruner.step()
+    (note,) = (n for n in pruner.report.notes if "max_divergence" in n)
+    measured = float(note.rpartition("measured ")[2].rstrip(")"))
+    if "refit" not in extra.values():  # which goes on after what is measured
+        found = kl(attention[0], model, torch.cat([x for x, _ in data]))
+        assert found == pytest.approx(measured, rel=1e-3, abs=1e-6)
+        assert found <= 0.02
+
+
+def mostly_attention(critical) -> float:
+    inside = critical.kept.get("blocks.0.attn", torch.ones(8))
+    return 50 * int(inside.sum()) + sum(int(kept.sum()) for kept in critical.kept.values())
+
+
+@pytest.mark.parametrize("extra", [{}, {"fold": False}, {"balance": True}, {"fold": "refit"}])
+def test_a_score_is_measured_inside_heads(attention, extra) -> None:
+    data, measure = attention[1], accuracy_on(attention[1])
+    common = {"data": data, "score": measure, "max_drop": 5.0, "cost": mostly_attention,
+              "progress": False, "round_to": 1, **extra}  # fmt: skip
+    model = copy.deepcopy(attention[0])
+    pruner = NSSPruner(model, data[0][0][:2], **common)
+    before = fingerprint(model)
+    chosen = pruner.slice
+    assert_unchanged(model, before)
+    assert not chosen.kept["blocks.0.attn"].all()
+    assert chosen.bases
+    pruner.step()
+    assert measure(model) >= 95
+    assert f"score {measure(model):.6g}," in chosen.rule
+    whole = NSSPruner(model := copy.deepcopy(attention[0]), data[0][0][:2], prune_head_dims=False,
+                      **common)  # fmt: skip
+    whole.step()
+    assert model.blocks[0].attn.head_dim == 8
