@@ -5,7 +5,8 @@
 
 The outputs of a model pruned to a budget are compared with those of the whole model on test
 pictures, which neither trained nor calibrated: the mean Kullback-Leibler divergence, in nats,
-beside what NSSPruner predicted, with what layers do together and added up. Pictures that the model
+beside what NSSPruner predicted, with what layers do together and added up, and beside what it
+estimates for new pictures by halves of those that calibrate. Pictures that the model
 was trained with say little of others, so that half of the check pictures calibrate; the rows
 "training" show what those of the training set predict.
 
@@ -45,15 +46,19 @@ from benchmarks.common.training import suitable_threads, trained
 from nss_prune import NSSPruner, accuracy_on
 from nss_prune.allocation.divergence import predicted
 from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.halves import NewSamples
 from nss_prune.pruner.strategies import DivergenceStrategy
+from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.upkeep import Upkeep
+from nss_prune.pruner.within_divergence import WithinDivergence
 
 DROP = 1.0
 SWEEP, DEEP_SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.3, 0.2, 0.1, 0.05)
 PREDICTED = (
     Column("kept", "kept"), Column("by", "calibrated by"), Column("added", "layers added up", 4),
-    Column("predicted", "predicted, nats", 4), Column("real", "real", 4),
-    Column("ratio", "real / predicted"),
+    Column("predicted", "predicted, nats", 4), Column("estimated", "estimated by halves", 4),
+    Column("real", "real", 4), Column("ratio", "real / predicted"),
+    Column("estimated_ratio", "real / estimated"),
 )  # fmt: skip
 DROPPED = (
     Column("how", "how"), Column("macs", "MACs kept %", 1), Column("held_out", "lost, held out"),
@@ -97,22 +102,27 @@ def measure_predictions(
     whole = log_probabilities(model, test.batches(board.batch))
     for by in [name for name in ("new", "training") if name in parts]:
         batches = list(parts[by].batches(board.batch))
-        strategy = ObservedOnce(
-            DivergenceStrategy(Eliminating(batches, True, upkeep=Upkeep(progress=False)))
-        )
+        eliminating = Eliminating(batches, True, upkeep=Upkeep(progress=False))
+        within = ObservedOnce(WithinDivergence(eliminating, 0.0))
+        strategy = ObservedOnce(DivergenceStrategy(eliminating))
         for level in board.levels:
             smaller = copy.deepcopy(model)
             pruner = pruned(smaller, batches, strategy=strategy, **{BUDGETS[level.of]: level.kept})
             evidence, chosen = pruner.evidence, pruner.slice
+            subject = Subject(smaller, batches[0][0][:2], evidence.neurons)
+            seen = within.observe(subject)
+            estimate = NewSamples(subject, seen, eliminating, pruner.repairs).divergence(chosen)
             pruner.step()
             left = log_probabilities(by_channel(smaller), test.batches(board.batch))
             real = float((whole.exp() * (whole - left)).sum(1).mean())
             total = evidence.predictor.of(chosen)
             found[str(level), by] = {
                 "added": predicted(chosen, evidence.eliminations), "predicted": total,
-                "real": real, "ratio": real / max(total, 1e-12),
+                "estimated": estimate, "real": real, "ratio": real / max(total, 1e-12),
+                "estimated_ratio": real / max(estimate, 1e-12),
             }  # fmt: skip
-            print(f"{level!s:16}{by:10} predicted {total:.4f} real {real:.4f}", flush=True)
+            figures = f"predicted {total:.2g} estimated {estimate:.2g} real {real:.2g}"
+            print(f"{level!s:16}{by:10} {figures}", flush=True)
     return found
 
 
