@@ -39,10 +39,10 @@ from benchmarks.board.boards import BOARDS, Board, Level
 from benchmarks.board.pruning import BUDGETS, ObservedOnce, by_channel
 from benchmarks.board.run import joined
 from benchmarks.common import results, tables
-from benchmarks.common.data import Data, Split, load
-from benchmarks.common.options import checked_seeds, common, named, run, usable_device
+from benchmarks.common.data import Data, Split
+from benchmarks.common.options import checked_seeds, common, named, run
+from benchmarks.common.seeds import data_of, models_of
 from benchmarks.common.tables import Cell, Column, spread
-from benchmarks.common.training import suitable_threads, trained
 from nss_prune import NSSPruner, accuracy_on
 from nss_prune.allocation.divergence import predicted
 from nss_prune.pruner.eliminating import Eliminating
@@ -245,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
-    seeds, device = checked_seeds(asked.seeds), usable_device(asked.device)
+    checked_seeds(asked.seeds)
     for name in named(asked.settings, BOARDS, "setting"):
         board = BOARDS[name]
         setting = board.setting.with_epochs(asked.epochs)
@@ -253,20 +253,13 @@ def main(words: Sequence[str] | None = None) -> None:
         if asked.levels:
             levels = tuple(Level("MACs", float(share)) for share in asked.levels.split(","))
         board = Board(name, setting, board.calibrated, levels, board.batch)
-        data = load(setting.data, asked.data, cache=asked.cache).to(device)
-        data = data.measured_with(asked.evaluated)
+        data = data_of(setting, asked)
         runs: list[Found] = [[], [], []]
-        for seed in seeds:
-            known = trained(
-                setting.name, setting.build, data, setting.recipe, seed, asked.cache, device
-            )
-            model = by_channel(known.model).eval()
-            parts = parts_of(board, data, seed)
-            with suitable_threads(model):
-                for kind, measure in zip(runs, MEASURES, strict=True):
-                    kind.append(measure(board, model, parts, data.test))
-        path = asked.output / f"quality-{name}.json"
-        report(board, runs, device, data, path)
+        for seed, model in models_of(setting, data, asked):
+            model, parts = by_channel(model), parts_of(board, data, seed)
+            for kind, measure in zip(runs, MEASURES, strict=True):
+                kind.append(measure(board, model, parts, data.test))
+        report(board, runs, asked.device, data, asked.output / f"quality-{name}.json")
 
 
 if __name__ == "__main__":
