@@ -30,10 +30,10 @@ from benchmarks.board.boards import BOARDS, Board
 from benchmarks.board.pruning import by_channel
 from benchmarks.board.run import drawn, joined
 from benchmarks.common import results, tables
-from benchmarks.common.data import Data, Split, load
-from benchmarks.common.options import checked_seeds, common, named, run, usable_device
+from benchmarks.common.data import Data, Split
+from benchmarks.common.options import checked_seeds, common, named, run
+from benchmarks.common.seeds import data_of, models_of
 from benchmarks.common.tables import Cell, Column, spread
-from benchmarks.common.training import suitable_threads, trained
 from nss_prune import NSSPruner
 from nss_prune.errors import ArgumentError
 
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
-    seeds, device = checked_seeds(asked.seeds), usable_device(asked.device)
+    checked_seeds(asked.seeds)
     for name in named(asked.settings, BOARDS, "setting"):
         board = BOARDS[name]
         setting = board.setting.with_epochs(asked.epochs)
@@ -142,20 +142,14 @@ def main(words: Sequence[str] | None = None) -> None:
             levels = tuple(float(share) for share in asked.levels.split(","))
         if not all(0 < share <= 1 for share in levels):
             raise ArgumentError(f"--levels is {asked.levels}; shares are in (0, 1].")
-        data = load(setting.data, asked.data, cache=asked.cache).to(device)
-        data = data.measured_with(asked.evaluated)
+        data = data_of(setting, asked)
         found: dict[float, list[Values]] = {kept: [] for kept in levels}
-        for seed in seeds:
-            known = trained(
-                setting.name, setting.build, data, setting.recipe, seed, asked.cache, device
-            )
-            model = by_channel(known.model).eval()
-            seen = pictures(board, data, seed)
-            with suitable_threads(model):
-                for kept in levels:
-                    found[kept].append(measure(board, model, seen, kept))
-                    print(f"seed {seed}, {kept:g}: {found[kept][-1]}", flush=True)
-        report(board, found, device, asked.output / f"classes-{name}.json")
+        for seed, model in models_of(setting, data, asked):
+            model, seen = by_channel(model), pictures(board, data, seed)
+            for kept in levels:
+                found[kept].append(measure(board, model, seen, kept))
+                print(f"seed {seed}, {kept:g}: {found[kept][-1]}", flush=True)
+        report(board, found, asked.device, asked.output / f"classes-{name}.json")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 The outputs of a model pruned to a budget are compared with those of the whole model on test
 pictures, which neither trained nor calibrated: the mean Kullback-Leibler divergence, in nats,
-beside what NSSPruner predicted, with what layers do together and added up. Pictures that the model
+beside what NSSPruner predicted, with what layers do together and added up, and beside what it
+estimates for new pictures by halves of those that calibrate. Pictures that the model
 was trained with say little of others, so that half of the check pictures calibrate; the rows
 "training" show what those of the training set predict.
 
@@ -38,22 +39,26 @@ from benchmarks.board.boards import BOARDS, Board, Level
 from benchmarks.board.pruning import BUDGETS, ObservedOnce, by_channel
 from benchmarks.board.run import joined
 from benchmarks.common import results, tables
-from benchmarks.common.data import Data, Split, load
-from benchmarks.common.options import checked_seeds, common, named, run, usable_device
+from benchmarks.common.data import Data, Split
+from benchmarks.common.options import checked_seeds, common, named, run
+from benchmarks.common.seeds import data_of, models_of
 from benchmarks.common.tables import Cell, Column, spread
-from benchmarks.common.training import suitable_threads, trained
 from nss_prune import NSSPruner, accuracy_on
 from nss_prune.allocation.divergence import predicted
 from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.halves import NewSamples
 from nss_prune.pruner.strategies import DivergenceStrategy
+from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.upkeep import Upkeep
+from nss_prune.pruner.within_divergence import WithinDivergence
 
 DROP = 1.0
 SWEEP, DEEP_SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.3, 0.2, 0.1, 0.05)
 PREDICTED = (
     Column("kept", "kept"), Column("by", "calibrated by"), Column("added", "layers added up", 4),
-    Column("predicted", "predicted, nats", 4), Column("real", "real", 4),
-    Column("ratio", "real / predicted"),
+    Column("predicted", "predicted, nats", 4), Column("estimated", "estimated by halves", 4),
+    Column("real", "real", 4), Column("ratio", "real / predicted"),
+    Column("estimated_ratio", "real / estimated"),
 )  # fmt: skip
 DROPPED = (
     Column("how", "how"), Column("macs", "MACs kept %", 1), Column("held_out", "lost, held out"),
@@ -97,22 +102,27 @@ def measure_predictions(
     whole = log_probabilities(model, test.batches(board.batch))
     for by in [name for name in ("new", "training") if name in parts]:
         batches = list(parts[by].batches(board.batch))
-        strategy = ObservedOnce(
-            DivergenceStrategy(Eliminating(batches, True, upkeep=Upkeep(progress=False)))
-        )
+        eliminating = Eliminating(batches, True, upkeep=Upkeep(progress=False))
+        within = ObservedOnce(WithinDivergence(eliminating, 0.0))
+        strategy = ObservedOnce(DivergenceStrategy(eliminating))
         for level in board.levels:
             smaller = copy.deepcopy(model)
             pruner = pruned(smaller, batches, strategy=strategy, **{BUDGETS[level.of]: level.kept})
             evidence, chosen = pruner.evidence, pruner.slice
+            subject = Subject(smaller, batches[0][0][:2], evidence.neurons)
+            seen = within.observe(subject)
+            estimate = NewSamples(subject, seen, eliminating, pruner.repairs).divergence(chosen)
             pruner.step()
             left = log_probabilities(by_channel(smaller), test.batches(board.batch))
             real = float((whole.exp() * (whole - left)).sum(1).mean())
             total = evidence.predictor.of(chosen)
             found[str(level), by] = {
                 "added": predicted(chosen, evidence.eliminations), "predicted": total,
-                "real": real, "ratio": real / max(total, 1e-12),
+                "estimated": estimate, "real": real, "ratio": real / max(total, 1e-12),
+                "estimated_ratio": real / max(estimate, 1e-12),
             }  # fmt: skip
-            print(f"{level!s:16}{by:10} predicted {total:.4f} real {real:.4f}", flush=True)
+            figures = f"predicted {total:.2g} estimated {estimate:.2g} real {real:.2g}"
+            print(f"{level!s:16}{by:10} {figures}", flush=True)
     return found
 
 
@@ -235,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     asked = parser().parse_args(words)
-    seeds, device = checked_seeds(asked.seeds), usable_device(asked.device)
+    checked_seeds(asked.seeds)
     for name in named(asked.settings, BOARDS, "setting"):
         board = BOARDS[name]
         setting = board.setting.with_epochs(asked.epochs)
@@ -243,20 +253,13 @@ def main(words: Sequence[str] | None = None) -> None:
         if asked.levels:
             levels = tuple(Level("MACs", float(share)) for share in asked.levels.split(","))
         board = Board(name, setting, board.calibrated, levels, board.batch)
-        data = load(setting.data, asked.data, cache=asked.cache).to(device)
-        data = data.measured_with(asked.evaluated)
+        data = data_of(setting, asked)
         runs: list[Found] = [[], [], []]
-        for seed in seeds:
-            known = trained(
-                setting.name, setting.build, data, setting.recipe, seed, asked.cache, device
-            )
-            model = by_channel(known.model).eval()
-            parts = parts_of(board, data, seed)
-            with suitable_threads(model):
-                for kind, measure in zip(runs, MEASURES, strict=True):
-                    kind.append(measure(board, model, parts, data.test))
-        path = asked.output / f"quality-{name}.json"
-        report(board, runs, device, data, path)
+        for seed, model in models_of(setting, data, asked):
+            model, parts = by_channel(model), parts_of(board, data, seed)
+            for kind, measure in zip(runs, MEASURES, strict=True):
+                kind.append(measure(board, model, parts, data.test))
+        report(board, runs, asked.device, data, asked.output / f"quality-{name}.json")
 
 
 if __name__ == "__main__":

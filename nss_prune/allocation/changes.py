@@ -8,23 +8,25 @@ levels of a group together, at two kinds of places:
   Δ_P = B (x_S − μ_S) − (x_P − μ_P) with B = Σ_PS Σ_SS⁻¹. With Ω = Σ⁻¹ this is B = −Ω_PP⁻¹ Ω_PS, and
   with the channels in the order in which they go, Ω_PP of every level is a leading block: one
   Cholesky factor serves all levels.
-- At the output of a norm over the neurons, those that stay are normalised by the mean and variance
-  of fewer channels.
+- At the output of a norm over the neurons, those that stay are normalised by the statistics of
+  fewer channels. For torch's norms this is a closed form, from sums that all levels share; one of
+  a user's own is called with the channels that stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import as_computed
+from nss_prune.graph.masking import norm_over
 from nss_prune.graph.norms import norm_axis
 
-Norm = nn.LayerNorm | nn.GroupNorm
-NORMS = (nn.LayerNorm, nn.GroupNorm)
+Norm = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,8 @@ def mixings(precision: Tensor, order: Tensor, gone: Sequence[int]) -> tuple[Tens
     )
 
 
-@dataclass(frozen=True)
-class NormChange:
-    """How the output of a norm changes in the channels that stay.
-
-    Attributes:
-        norm: LayerNorm or GroupNorm.
-        kept: True for the channels that stay at each level, ``[levels, channels]``.
-    """
-
-    norm: Norm
-    kept: Tensor
+class NormChange(Protocol):
+    """How the output of a norm changes in the channels that stay."""
 
     def effects(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
         """e of each level and sample, ``[levels, samples]``.
@@ -139,22 +132,59 @@ class NormChange:
         Args:
             inputs: Of the norm, and ``gradient`` by its output, of the shape of it.
         """
+        ...
+
+
+def norm_change(norm: nn.Module, kept: Tensor) -> NormChange:
+    """In closed form for torch's norms, by calls for others.
+
+    Args:
+        kept: True for the channels that stay at each level, ``[levels, channels]``.
+    """
+    if isinstance(norm, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+        return KnownNormChange(norm, kept)
+    return OwnNormChange(norm, kept)
+
+
+@dataclass(frozen=True)
+class KnownNormChange:
+    """Of LayerNorm, GroupNorm or RMSNorm: with z the inputs, m and s their mean and deviation over
+    the channels that stay, and m₀ and s₀ over all, Δ = w ((z − m) / s − (z − m₀) / s₀).
+
+    RMSNorm has no means.
+
+    Attributes:
+        norm: The whole norm.
+        kept: True for the channels that stay at each level, ``[levels, channels]``.
+    """
+
+    norm: Norm
+    kept: Tensor
+
+    def effects(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
+        """See :class:`NormChange`."""
         values, slope = self._arranged(as_computed(inputs)), self._arranged(as_computed(gradient))
         weight = self.norm.weight
         if weight is not None:
             slope = slope * as_computed(weight).view(1, *values.shape[1:3], 1)
-        values = values - values.mean((2, 3), keepdim=True)
+        centres = not isinstance(self.norm, nn.RMSNorm)
+        if centres:
+            values = values - values.mean((2, 3), keepdim=True)
         sums = torch.stack([values, values.square(), slope * values, slope]).sum(4)
         kept = self.kept.to(sums).view(len(self.kept), *values.shape[1:3])
         channels = kept.sum(2)[:, None]
         shift, square, first, second = torch.einsum("lgc,zrgc->zlrg", kept, sums)
         count = (channels * values.shape[3]).clamp(min=1)
-        shift, square = shift / count, square / count
-        before = (values.square().mean((2, 3)) + self.norm.eps).rsqrt()
-        after = ((square - shift.square()).clamp(min=0) + self.norm.eps).rsqrt()
+        shift, square = (shift / count if centres else torch.zeros_like(shift)), square / count
+        epsilon = self._epsilon(inputs)
+        before = (values.square().mean((2, 3)) + epsilon).rsqrt()
+        after = ((square - shift.square()).clamp(min=0) + epsilon).rsqrt()
         effects = first * (after - before) - second * shift * after
         by_row: Tensor = effects.sum(2)
         return by_row.view(len(kept), samples, -1).sum(2)
+
+    def _epsilon(self, inputs: Tensor) -> float:
+        return torch.finfo(inputs.dtype).eps if self.norm.eps is None else self.norm.eps
 
     def _arranged(self, values: Tensor) -> Tensor:
         """``[rows, channel groups, channels, positions]``; a row is normalised by itself."""
@@ -164,3 +194,30 @@ class NormChange:
         width = self.norm.normalized_shape[-1]
         last = values.movedim(norm_axis(self.norm, width, values.dim()), -1)
         return last.reshape(-1, 1, width, 1)
+
+
+@dataclass(frozen=True)
+class OwnNormChange:
+    """Of a norm of a user's own, which is called with the channels that stay at each level.
+
+    Attributes:
+        norm: The whole norm.
+        kept: True for the channels that stay at each level, ``[levels, channels]``.
+    """
+
+    norm: nn.Module
+    kept: Tensor
+
+    @torch.no_grad()
+    def effects(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
+        """See :class:`NormChange`."""
+        axis = norm_axis(self.norm, self.kept.shape[1], inputs.dim())
+        whole = self.norm.forward(inputs)
+        found = []
+        for kept in self.kept:
+            where = kept.nonzero().flatten().to(inputs.device)
+            alone = norm_over(self.norm, where)(inputs.index_select(axis, where))
+            change = as_computed(alone) - as_computed(whole.index_select(axis, where))
+            effect = change * as_computed(gradient.index_select(axis, where))
+            found.append(effect.reshape(samples, -1).sum(1))
+        return torch.stack(found)

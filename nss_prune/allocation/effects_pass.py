@@ -68,6 +68,7 @@ class EffectsPass:
             self.values += change.values
         for name, norm_change in norms.items():
             self.norms.setdefault(name, []).append((where, norm_change))
+            self.sample_axes.setdefault(name, 0)
         for name, change in queries.items():
             self.queries.setdefault(name, []).append((where, change))
         if group.queries is not None:

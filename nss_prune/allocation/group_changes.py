@@ -7,12 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nss_prune.allocation.changes import NORMS, ConsumerChange, NormChange, mixings, ordered
+from nss_prune.allocation.changes import (
+    ConsumerChange,
+    NormChange,
+    mixings,
+    norm_change,
+    ordered,
+)
 from nss_prune.allocation.elimination import shrunk
 from nss_prune.compensation.eligible import reason_to_leave, shared_weights
 from nss_prune.core.models import submodule
 from nss_prune.graph.axes import map_positions, sides_by_consumer
 from nss_prune.graph.neurons import Member, NeuronGroup
+from nss_prune.graph.norms import norm_of
 from nss_prune.statistics.moments import ConsumerStatistics
 
 Changes = tuple[dict[str, ConsumerChange], dict[str, NormChange], dict[str, ConsumerChange]]
@@ -52,16 +59,15 @@ class GroupChanges:
         ranks = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
         consumers, norms = {}, {}
         for member in group.members:
-            if member.axis is not None:
-                continue
-            module = submodule(self._model, member.name)
             when = torch.full((member.width,), -1)
             when[member.channels] = ranks[member.neurons]
-            if member.side == "in":
+            if member.side == "in" and member.axis is None:
+                module = submodule(self._model, member.name)
                 consumers[member.name] = self._consumer(member, module, when, counts)
-            elif isinstance(module, NORMS):
+            elif norm := norm_of(member, self._model):
                 kept = torch.stack([(when < 0) | (when >= count) for count in counts])
-                norms[member.name] = NormChange(module, kept)
+                name = member.name if member.axis is None else member.name.rpartition(".")[0]
+                norms[name] = norm_change(norm, kept)
         return consumers, norms, self._queries(group, ranks, counts)
 
     def _queries(

@@ -103,14 +103,20 @@ def normalize_without(norm: nn.Module, width: int, channels: Tensor) -> Removabl
         module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
     ) -> Tensor:
         inputs = input_of(arguments, keywords)
-        small = clone(norm, lambda tensor: tensor.detach()[positions.to(tensor.device)])
-        if isinstance(small, nn.GroupNorm):
-            small.num_channels = len(positions)
-        elif hasattr(small, "normalized_shape"):
-            small.normalized_shape = (len(positions),)  # type: ignore[assignment]
+        small = norm_over(norm, positions)
         where = positions.to(output.device)
         axis = norm_axis(norm, width, inputs.dim())
         selected, others = with_input(arguments, keywords, inputs.index_select(axis, where))
         return torch.zeros_like(output).index_copy(axis, where, small(*selected, **others))
 
     return norm.register_forward_hook(normalize, with_kwargs=True)
+
+
+def norm_over(norm: nn.Module, positions: Tensor) -> nn.Module:
+    """A copy of a norm that has some of its channels alone."""
+    small = clone(norm, lambda tensor: tensor.detach()[positions.to(tensor.device)])
+    if isinstance(small, nn.GroupNorm):
+        small.num_channels = len(positions)
+    elif hasattr(small, "normalized_shape"):
+        small.normalized_shape = (len(positions),)  # type: ignore[assignment]
+    return small

@@ -109,8 +109,6 @@ def strategy_for(
     if not isinstance(strategy, str):
         return strategy  # type: ignore[no-any-return]
     if strategy == "divergence":
-        # The slices that a quality tries are masked in the model's own coordinates.
-        inside_heads = inside_heads and aim.quality is None
         eliminating = Eliminating(
             profiling.data, profiling.keeps_statistics, outputs, profiling.upkeep, inside_heads
         )

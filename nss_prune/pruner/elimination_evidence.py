@@ -17,10 +17,12 @@ class EliminationEvidence(Evidence):
     Attributes:
         interactions: What the layers do to the outputs together; without parts where nothing was
             measured.
+        halves: What was observed of either half of the data, where that is asked for.
     """
 
     eliminations: dict[str, Elimination]
     interactions: Interactions = field(default_factory=Interactions)
+    halves: tuple[EliminationEvidence, ...] = ()
 
     @cached_property
     def predictor(self) -> Predictor:

@@ -15,6 +15,7 @@ from nss_prune.core.nested import tensors_in
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import check_fits, parameter_axes
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.classes import KEPT_CLASSES
 from nss_prune.pruner.pruner import NSSPruner
 
 Heirs = dict[nn.Parameter, dict[str, Any]]
@@ -35,7 +36,9 @@ def rebind_optimizer(
 
     Afterwards the parameter groups hold the new, smaller parameters, and the state (momentum,
     moments) has the entries of the weights that stay. A bias that folding has made joins the group
-    of its weight. Learning rates and other options remain, and a scheduler goes on.
+    of its weight, and the rows of other classes go with ``classes=``. State is by coordinates: that
+    of layers whose heads got other ones (:mod:`nss_prune.allocation.head_bases`) begins anew.
+    Learning rates and other options remain, and a scheduler goes on.
 
     Args:
         optimizer: Any whose state tensors are single numbers, have their parameter's shape, or
@@ -60,10 +63,11 @@ def rebind_optimizer(
     after = dict(model.named_parameters(remove_duplicate=False))
     if all(after.get(name) is parameter for name, parameter in before.items()):
         return
-    pruner = removal if isinstance(removal, NSSPruner) else None
-    gone = _removed_entries(removal if pruner is None else pruner.slice, model, before)
-    folded = set() if pruner is None else set(pruner.folded)
-    _replace(optimizer, _succession(optimizer, before, after, gone, folded))
+    critical = removal if isinstance(removal, Slice) else removal.slice
+    stays = _entries_that_stay(critical, model, before)
+    turned = {change.name for change in critical.bases}
+    folded = set() if isinstance(removal, Slice) else {*removal.folded, *turned}
+    _replace(optimizer, _succession(optimizer, before, after, stays, folded, turned))
 
 
 def _check_removal(model: nn.Module, removal: NSSPruner | Slice) -> None:
@@ -110,36 +114,47 @@ def _follows(value: Any, parameter: Tensor) -> bool:
     )
 
 
-def _removed_entries(
+def _entries_that_stay(
     critical: Slice, model: nn.Module, before: Mapping[str, Tensor]
 ) -> dict[str, list[tuple[int, Tensor]]]:
-    """Parameter -> (axis, positions removed along it), from the parameters as they were."""
-    gone: dict[str, list[tuple[int, Tensor]]] = {}
+    """Parameter -> (axis, positions that stay along it), from the parameters as they were."""
+    stays: dict[str, list[tuple[int, Tensor]]] = {}
+
+    def remove(parameter: str, axis: int, channels: Tensor) -> None:
+        mask = torch.ones(before[parameter].shape[axis], dtype=torch.bool)
+        # A grouped convolution loses the same channels in each group, and holds one's.
+        mask[channels[channels < len(mask)]] = False
+        stays.setdefault(parameter, []).append((axis, mask.nonzero().flatten()))
+
     for (name, side), (member, channels) in critical.removed_channels().items():
         if member.axis is not None:
-            gone.setdefault(name, []).append((member.axis, channels))
+            remove(name, member.axis, channels)
             continue
         for key, (made, read) in parameter_axes(submodule(model, name)).items():
             axis = read if side == "in" else made
-            parameter = f"{name}.{key}" if name else key
             if axis is not None:
-                # A grouped convolution loses the same channels in each group, and holds one's.
-                held = channels[channels < before[parameter].shape[axis]]
-                gone.setdefault(parameter, []).append((axis, held))
-    return gone
+                remove(f"{name}.{key}" if name else key, axis, channels)
+    for name, module in model.named_modules():
+        for key in module._parameters if hasattr(module, KEPT_CLASSES) else ():
+            parameter, classes = f"{name}.{key}".lstrip("."), getattr(module, KEPT_CLASSES)
+            if parameter in before and len(before[parameter]) > len(classes):
+                stays.setdefault(parameter, []).append((0, torch.tensor(classes)))
+    return stays
 
 
 def _succession(
     optimizer: Optimizer,
     before: Mapping[str, nn.Parameter],
     after: Mapping[str, nn.Parameter],
-    gone: Mapping[str, list[tuple[int, Tensor]]],
+    stays: Mapping[str, list[tuple[int, Tensor]]],
     folded: Collection[str],
+    turned: Collection[str],
 ) -> dict[nn.Parameter, Heirs]:
     """Every parameter of the optimiser -> its heirs.
 
     Args:
         folded: Modules whose weights have other values than before.
+        turned: Those that are in other coordinates, where state means nothing.
 
     Raises:
         ArgumentError: A new parameter is not the old one without what was to go.
@@ -152,10 +167,11 @@ def _succession(
             continue
         new, state = after.get(name), optimizer.state.get(old, {})
         if new is not old:
-            removed = gone.get(name, [])
-            expected = _kept(old.detach(), removed)
-            new = _checked_heir(name, new, expected, name.rpartition(".")[0] in folded)
-            state = {key: _kept(value, removed) for key, value in state.items()}
+            layer, entries = name.rpartition(".")[0], stays.get(name, [])
+            expected = _kept(old.detach(), entries)
+            new = _checked_heir(name, new, expected, layer in folded)
+            known = {} if layer in turned else state
+            state = {key: _kept(value, entries) for key, value in known.items()}
         succession[old][new] = state
     for name in after.keys() - before.keys():
         weight = before.get(f"{name.rpartition('.')[0]}.weight".lstrip("."))
@@ -164,16 +180,14 @@ def _succession(
     return succession
 
 
-def _kept(value: Any, removed: list[tuple[int, Tensor]]) -> Any:
+def _kept(value: Any, entries: list[tuple[int, Tensor]]) -> Any:
     """What stays of a state tensor; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
     kept = value.clone()
-    for axis, positions in removed:
+    for axis, positions in entries:
         if value.dim() and value.shape[axis] > 1:
-            mask = torch.ones(value.shape[axis], dtype=torch.bool)
-            mask[positions] = False
-            kept = kept.index_select(axis, mask.nonzero().flatten().to(value.device))
+            kept = kept.index_select(axis, positions.to(value.device))
     return kept
 
 

@@ -1,27 +1,18 @@
-"""How good the smaller model must be, and the strategies that find the smallest such model."""
+"""How good the smaller model must be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from nss_prune.allocation.budget import Limits, ShareOf
-from nss_prune.allocation.path import Path, smallest_passing, whole, within_divergence
-from nss_prune.core.processes import gathered
-from nss_prune.core.undo import Snapshot
-from nss_prune.errors import ArgumentError, NumericalError
-from nss_prune.graph.slices import Slice
-from nss_prune.pruner.eliminating import ByElimination, Eliminating
-from nss_prune.pruner.elimination_evidence import EliminationEvidence
-from nss_prune.pruner.measuring import Measuring
+from nss_prune.errors import ArgumentError
+from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.repair import Repair
-from nss_prune.pruner.strategy import Measure, Score, Strategy, Target
-from nss_prune.pruner.subject import Subject
-
-ROUNDS = 6  # of measuring a slice, and predicting for less where it exceeds its limit
-NEAR = 0.8  # share of the limit from which no better slice is looked for
+from nss_prune.pruner.strategy import Score, Strategy
+from nss_prune.pruner.within_divergence import WithinDivergence
+from nss_prune.pruner.within_score import WithinScore
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,10 @@ class Quality:
         """What finds the smallest model."""
         if self.max_divergence is not None:
             return WithinDivergence(eliminating, self.max_divergence, tuple(repairs))
-        return WithinScore(eliminating, self, tuple(repairs))
+        assert self.score is not None
+        limits = (("max_drop", self.max_drop), ("min_score", self.min_score))
+        asked = next(f"{name} {value:g}" for name, value in limits if value is not None)
+        return WithinScore(eliminating, self.score, self.least, asked, tuple(repairs))
 
     def least(self, before: float) -> float:
         """The least score that will do.
@@ -104,159 +98,3 @@ def find_quality(
         )
     found = Quality(max_divergence, score, min_score, max_drop)
     return None if found == Quality() else found
-
-
-@dataclass(frozen=True)
-class WithinDivergence(ByElimination):
-    """The smallest model whose predicted divergence stays within a limit.
-
-    The prediction is of second order, and too small where the outputs are very sure. So it is
-    checked by measuring the slice found, and a smaller divergence is predicted for where more is
-    measured than the limit.
-
-    Attributes:
-        most: In nats a sample.
-        repairs: Around the removal.
-    """
-
-    most: float
-    repairs: tuple[Repair, ...] = ()
-
-    def measuring(self, subject: Subject, evidence: EliminationEvidence) -> Measure | None:
-        """What measures the divergence of a slice, in nats a sample; None without data."""
-        measuring = Measuring(subject, evidence, self.eliminating, self.repairs)
-        return measuring.divergence if measuring.possible else None
-
-    def select(
-        self,
-        subject: Subject,
-        evidence: EliminationEvidence,
-        target: Target,
-        limits: Limits,
-        measure: Measure | None = None,
-    ) -> Slice:
-        """The smallest of nested slices."""
-        predictor, share = evidence.predictor, _share(target)
-
-        def predicted_within(most: float) -> Slice:
-            return within_divergence(
-                subject.groups, evidence.eliminations, predictor, most, share, limits
-            )
-
-        if measure is not None:
-            chosen, found = self._checked(predicted_within, measure)
-            measured = f", measured {found:.4g}"
-        else:
-            chosen, measured = predicted_within(self.most), ""
-        rule = f"max_divergence {self.most:g} (predicted {predictor.of(chosen):.4g} nats{measured})"
-        return replace(chosen, rule=rule)
-
-    def _checked(
-        self, predicted_within: Callable[[float], Slice], measure: Measure
-    ) -> tuple[Slice, float]:
-        """The smallest slice found that is measured within the limit, and what is measured.
-
-        Where none is, the largest that was tried.
-        """
-        most, failing, passing = self.most, 0.0, 0.0
-        best: tuple[Slice, float] | None = None
-        for _ in range(ROUNDS):
-            last = predicted_within(most)
-            found = measure(last)
-            if found > self.most:
-                failing = most
-            else:
-                passing, best = most, (last, found)
-            if best is not None and (not failing or found > NEAR * self.most >= NEAR * found):
-                break
-            most = math.sqrt(passing * failing) if passing else most * self.most / found
-        return best or (last, found)
-
-
-@dataclass(frozen=True)
-class WithinScore(ByElimination):
-    """The smallest model whose measured score stays within a limit.
-
-    Slices are nested, along a path whose costs are those of the half-sized model, and tried by
-    bisection: repaired, and masked where nothing is repaired after the removal.
-
-    Attributes:
-        quality: With a score.
-        repairs: Around the removal.
-    """
-
-    quality: Quality
-    repairs: tuple[Repair, ...] = ()
-
-    def measuring(self, subject: Subject, evidence: EliminationEvidence) -> Measure:
-        """What measures the score of a slice, the mean of those in all processes."""
-        seen = [repair.observe(subject, evidence) for repair in self.repairs]
-        return lambda critical: self._measured(subject, critical, seen)
-
-    def select(
-        self,
-        subject: Subject,
-        evidence: EliminationEvidence,
-        target: Target,
-        limits: Limits,
-        measure: Measure | None = None,
-    ) -> Slice:
-        """The smallest of nested slices.
-
-        Raises:
-            ArgumentError: The whole model does not score as much.
-            NumericalError: A score is NaN.
-        """
-        measure = measure or self.measuring(subject, evidence)
-        share, found = _share(target), evidence.eliminations
-        scores: dict[tuple[int, ...], float] = {}
-
-        def score(critical: Slice) -> float:
-            sizes = tuple(int(kept.sum()) for kept in critical.kept.values())
-            if sizes not in scores:
-                scores[sizes] = measure(critical)
-            return scores[sizes]
-
-        everything = whole(subject.groups)
-        before = score(everything)
-        least = self.quality.least(before)
-        first = Path(subject.groups, found, share, limits)
-        half = first.slice(first.within(0.5))
-        path = Path(subject.groups, found, share, limits, half)
-        chosen = smallest_passing(path, lambda critical: score(critical) >= least)
-        asked = (
-            f"max_drop {self.quality.max_drop:g}"
-            if self.quality.max_drop is not None
-            else f"min_score {self.quality.min_score:g}"
-        )
-        reached = f"score {score(chosen):.6g}, the whole model's {before:.6g}"
-        return replace(chosen, rule=f"{asked} ({reached}, {len(scores)} models measured)")
-
-    def _measured(self, subject: Subject, critical: Slice, seen: Sequence[Any]) -> float:
-        """The score of a slice; the model is put back."""
-        assert self.quality.score is not None
-        model, before = subject.model, Snapshot(subject.model)
-        known = list(zip(self.repairs, seen, strict=True))
-        try:
-            for repair, what in known:
-                repair.before(subject, critical, what)
-            if all(getattr(repair, "before_removal", False) for repair in self.repairs):
-                with critical.masked(model):
-                    found = float(self.quality.score(model))
-            else:
-                subject.remove(model, critical)
-                for repair, what in known:
-                    repair.after(subject, critical, what)
-                found = float(self.quality.score(model))
-        finally:
-            before.restore()
-        everywhere = gathered(found)
-        mean = sum(everywhere) / len(everywhere)
-        if math.isnan(mean):
-            raise NumericalError("score= gives NaN; check the function and its data")
-        return mean
-
-
-def _share(target: Target) -> ShareOf:
-    assert target.share is not None
-    return target.share

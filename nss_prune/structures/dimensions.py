@@ -6,6 +6,9 @@ are the same, and with v' = R v what reads the values takes R⁻¹. In coordinat
 dimensions matter most (:mod:`nss_prune.allocation.head_bases`) the last ones of all heads can go.
 The products are scaled as before: where attention finds its scale from the width of a head, √(r/d)
 goes into the queries.
+
+Queries and keys have as many dimensions as values: attention of timm and of transformers, with
+separate projections too, gives all of them the shape that one attribute says.
 """
 
 from __future__ import annotations

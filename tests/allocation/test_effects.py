@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,10 +18,25 @@ from nss_prune.allocation.elimination import Elimination, eliminations
 from nss_prune.core.draws import Draws
 from nss_prune.core.outputs import outputs_of
 from nss_prune.discovery.whole import discover
-from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.statistics.consumers import consumer_statistics
 
 SAMPLES = 120
+
+
+class OwnNorm(nn.Module):
+    """By the mean size, with a weight, in double precision whatever comes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.abs().mean(-1, keepdim=True) + 0.1) * self.weight + self.bias
+
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, OwnNorm)
 
 
 class Residual(nn.Module):
@@ -100,7 +117,7 @@ def assert_measured_as_differentiated(model, data, groups, folds: bool) -> None:
 def derivative(model, group, gone, inputs, statistics, step: float = 1e-4) -> Tensor:
     """What the outputs move by for a small step of all changes, by central differences."""
     changes: dict[str, Tensor] = {}
-    members = {member.name: member for member in group.members}
+    members = {owner(member): member for member in group.members}
 
     def see(name: str):
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -109,7 +126,7 @@ def derivative(model, group, gone, inputs, statistics, step: float = 1e-4) -> Te
             lost = torch.isin(torch.arange(member.width), channels)
             if member.side == "in":
                 changes[name] = change_of_input(module, arguments[0], lost, statistics, name)
-            elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+            elif isinstance(module, NORMS):
                 changes[name] = change_of_norm(module, arguments[0], output, ~lost)
 
         return hook
@@ -126,6 +143,11 @@ def derivative(model, group, gone, inputs, statistics, step: float = 1e-4) -> Te
                 moving[name] = ("after", lambda _, given, output, by=by: output + by)
         ends.append(run_hooked(model, inputs, moving))
     return (ends[0] - ends[1]) / (2 * step)
+
+
+def owner(member: Member) -> str:
+    """The module that a member lies in."""
+    return member.name if member.axis is None else member.name.rpartition(".")[0]
 
 
 def run_hooked(model: nn.Module, inputs: Tensor, hooks: dict) -> Tensor:
@@ -173,8 +195,19 @@ def oas(covariance: Tensor, n: float) -> Tensor:
 def change_of_norm(norm, x: Tensor, output: Tensor, kept: Tensor) -> Tensor:
     """In the channels that stay: normalised over them alone, minus as it was."""
     change = torch.zeros_like(output)
-    weight, bias = norm.weight[kept], norm.bias[kept]
-    if isinstance(norm, nn.LayerNorm):
+    weight = norm.weight[kept]
+    if isinstance(norm, nn.RMSNorm):
+        z = x[..., kept]
+        epsilon = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+        alone = z / (z.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
+        change[..., kept] = alone - output[..., kept]
+        return change
+    bias = norm.bias[kept]
+    if isinstance(norm, OwnNorm):
+        z = x[..., kept]
+        alone = z / (z.abs().mean(-1, keepdim=True) + 0.1) * weight + bias
+        change[..., kept] = alone - output[..., kept]
+    elif isinstance(norm, nn.LayerNorm):
         alone = nn.functional.layer_norm(x[..., kept], (int(kept.sum()),), weight, bias, norm.eps)
         change[..., kept] = alone - output[..., kept]
     else:
@@ -186,13 +219,13 @@ def change_of_norm(norm, x: Tensor, output: Tensor, kept: Tensor) -> Tensor:
 class Normed(nn.Module):
     """A trunk that a norm over its neurons is on, some of which are far larger than others."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
         self.stem = nn.Linear(12, 10)
-        self.norm = nn.LayerNorm(10)
+        self.norm = norm(10)
         self.up = nn.Linear(10, 14)
         self.down = nn.Linear(14, 10)
-        self.last = nn.LayerNorm(10)
+        self.last = norm(10)
         self.head = nn.Linear(10, 4)
         self.stem.weight.data[3] *= 20
 
@@ -217,10 +250,19 @@ class GroupNormed(nn.Module):
 
 
 @pytest.mark.parametrize("folds", [True, False])
-@pytest.mark.parametrize("make", [Normed, GroupNormed])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Normed,
+        partial(Normed, nn.RMSNorm),
+        partial(Normed, partial(nn.RMSNorm, eps=0.3)),
+        partial(Normed, OwnNorm),
+        GroupNormed,
+    ],
+)
 def test_norms_over_the_neurons_are_measured_where_they_are(make, folds: bool) -> None:
     torch.manual_seed(0)
-    shape = (12,) if make is Normed else (3, 12, 12)
+    shape = (3, 12, 12) if make is GroupNormed else (12,)
     inputs = torch.randn(SAMPLES, *shape).double()
     model = make().double().eval()
     data = [(inputs[:70], None), (inputs[70:], None)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
@@ -399,3 +400,50 @@ def test_the_optimiser_follows_a_folded_model() -> None:
     assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
     assert model[2].bias is not None
     assert torch.equal(optimizer.state[model[2].weight]["momentum_buffer"], old[:, kept])
+
+
+@pytest.mark.parametrize("optimiser", ["SGD", "AdamW"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_rows_of_the_head_go_with_their_state(optimiser: str, fold: bool) -> None:
+    torch.manual_seed(0)
+    model = mlp(12, (16, 11), 7).train()
+    inputs, labels = torch.randn(140, 12).double(), torch.arange(140) % 7
+    data = [(inputs, labels)]
+    optimizer = OPTIMISERS[optimiser](model.parameters())
+    train(model, optimizer, data)
+    classes, head = [4, 1, 5], model[5]
+    states = {key: dict(optimizer.state[getattr(head, key)]) for key in ("weight", "bias")}
+    pruner = NSSPruner(model, inputs[:2], data=data, classes=classes, theta=0.7, fold=fold)
+    with rebind_optimizer(optimizer, model, pruner):
+        pruner.step()
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    kept = pruner.slice.kept["3"].nonzero().flatten()
+    assert 0 < len(kept) < 11
+    assert head.weight.shape == (3, len(kept))
+    for key, state in states.items():
+        for kind, value in state.items():
+            if value.dim():
+                wanted = torch.stack([value[row] for row in classes])
+                wanted = wanted[:, kept] if key == "weight" else wanted
+                assert torch.equal(optimizer.state[getattr(head, key)][kind], wanted)
+    train(model, optimizer, [(inputs[labels < 3], labels[labels < 3])])
+
+
+def test_state_of_heads_in_other_coordinates_begins_anew() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3,
+        num_classes=5,
+    )  # fmt: skip
+    data = [(torch.randn(120, 3, 32, 32), torch.arange(120) % 5)]
+    optimizer = OPTIMISERS["AdamW"](model.parameters())
+    train(model, optimizer, data)
+    moments = optimizer.state[model.pos_embed]["exp_avg"]
+    pruner = NSSPruner(model, data[0][0][:2], data=data, macs_budget=0.6, progress=False)
+    with rebind_optimizer(optimizer, model, pruner):
+        pruner.step()
+    assert pruner.slice.bases
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    assert model.blocks[0].attn.qkv.weight not in optimizer.state
+    assert torch.equal(optimizer.state[model.pos_embed]["exp_avg"], moments)
+    train(model, optimizer, data)
