@@ -14,6 +14,7 @@ from nss_prune.adaptation.adversarial_loss import AdversarialLoss, AttackedBatch
 from nss_prune.adaptation.checkpoint import Checkpoint
 from nss_prune.adaptation.datasets import Data
 from nss_prune.adaptation.freezing import Freezing
+from nss_prune.adaptation.packing import pack_small
 from nss_prune.adaptation.partial_gradients import BlockTraining, extract_blocks
 from nss_prune.adaptation.training import make_optimizer
 from nss_prune.training.learner import Learner
@@ -28,8 +29,7 @@ class AdversarialTraining(Learner):
     Args:
         freezing: What trains, of which model.
         settings: Of the training. An optimiser that is made here, by name or by a function, gets
-            parameters of its own in place of those of which only a block of rows and columns
-            trains.
+            parameters of its own in place of those that train in part.
         objective: What is minimised.
     """
 
@@ -44,8 +44,9 @@ class AdversarialTraining(Learner):
         is_own = not isinstance(settings.optimizer, Optimizer)
         blocks = extract_blocks(freezing, self.optimizer) if is_own else {}
         reads_gradients = settings.clip_norm is not None or settings.amp == torch.float16
+        packs = pack_small(freezing, self.optimizer) if is_own and not reads_gradients else ()
         self.blocks = BlockTraining(
-            freezing, self.optimizer, blocks, zero_gradients=reads_gradients
+            freezing, self.optimizer, blocks, zero_gradients=reads_gradients, packs=packs
         )
 
     def run(

@@ -101,8 +101,7 @@ class ReadaptTrainer:
     Attributes:
         slice: The critical neurons, those that :meth:`fit` chose with ``params_budget``.
         optimizer: The optimiser of the last :meth:`fit`, or None. One that was made there, by name
-            or by a function, has parameters of its own in place of those of which only a block of
-            rows and columns trains.
+            or by a function, has parameters of its own in place of those that train in part.
 
     Raises:
         ArgumentError: An argument is outside what it may be.
