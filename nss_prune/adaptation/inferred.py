@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adaptation.datasets import Data, repeatable
-from nss_prune.adaptation.task_inference import ENERGY_SHARE, Score, TaskFeatures, entropy
+from nss_prune.adaptation.task_inference import ENERGY_SHARE, Score, TaskFeatures, entropy, pooled
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.batches import samples_in
 from nss_prune.core.models import run
@@ -98,7 +98,7 @@ class InferredTask:
     def _with_features(self, task: Task, data: Data) -> Task:
         """The task with where the activations of its neurons lie, which tells it from others."""
         with task.inference(self.model, self.head, masked=True):
-            return replace(task, features=TaskFeatures.of(self.model, task.slice, data, self.head))
+            return replace(task, features=TaskFeatures.of(self.model, task.slice, data))
 
     def _scores(self, inputs: Any) -> list[Tensor]:
         """The scores that each task gives, ``[samples, classes]``."""
@@ -124,8 +124,8 @@ class InferredTask:
         found = []
         for position, task in enumerate(self.tasks):
             with self.task(position, masked=True):
-                features = self._features(task)
-                found.append(features.score(self.model, task.slice, inputs, samples))
+                _, activations = pooled(self.model, task.slice, inputs, samples)
+            found.append(self._features(task).score(activations))
         return torch.stack(found)
 
     def _features(self, task: Task) -> TaskFeatures:

@@ -4,12 +4,12 @@
 minus the logarithm of the sum of their exponentials (Liu et al., Energy-based out-of-distribution
 detection, NeurIPS 2020). A network that has never seen a sample is often sure of it all the same.
 
-"features" looks at the activations of the task's critical neurons in the layer that the classifier
-reads, which are bit-identical for good: how far they are from the nearest mean of the task's
-classes, in the metric of what varies within a class (the Mahalanobis distance of Lee et al., A
-simple unified framework for detecting out-of-distribution samples, NeurIPS 2018). Random signs
-project them to 64 dimensions (Achlioptas, Database-friendly random projections, 2003), so that a
-task takes 4 kilobytes and 256 bytes a class, however wide the layer.
+"features" looks at the activations of the task's critical neurons, which are bit-identical for
+good: how far they are from the nearest mean of the task's classes, in the metric of what varies
+within a class (the Mahalanobis distance of Lee et al., A simple unified framework for detecting
+out-of-distribution samples, NeurIPS 2018). Those of all layers, each over the layer's root mean
+square, are projected to 64 dimensions by random signs (Achlioptas, Database-friendly random
+projections, 2003), so that a task takes 4 kilobytes and 256 bytes a class, however wide the layers.
 
 So that tasks compare, "features" and "energy" are in standard deviations of the task's own samples
 above their mean; "both" is the former plus a quarter of the latter.
@@ -27,10 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.batches import labelled_batches
-from nss_prune.core.models import device_of, evaluation, run
+from nss_prune.core.models import evaluation, run
 from nss_prune.core.outputs import class_scores
-from nss_prune.core.schema import LARGEST, check_finite, check_tensor, number, refuse, row, text
-from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.core.schema import LARGEST, check_finite, check_tensor, number, refuse, row, table
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.capture import Watcher
 
@@ -47,7 +46,7 @@ ENERGY_SHARE = 0.25
 """Of the energy beside the features in "both"."""
 
 FEATURES = {
-    "features": text,
+    "features": table(number(0)),
     "scale": number(0),
     "distance": row(number(-LARGEST), number(0)),
     "energy": row(number(-LARGEST), number(0)),
@@ -120,54 +119,55 @@ class TaskFeatures:
     """Where the activations of a task's critical neurons lie, under its mask.
 
     Attributes:
-        layer: Whose neurons they are.
-        found: Of its critical neurons.
+        layers: Layer -> root mean square of its critical neurons' activations.
+        found: Of these neurons, those of all layers side by side.
         usual: Mean and standard deviation of the task's own samples' distances.
         usual_energy: Mean and standard deviation of their energies.
     """
 
-    layer: str
+    layers: Mapping[str, float]
     found: ClassMeans
     usual: tuple[float, float]
     usual_energy: tuple[float, float]
 
     @staticmethod
-    def of(model: nn.Module, critical: Slice, data: Iterable[Any], head: str) -> TaskFeatures:
+    def of(model: nn.Module, critical: Slice, data: Iterable[Any]) -> TaskFeatures:
         """Those of a task's data; ``model`` answers under the task's mask when this is called.
 
         Args:
             data: Batches of (inputs, labels), which are classes.
-            head: The layer that makes the outputs; that of the slice's layers is taken which it
-                reads, or else the last.
 
         Raises:
             DataError: The data is empty, or the model refuses it.
         """
-        group = read_by(head, critical)
-        found, labels, energies = [], [], []
+        found: dict[str, list[Tensor]] = {}
+        labels, energies = [], []
         with evaluation(model), torch.no_grad():
             for number, inputs, own, samples in labelled_batches(model, data, False, ""):
-                outputs, activations = pooled(model, group, inputs, samples, number)
+                outputs, activations = pooled(model, critical, inputs, samples, number)
                 labels.append(torch.as_tensor(own).cpu())
                 energies.append(energy(class_scores(outputs)))
-                found.append(activations[:, critical.kept[group.name]].cpu())
-        seen = torch.cat(found)
-        means = ClassMeans.of(seen, torch.cat(labels))
-        usual = _moments(means.distance(seen))
-        return TaskFeatures(group.name, means, usual, _moments(torch.cat(energies)))
+                for name, values in activations.items():
+                    found.setdefault(name, []).append(values.cpu())
+        seen = {name: torch.cat(parts) for name, parts in found.items()}
+        sizes = {
+            name: float(values.double().square().mean().sqrt()) for name, values in seen.items()
+        }
+        layers = {name: sizes[name] or 1.0 for name in critical.kept if name in sizes}
+        together = _side_by_side(layers, seen)
+        means = ClassMeans.of(together, torch.cat(labels))
+        usual = _moments(means.distance(together))
+        return TaskFeatures(layers, means, usual, _moments(torch.cat(energies)))
 
-    def score(self, model: nn.Module, critical: Slice, inputs: Any, samples: int) -> Tensor:
+    def score(self, activations: Mapping[str, Tensor]) -> Tensor:
         """Distance of each sample, in deviations above the usual one, ``[samples]``.
 
         Args:
-            model: It answers under the task's mask.
-            critical: The task's.
-            samples: That there are in the inputs.
+            activations: Layer -> ``[samples, critical neurons]`` by :func:`pooled`, under the
+                task's mask.
         """
-        group = next(group for group in critical.groups if group.name == self.layer)
-        _, activations = pooled(model, group, inputs, samples)
-        kept = critical.kept[self.layer].to(activations.device)
-        return _standardized(self.found.distance(activations[:, kept]), self.usual)
+        distances = self.found.distance(_side_by_side(self.layers, activations))
+        return _standardized(distances, self.usual)
 
     def energy_score(self, scores: Tensor) -> Tensor:
         """Energy of the outputs ``[samples, outputs]``, in deviations above the usual one."""
@@ -177,7 +177,7 @@ class TaskFeatures:
         """Tensors and notes, to keep in a file."""
         rows, columns = torch.tril_indices(*self.found.whitening.shape)
         tensors = {MEANS: self.found.means, WHITENING: self.found.whitening[rows, columns]}
-        notes = {"features": self.layer, "scale": self.found.scale}
+        notes = {"features": dict(self.layers), "scale": self.found.scale}
         return tensors, {**notes, "distance": list(self.usual), "energy": list(self.usual_energy)}
 
     @staticmethod
@@ -187,14 +187,14 @@ class TaskFeatures:
         """What :meth:`encoded` gave, and :data:`FEATURES` allows; None where a file has none.
 
         Raises:
-            FileFormatError: Of another layer, or tensors of other shapes.
+            FileFormatError: Of other layers, or tensors of other shapes.
         """
         if "features" not in notes:
             return None
-        layer = notes["features"]
-        if layer not in critical.kept:
-            raise refuse("a layer with features", layer, "one of the slice")
-        size = min(DIMENSIONS, int(critical.kept[layer].sum()))
+        layers = notes["features"]
+        if strange := layers.keys() - critical.kept.keys():
+            raise refuse("layers with features", sorted(strange), "those of the slice")
+        size = min(DIMENSIONS, sum(int(critical.kept[name].sum()) for name in layers))
         means, entries = tensors[MEANS], tensors[WHITENING]
         check_tensor(MEANS, means, (None, size), (torch.float32,))
         check_tensor(WHITENING, entries, (size * (size + 1) // 2,), (torch.float16,))
@@ -204,7 +204,7 @@ class TaskFeatures:
         whitening[tuple(torch.tril_indices(size, size))] = entries
         usual, energies = (tuple(notes.get(name, (0.0, 1.0))) for name in ("distance", "energy"))
         found = ClassMeans(means, whitening, notes.get("scale", 1.0))
-        return TaskFeatures(layer, found, usual, energies)
+        return TaskFeatures(layers, found, usual, energies)
 
     @property
     def nbytes(self) -> int:
@@ -218,31 +218,31 @@ def tensors_of_features(notes: Mapping[str, Any]) -> list[str]:
     return [MEANS, WHITENING] if "features" in notes else []
 
 
-def read_by(head: str, critical: Slice) -> NeuronGroup:
-    """The layer of a slice that the head reads; the last one where it reads none."""
-    groups = [group for group in critical.groups if group.name in critical.kept]
-    for group in groups:
-        if any(member.name == head for member in group.consumers):
-            return group
-    return groups[-1]
+def _side_by_side(layers: Mapping[str, float], activations: Mapping[str, Tensor]) -> Tensor:
+    """Those of all layers over their root mean squares, ``[samples, critical neurons]``."""
+    return torch.cat([activations[name].double() / size for name, size in layers.items()], 1)
 
 
 def pooled(
-    model: nn.Module, group: NeuronGroup, inputs: Any, samples: int, number: int = 0
-) -> tuple[Any, Tensor]:
-    """The outputs, and the activations averaged over positions, ``[samples, neurons]``.
+    model: nn.Module, critical: Slice, inputs: Any, samples: int, number: int = 0
+) -> tuple[Any, dict[str, Tensor]]:
+    """The outputs, and layer -> activations averaged over positions.
 
-    Of several consumers' inputs the first counts; if none ran, all are 0.
+    They are ``[samples, critical neurons]``. Layers that did not run are missing; of several
+    consumers' inputs the first counts.
 
     Args:
         number: Of the batch, for messages.
     """
-    watcher = Watcher([group], samples)
+    watcher = Watcher(critical.groups, samples)
     with watcher.attached(model):
         outputs = run(model, inputs, number)
-    if not watcher.readings:
-        return outputs, torch.zeros(samples, group.size, device=device_of(model))
-    return outputs, watcher.readings[0].activation.float().mean(2)
+    found = {reading.group: reading.activation for reading in reversed(watcher.readings)}
+    return outputs, {
+        name: found[name].float().mean(2)[:, kept.to(found[name].device)]
+        for name, kept in critical.kept.items()
+        if name in found
+    }
 
 
 def entropy(scores: Tensor, classes: int) -> Tensor:

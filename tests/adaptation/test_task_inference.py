@@ -16,7 +16,6 @@ from nss_prune.adaptation.task_inference import (
     energy,
     entropy,
     projection,
-    read_by,
 )
 from nss_prune.adaptation.tasks import Task
 from nss_prune.errors import ArgumentError, DataError
@@ -137,29 +136,36 @@ def test_the_scores_of_a_task_stay_while_later_ones_are_learned(
     before = learned.tasks[0].features
     with learned.task(0):
         slice_ = learned.tasks[0].slice
-        again = type(before).of(learned.model, slice_, apart((0, 1, 2)), learned.head)
+        again = type(before).of(learned.model, slice_, apart((0, 1, 2)))
     assert again.usual == before.usual
     assert again.usual_energy == before.usual_energy
     learned.tasks[0].save(tmp_path / "task")
     loaded = Task.load(tmp_path / "task").features
     assert (loaded.usual, loaded.usual_energy) == (before.usual, before.usual_energy)
-    assert (loaded.layer, loaded.found.scale) == (before.layer, before.found.scale)
+    assert (loaded.layers, loaded.found.scale) == (before.layers, before.found.scale)
     assert torch.equal(loaded.found.means, before.found.means)
     assert torch.equal(loaded.found.whitening, before.found.whitening)
 
 
-def test_features_are_of_the_layer_that_the_head_reads(learned: IncrementalTrainer) -> None:
-    critical = learned.tasks[0].slice
-    assert [group.name for group in critical.groups] == ["1", "3"]
-    assert read_by("5", critical).name == learned.tasks[0].features.layer == "3"
-    assert read_by("3", critical).name == "1"
-    assert read_by("elsewhere", critical).name == "3"
+def test_features_are_of_the_critical_neurons_of_all_layers(learned: IncrementalTrainer) -> None:
+    task, model = learned.tasks[0], learned.model
+    inputs = torch.cat([inputs for inputs, _ in apart((0, 1, 2))])
+    with learned.task(0), torch.no_grad():
+        first = model[1](inputs).relu()[:, task.slice.kept["1"]]
+        hidden = model[1](inputs).relu() * task.slice.kept["1"]
+        second = model[3](hidden).relu()[:, task.slice.kept["3"]]
+    sizes = [float(values.square().mean().sqrt()) for values in (first, second)]
+    assert list(task.features.layers) == ["1", "3"]
+    assert list(task.features.layers.values()) == pytest.approx(sizes, rel=1e-5)
+    together = torch.cat([first / sizes[0], second / sizes[1]], 1)
+    distances = task.features.found.distance(together)
+    assert float(distances.mean()) == pytest.approx(task.features.usual[0], rel=1e-4)
 
 
 def test_a_task_takes_a_few_kilobytes_however_wide_the_layer() -> None:
     values, labels = clouds(3000, samples=200)
     found = ClassMeans.of(values, labels)
-    features = TaskFeatures("layer", found, (0.0, 1.0), (0.0, 1.0))
+    features = TaskFeatures({"layer": 1.0}, found, (0.0, 1.0), (0.0, 1.0))
     assert features.nbytes == 64 * 65 // 2 * 2 + 3 * 64 * 4 < 5000
 
 
@@ -178,7 +184,7 @@ def test_features_follow_a_training_loop_of_ones_own(learned: IncrementalTrainer
     found = trainer.tasks[1].features
     assert found.usual != last.features.usual
     with trainer.task(1, masked=True):
-        again = type(found).of(trainer.model, last.slice, apart((3, 4)), trainer.head)
+        again = type(found).of(trainer.model, last.slice, apart((3, 4)))
     assert (found.usual, found.usual_energy) == (again.usual, again.usual_energy)
     with pytest.raises(DataError, match="only once"):
         trainer.update_features(iter(apart((3, 4))))
