@@ -233,8 +233,10 @@ class BlockTraining:
 
     def read(self) -> None:
         """Take the blocks from the model, when something else than the optimiser wrote to it."""
-        for part in (*self.blocks.values(), *self.packs):
-            part.read()
+        for block in self.blocks.values():
+            block.read()
+        for pack in self.packs:
+            pack.read()
 
     def _write(self) -> None:
         for block in self.blocks.values():

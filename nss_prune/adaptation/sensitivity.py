@@ -134,4 +134,5 @@ def _of_neurons(group: NeuronGroup, model: nn.Module, found: Mapping[str, Tensor
             channels, neurons = member.channels[held], member.neurons[held]
             gain.index_add_(0, neurons, squares.sum(1, dtype=torch.float64).cpu()[channels])
             entries += squares.shape[1] * neurons.bincount(minlength=group.size)
-    return gain / entries.clamp(min=1)
+    mean: Tensor = gain / entries.clamp(min=1)
+    return mean
