@@ -12,6 +12,9 @@ batch size and learning rate that the model was trained with, the latter on a co
     deeparc               the layers that DeepArc does not find redundant, and what is no layer
     neusemslice           the critical neurons
     neusemslice-deeparc   the critical neurons of the layers that are not redundant
+    sensitive             the neurons whose entries reduce the loss most a parameter, by their
+                          gradients on what is to be learned (`ReadaptTrainer(params_budget=)`), as
+                          many as `--tpr` percent of the parameters hold
 
 The new samples are pictures of the check data, which no model was trained with (where it has fewer
 than 1,000, all of them). x' is made once, for the model as it was, as the paper's high RA beside a
@@ -23,8 +26,9 @@ low RAA suggests. With `--adversaries fresh` it is made at each step, for the mo
     RAA    re-attack accuracy: on 1,000 test pictures that are attacked anew, after the training
     clean  accuracy on the test data as it is
     time   of training, relative to full training (with `--repeats N`, where all methods train N
-           times in turn, the median of the N ratios); `prepared` are the seconds spent before it on
-           the slice, on DeepArc's layers, or on both
+           times in turn, the median of the N ratios); "paired" has median and quartiles of all
+           models' ratios; `prepared` are the seconds spent before it on the slice, on DeepArc's
+           layers, or on both (of "sensitive" it is one pass over the samples, which is not timed)
 
 Attacks have the strengths that are usual for the data: epsilon 0.3 for MNIST, Fashion-MNIST and
 digits, PGD with 40 steps of 0.01; 8/255 otherwise, PGD with 10 steps of 2/255.
@@ -44,7 +48,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__":  # a script imports from the repository, as the tests do
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -80,6 +83,7 @@ from benchmarks.learners.readapted import (
     Adversaries,
     Course,
     Subject,
+    Trained,
     attack_of,
     gathered,
     new_samples,
@@ -100,7 +104,6 @@ from benchmarks.reports.rq3 import (
     tables,
 )
 from nss_prune.adaptation import (
-    Freezing,
     ReadaptResult,
     ReadaptTrainer,
     evaluate_attack,
@@ -131,12 +134,13 @@ def precision(model: nn.Module) -> torch.dtype | None:
 def readapt(
     model: nn.Module,
     attack: Attack,
-    train: Literal["all"] | Freezing,
+    train: Trained,
     course: Course,
     batches: Sequence[tuple[Tensor, Tensor]],
 ) -> ReadaptResult:
     """Train a part of the model as the course says."""
-    trainer = ReadaptTrainer(model, None, attack, train=train, adversaries=course.adversaries)
+    what = {"params_budget": train} if isinstance(train, float) else {"train": train}
+    trainer = ReadaptTrainer(model, attack=attack, adversaries=course.adversaries, **what)
     return trainer.fit(
         batches, optimizer=partial(make_optimiser, recipe=course.recipe), scheduler="cosine",
         epochs=course.recipe.epochs, amp=precision(model),
@@ -202,7 +206,7 @@ def median_time(repeated: Sequence[Outcome]) -> Outcome:
     times = [outcome.time for outcome in repeated if outcome.time is not None]
     seconds = statistics.median(outcome.seconds for outcome in repeated)
     time = statistics.median(times) if times else None
-    return replace(repeated[0], seconds=seconds, time=time)
+    return replace(repeated[0], seconds=seconds, time=time, ratios=tuple(times))
 
 
 def run_setting(

@@ -30,6 +30,8 @@ THETAS = (
 )
 
 Adversaries = Literal["fixed", "fresh"]
+Trained = Literal["all"] | Freezing | float
+"""What a method trains; a share of the parameters, which gradients choose, is a float."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,12 @@ class Subject:
         found = DeepArc(self.model, self.batches, self.course.similar, "unbiased", progress=False)
         return found, time.perf_counter() - start
 
-    def trained_by(self, method: str) -> Literal["all"] | Freezing:
+    def trained_by(self, method: str) -> Trained:
         """What a method trains."""
         if method == "full":
             return "all"
+        if method == "sensitive":
+            return self.course.tpr
         if method == "deeparc":
             return self.layers[0].freezing()
         if method == "neusemslice":

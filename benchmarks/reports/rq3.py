@@ -18,6 +18,7 @@ METHODS = {
     "deeparc": "DeepArc",
     "neusemslice": "NeuSemSlice",
     "neusemslice-deeparc": "NeuSemSlice + DeepArc",
+    "sensitive": "neurons by gradient",
 }
 BEFORE = "before"  # the model as it was
 
@@ -28,6 +29,7 @@ COLUMNS = (
     Column("RAA", "RAA %"),
     Column("clean", "clean %"),
     Column("time", "time %", 1),
+    Column("paired", "paired, %"),
     Column("seconds", "s"),
     Column("prepared", "prepared s"),
     Column("paper_TPR", "paper TPR %"),
@@ -46,7 +48,9 @@ SUMMARY_COLUMNS = (
 class Outcome:
     """A method on one model. Shares are from 0 to 1; `seconds` is of training.
 
-    time: seconds relative to those of full training; None without it.   theta: of the slice.
+    time: seconds relative to those of full training; None without it.
+    ratios: that of each repetition, beside the full training of the same turn.
+    theta: of the slice.
     redundant: DeepArc's layers that do not train.   prepared: seconds for slice and layers.
     """
 
@@ -60,6 +64,7 @@ class Outcome:
     clean: float
     seconds: float = 0.0
     time: float | None = None
+    ratios: tuple[float, ...] = ()
     prepared: float = 0.0
     theta: float | None = None
     redundant: tuple[str, ...] = ()
@@ -115,8 +120,21 @@ def row(attack: str, method: str, outcomes: Sequence[Outcome]) -> dict[str, Cell
     }  # fmt: skip
     if method != BEFORE:
         found |= {"TPR": cell("tpr"), "time": cell("time")}
+        found["paired"] = paired(outcomes)
         found |= {"seconds": cell("seconds", 1), "prepared": cell("prepared", 1)}
     return found | paper_cells(attack, method, {outcome.setting for outcome in outcomes})
+
+
+def paired(outcomes: Iterable[Outcome]) -> str | None:
+    """Median and quartiles of all repetitions' times relative to full training, in percent.
+
+    None with fewer than four.
+    """
+    ratios = [100 * ratio for outcome in outcomes for ratio in outcome.ratios]
+    if len(ratios) < 4:
+        return None
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
 
 
 def paper_cells(attack: str, method: str, settings: Collection[str]) -> dict[str, Cell]:

@@ -18,6 +18,7 @@ from benchmarks.common.timing import Rows, ratio_row, show
 from benchmarks.common.training import initialised, make_optimiser, suitable_threads, trained
 from benchmarks.learners.readapted import Course, Subject, new_samples
 from benchmarks.rq3 import precision
+from nss_prune.adaptation.adversarial_loss import AdversarialLoss
 from nss_prune.adaptation.adversarial_training import AdversarialTraining
 from nss_prune.adaptation.freezing import Freezing, train_all, train_critical
 from nss_prune.training.loop import Steps
@@ -69,7 +70,8 @@ def stepper(
             "amp": precision(part.model),
         }
     )
-    learner = AdversarialTraining(part, settings, attack=unattacked, fixed=True)
+    objective = AdversarialLoss(part.model, unattacked, fixed=True)
+    learner = AdversarialTraining(part, settings, objective)
     stack.enter_context(learner.attach())
     return functools.partial(Steps(learner, settings, False).take, batches, "steps")
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nss_prune.adaptation.attacks import Attack, attacked
+from nss_prune.adaptation.adversarial_loss import AdversarialLoss, AttackedBatch
 from nss_prune.adaptation.checkpoint import Checkpoint
 from nss_prune.adaptation.datasets import Data
 from nss_prune.adaptation.freezing import Freezing
+from nss_prune.adaptation.packing import pack_small
 from nss_prune.adaptation.partial_gradients import BlockTraining, extract_blocks
 from nss_prune.adaptation.training import make_optimizer
-from nss_prune.core.models import run
-from nss_prune.training.evaluation import mean_loss
 from nss_prune.training.learner import Learner
 from nss_prune.training.loop import Validate, train
 from nss_prune.training.progress import Progress as Progress
@@ -30,31 +29,24 @@ class AdversarialTraining(Learner):
     Args:
         freezing: What trains, of which model.
         settings: Of the training. An optimiser that is made here, by name or by a function, gets
-            parameters of its own in place of those of which only a block of rows and columns
-            trains.
-        attack: Makes the adversaries; None to learn the samples as they are.
-        fixed: Whether the batches bring their adversaries, ((inputs, adversaries), labels).
+            parameters of its own in place of those that train in part.
+        objective: What is minimised.
     """
 
     def __init__(
-        self,
-        freezing: Freezing,
-        settings: TrainingSettings,
-        *,
-        attack: Attack | None,
-        fixed: bool,
+        self, freezing: Freezing, settings: TrainingSettings, objective: AdversarialLoss
     ) -> None:
         super().__init__(freezing.model, make_optimizer(freezing, settings))
         self.freezing = freezing
         self.settings = settings
-        self.attack = attack
-        self.fixed = fixed
+        self.objective = objective
         # Not in an optimiser made elsewhere, whose parameters may be known there.
         is_own = not isinstance(settings.optimizer, Optimizer)
         blocks = extract_blocks(freezing, self.optimizer) if is_own else {}
         reads_gradients = settings.clip_norm is not None or settings.amp == torch.float16
+        packs = pack_small(freezing, self.optimizer) if is_own and not reads_gradients else ()
         self.blocks = BlockTraining(
-            freezing, self.optimizer, blocks, zero_gradients=reads_gradients
+            freezing, self.optimizer, blocks, zero_gradients=reads_gradients, packs=packs
         )
 
     def run(
@@ -73,8 +65,8 @@ class AdversarialTraining(Learner):
         # Frozen entries are compared besides: the same number of others are the same ones.
         purpose = {
             "entries in blocks": self.blocks.size,
-            "attack": described(self.attack),
-            "adversaries": "fixed" if self.fixed else "fresh",
+            "attack": described(self.objective.attack),
+            "adversaries": "fixed" if self.objective.fixed else "fresh",
             **self.settings.hyper_parameters(self.optimizer),
         }
         checkpoint = Checkpoint(self.settings.checkpoint, self.freezing, self.optimizer, purpose)
@@ -98,20 +90,10 @@ class AdversarialTraining(Learner):
         """The model's parameters, or their blocks."""
         return self.blocks.parameters()
 
-    def prepare(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor | None, Tensor]:
+    def prepare(self, batch: tuple[Any, Tensor]) -> AttackedBatch:
         """Inputs, adversaries if there is an attack, and labels."""
-        inputs, labels = batch
-        if self.attack is None:
-            return inputs, None, labels
-        if self.fixed:
-            return *inputs, labels
-        return inputs, attacked(self.attack, self.model, inputs, labels), labels
+        return self.objective.prepare(batch)
 
-    def loss(self, batch: tuple[Any, Tensor | None, Tensor], number: int) -> Tensor:
+    def loss(self, batch: AttackedBatch, number: int) -> Tensor:
         """The mean over the samples, plus that over their adversaries."""
-        inputs, adversaries, labels = batch
-        if adversaries is None:
-            return mean_loss(self.settings.loss, run(self.model, inputs, number), labels)
-        # Together, so that batch norms see and record both as one.
-        outputs = run(self.model, torch.cat([inputs, adversaries]), number)
-        return 2 * mean_loss(self.settings.loss, outputs, torch.cat([labels, labels]))
+        return self.objective(batch, number)

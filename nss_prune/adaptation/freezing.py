@@ -22,6 +22,7 @@ from nss_prune.core.hooks import attached
 from nss_prune.core.models import flags_kept, submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
 from nss_prune.graph.axes import check_fits, held_channels, parameter_axes
+from nss_prune.graph.neurons import Member
 from nss_prune.graph.slices import Slice
 
 
@@ -37,17 +38,23 @@ def critical_entries(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
         name: torch.ones(value.shape, dtype=torch.bool, device=value.device)
         for name, value in parameters.items()
     }
-    for (name, side), (member, channels) in critical.removed_channels().items():
-        if member.axis is not None:
-            _clear(entries[name], member.axis, channels)
-            continue
-        for key, (rows, columns) in parameter_axes(submodule(model, name)).items():
-            axis = columns if side == "in" else rows
-            parameter = f"{name}.{key}" if name else key
+    for member, channels in critical.removed_channels().values():
+        for parameter, axis in entries_of_side(member, model):
             # A second name of a tied parameter stands for no entries of its own.
-            if axis is not None and parameter in entries:
+            if parameter in entries:
                 _clear(entries[parameter], axis, channels)
     return entries
+
+
+def entries_of_side(member: Member, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """The parameters that hold a member's channels, and the axis of these."""
+    if member.axis is not None:
+        yield member.name, member.axis
+        return
+    for key, (rows, columns) in parameter_axes(submodule(model, member.name)).items():
+        axis = columns if member.side == "in" else rows
+        if axis is not None:
+            yield f"{member.name}.{key}" if member.name else key, axis
 
 
 def _clear(entries: Tensor, axis: int, channels: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adaptation.datasets import Data, repeatable
-from nss_prune.adaptation.task_inference import Score, TaskFeatures, entropy, pooled
+from nss_prune.adaptation.task_inference import ENERGY_SHARE, Score, TaskFeatures, entropy, pooled
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.batches import samples_in
 from nss_prune.core.models import run
@@ -75,7 +75,9 @@ class InferredTask:
         if by == "energy":
             return self._energies(inputs).argmin(0)
         distances = self._distances(inputs)
-        return (distances if by == "features" else distances + self._energies(inputs)).argmin(0)
+        if by == "both":
+            distances += ENERGY_SHARE * self._energies(inputs)
+        return distances.argmin(0)
 
     def update_features(self, data: Data) -> None:
         """Find anew where the activations of the last task's neurons lie, by which it is inferred.
@@ -122,7 +124,7 @@ class InferredTask:
         found = []
         for position, task in enumerate(self.tasks):
             with self.task(position, masked=True):
-                _, activations = pooled(self.model, task.slice.groups, inputs, samples)
+                _, activations = pooled(self.model, task.slice, inputs, samples)
             found.append(self._features(task).score(activations))
         return torch.stack(found)
 

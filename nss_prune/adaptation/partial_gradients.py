@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
-from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import Optimizer
 
 from nss_prune.adaptation.freezing import Freezing
+from nss_prune.adaptation.packing import SMALL, Packed, treats_entries_apart
 from nss_prune.core.hooks import attached
 
-BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adadelta, RMSprop)
-"""Optimisers that treat each entry by itself: a block gets the values it would get in the whole."""
-
 LARGE = 2**20  # entries of a matrix
-SMALL = 2**14
-"""Entries below which a parameter trains under a mask: calls for its block would take longer."""
 
 
 class Block:
@@ -115,11 +111,6 @@ class Block:
         return self.whole.requires_grad and not self.whole._backward_hooks and len(hooks) < 2
 
 
-def treats_entries_apart(optimizer: Optimizer) -> bool:
-    """Whether it is known to update each entry of a parameter by that entry's own gradients."""
-    return type(optimizer) in BY_ENTRY
-
-
 def extract_blocks(freezing: Freezing, optimizer: Optimizer) -> dict[str, Block]:
     """Replace parameters in the optimiser by the blocks of them that train.
 
@@ -169,7 +160,7 @@ def _block(parameter: nn.Parameter, entries: Tensor) -> Block | None:
 
 
 class BlockTraining:
-    """A freezing of which some parameters train as blocks, the others under its masks.
+    """A freezing of which some parameters train as blocks or packed, the others under its masks.
 
     ::
 
@@ -187,6 +178,8 @@ class BlockTraining:
         blocks: Parameter -> its block.
         zero_gradients: As :meth:`Freezing.attach` takes it, for an optimiser that treats each entry
             by itself; for another one, gradients of frozen entries are always zero.
+        packs: What :func:`nss_prune.adaptation.packing.pack_small` gave, where nothing but the
+            optimiser reads gradients.
     """
 
     def __init__(
@@ -195,17 +188,20 @@ class BlockTraining:
         optimizer: Optimizer,
         blocks: Mapping[str, Block],
         zero_gradients: bool = True,
+        packs: Sequence[Packed] = (),
     ) -> None:
         self.freezing = freezing
         self.optimizer = optimizer
         self.blocks = dict(blocks)
+        self.packs = tuple(packs)
         self.zero_gradients = zero_gradients or not treats_entries_apart(optimizer)
         self._layers = list(_layers(freezing.model, self.blocks.values()))
 
     @property
     def size(self) -> int:
-        """Number of entries in all blocks."""
-        return sum(block.entries.numel() for block in self.blocks.values())
+        """Number of entries that train in blocks and packs."""
+        in_blocks = sum(block.entries.numel() for block in self.blocks.values())
+        return in_blocks + sum(pack.trained for pack in self.packs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's parameters, or their blocks: all whose gradients count."""
@@ -217,7 +213,7 @@ class BlockTraining:
         """As :meth:`Freezing.attach`, for the optimiser and all its blocks."""
         with contextlib.ExitStack() as stack:
             freezing = self.freezing.attach(
-                self.optimizer, apart=self.blocks, zero_gradients=self.zero_gradients
+                self.optimizer, apart=self._apart(), zero_gradients=self.zero_gradients
             )
             stack.enter_context(freezing)
             for block in self.blocks.values():
@@ -225,19 +221,30 @@ class BlockTraining:
             after = self.optimizer.register_step_post_hook
             stack.enter_context(attached((after, lambda *_: self._write())))
             stack.callback(self._restore)
+            for pack in self.packs:
+                stack.enter_context(pack.attach(self.optimizer))
             yield
+
+    def _apart(self) -> set[str]:
+        """The parameters that do not train under masks."""
+        packed = {parameter for pack in self.packs for parameter in pack.whole}
+        named = self.freezing.model.named_parameters()
+        return {name for name, value in named if name in self.blocks or value in packed}
 
     def read(self) -> None:
         """Take the blocks from the model, when something else than the optimiser wrote to it."""
         for block in self.blocks.values():
             block.read()
+        for pack in self.packs:
+            pack.read()
 
     def _write(self) -> None:
         for block in self.blocks.values():
             block.write()
 
     def _restore(self) -> None:
-        self.read()
+        for block in self.blocks.values():
+            block.read()
         self._write()
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from nss_prune.adaptation.adversarial_loss import AdversarialLoss
 from nss_prune.adaptation.adversarial_training import AdversarialTraining, Progress
 from nss_prune.adaptation.attacks import Attack, PerChannel, make_attack
 from nss_prune.adaptation.datasets import Data, on_device_of, repeatable, with_labels
@@ -24,8 +25,8 @@ from nss_prune.adaptation.robustness import (
     evaluate_attack,
     validation_metrics,
 )
-from nss_prune.core.models import uncompiled
-from nss_prune.core.processes import agreed, copy_from_first, refuse_sharded
+from nss_prune.adaptation.sensitivity import check_budget, sensitive_slice
+from nss_prune.core.processes import agreed, copy_from_first, unsharded
 from nss_prune.core.undo import restored_on_error
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
@@ -81,7 +82,8 @@ class ReadaptTrainer:
 
     Args:
         model: The model, not wrapped; on any device. Its mode and flags stay as they are.
-        slice: Its critical neurons. None where ``train`` does not need it.
+        slice: Its critical neurons. None where ``train`` does not need it, or with
+            ``params_budget``.
         attack: "fgsm" or "pgd" with ``epsilon`` and ``normalization``; any function of (model,
             inputs, labels), such as ``PGD(0.3, steps=40, step_size=0.01)``; None to learn the
             samples as they are.
@@ -90,14 +92,16 @@ class ReadaptTrainer:
         adversaries: "fresh" ones for the model as it is at each step, or "fixed" ones, made once
             for the model as it was before (and kept in memory with the data).
         train: "critical" neurons, "all" of the model, or a freezing of one's own.
+        params_budget: In place of a slice, the largest share of the parameters that may train, in
+            (0, 1]: of the neurons whose entries reduce the loss most a parameter, by gradients that
+            :meth:`fit` measures (:mod:`nss_prune.adaptation.sensitivity`).
         progress: Whether to show a bar; by default in a terminal.
         **training: Deprecated; give these to :meth:`fit`.
 
     Attributes:
-        freezing: What trains.
+        slice: The critical neurons, those that :meth:`fit` chose with ``params_budget``.
         optimizer: The optimiser of the last :meth:`fit`, or None. One that was made there, by name
-            or by a function, has parameters of its own in place of those of which only a block of
-            rows and columns trains.
+            or by a function, has parameters of its own in place of those that train in part.
 
     Raises:
         ArgumentError: An argument is outside what it may be.
@@ -107,13 +111,14 @@ class ReadaptTrainer:
     def __init__(
         self,
         model: nn.Module,
-        slice: Slice | None,
+        slice: Slice | None = None,
         attack: Literal["fgsm", "pgd"] | Attack | None = "fgsm",
         epsilon: PerChannel = 8 / 255,
         *,
         normalization: tuple[PerChannel, PerChannel] | None = None,
         adversaries: Literal["fresh", "fixed"] = "fresh",
         train: Literal["critical", "all"] | Freezing = "critical",
+        params_budget: float | None = None,
         progress: bool | None = None,
         **training: Unpack[TrainingArguments],
     ) -> None:
@@ -126,16 +131,30 @@ class ReadaptTrainer:
                 DeprecationWarning,
                 stacklevel=2,
             )
-        refuse_sharded(model)
-        self.model = model = uncompiled(model)
+        self.model = model = unsharded(model)
         self.attack = None if attack is None else make_attack(attack, epsilon, normalization)
         self.adversaries = adversaries
-        self.freezing = _freezing(train, slice, model)
+        self.params_budget = params_budget
+        self.slice = slice
+        self._freezing = _given(train, slice, model, params_budget)
         self.progress = progress
         self.optimizer: Optimizer | None = None
-        self._notes = _notes(self.freezing, train)
+        self._notes = () if self._freezing is None else _notes(self._freezing, train)
         self._defaults = training
         self._result: ReadaptResult | None = None
+
+    @property
+    def freezing(self) -> Freezing:
+        """What trains.
+
+        Raises:
+            ArgumentError: With ``params_budget`` it is chosen by :meth:`fit`, which was not called.
+        """
+        if self._freezing is None:
+            raise ArgumentError(
+                "params_budget chooses what trains by the data; call fit(data) first"
+            )
+        return self._freezing
 
     @property
     def result(self) -> ReadaptResult:
@@ -179,24 +198,37 @@ class ReadaptTrainer:
         settings.check_validation(validation)
         data = repeatable(data)
         self._result = None
-        learner = AdversarialTraining(
-            self.freezing, settings, attack=self.attack, fixed=self.adversaries == "fixed"
-        )
-        self.optimizer = learner.optimizer
         copy_from_first(self.model)
-        with restored_on_error(self.model, values=True, optimizer=self.optimizer) as before:
-            original = ModelWith(self.model, before)
-            batches = self._batches(data, original)
-            done = learner.run(batches, self._validate(validation), self.progress)
-            self._result = self._measure(batches, data, validation, original, done)
+        with restored_on_error(self.model, values=True) as before:
+            batches = self._batches(data)
+            learner = self._learner(data, batches, settings)
+            self.optimizer = learner.optimizer
+            with restored_on_error(self.model, optimizer=self.optimizer):
+                done = learner.run(batches, self._validate(validation), self.progress)
+                original = ModelWith(self.model, before)
+                self._result = self._measure(batches, data, validation, original, done)
         return self._result
 
-    def _batches(self, data: Data, original: nn.Module) -> Data:
+    def _batches(self, data: Data) -> Data:
         """The data, or ((inputs, adversaries), labels) if those are fixed."""
         batches = on_device_of(self.model, data, with_labels)
         if self.attack is None or self.adversaries == "fresh":
             return batches
-        return attacked_once(batches, self.attack, original)
+        return attacked_once(batches, self.attack, self.model)
+
+    def _learner(
+        self, data: Data, batches: Data, settings: TrainingSettings
+    ) -> AdversarialTraining:
+        """The training, of the neurons that the gradients choose if there is a budget."""
+        fixed = self.adversaries == "fixed"
+        objective = AdversarialLoss(self.model, self.attack, fixed, settings.loss)
+        if self.params_budget is not None:
+            example, _ = next(iter(on_device_of(self.model, data, with_labels)))
+            self.slice = sensitive_slice(
+                self.model, example, batches, objective.of_batch, self.params_budget
+            )
+            self._freezing = train_critical(self.slice, self.model)
+        return AdversarialTraining(self.freezing, settings, objective)
 
     def _validate(self, validation: Validation | None) -> Callable[[], dict[str, float]] | None:
         if validation is None:
@@ -242,9 +274,20 @@ def _notes(freezing: Freezing, train: Literal["critical", "all"] | Freezing) -> 
     return (note,)
 
 
-def _freezing(
-    train: Literal["critical", "all"] | Freezing, critical: Slice | None, model: nn.Module
-) -> Freezing:
+def _given(
+    train: Literal["critical", "all"] | Freezing,
+    critical: Slice | None,
+    model: nn.Module,
+    params_budget: float | None,
+) -> Freezing | None:
+    """What trains; None where a budget leaves that to the gradients."""
+    if params_budget is not None:
+        check_budget(params_budget)
+        if critical is not None or train != "critical":
+            raise ArgumentError(
+                "params_budget chooses what trains by itself; give it without slice and train"
+            )
+        return None
     if isinstance(train, Freezing):
         if train.model is not model:
             raise ArgumentError("train is a Freezing of another model; make one of this model")
@@ -255,6 +298,7 @@ def _freezing(
         raise ArgumentError(f"train is {train!r}; use 'critical', 'all' or a Freezing")
     if critical is None:
         raise ArgumentError(
-            "train='critical' needs a slice; pass profile(model, data).slice(theta), or train='all'"
+            "train='critical' needs a slice; pass profile(model, data).slice(theta), "
+            "params_budget=0.6, or train='all'"
         )
     return train_critical(critical, model)

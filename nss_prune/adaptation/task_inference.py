@@ -7,22 +7,23 @@ detection, NeurIPS 2020). A network that has never seen a sample is often sure o
 "features" looks at the activations of the task's critical neurons, which are bit-identical for
 good: how far they are from the nearest mean of the task's classes, in the metric of what varies
 within a class (the Mahalanobis distance of Lee et al., A simple unified framework for detecting
-out-of-distribution samples, NeurIPS 2018). A few directions of largest variance are kept and one
-variance for all others, as in probabilistic principal component analysis (Tipping and Bishop, 1999,
-Eq. 7), so that a task takes (classes + directions + 1) x neurons numbers a layer.
+out-of-distribution samples, NeurIPS 2018). Those of all layers, each over the layer's root mean
+square, are projected to 64 dimensions by random signs (Achlioptas, Database-friendly random
+projections, 2003), so that a task takes 4 kilobytes and 256 bytes a class, however wide the layers.
 
 So that tasks compare, "features" and "energy" are in standard deviations of the task's own samples
-above their mean; "both" is their sum.
+above their mean; "both" is the former plus a quarter of the latter.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -31,85 +32,88 @@ from nss_prune.core.models import evaluation, run
 from nss_prune.core.outputs import class_scores
 from nss_prune.core.processes import agreed, decided, gathered
 from nss_prune.core.schema import LARGEST, check_finite, check_tensor, number, refuse, row, table
-from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.statistics.capture import Watcher
 
 Score = Literal["entropy", "energy", "features", "both"]
 """What decides which task a sample belongs to."""
 
-DIRECTIONS = 64
-"""Of largest variance within a class, kept for each layer."""
+DIMENSIONS = 64
+"""That the activations are projected to, where there are more neurons."""
 
-PARTS = ("neurons", "means", "directions", "variances")
-"""The tensors of :class:`LayerFeatures`."""
+RIDGE = 1e-3
+"""Added to the variance of every dimension, as a share of their mean."""
 
+ENERGY_SHARE = 0.25
+"""Of the energy beside the features in "both"."""
 
 FEATURES = {
     "features": table(number(0)),
+    "scale": number(0),
     "distance": row(number(-LARGEST), number(0)),
     "energy": row(number(-LARGEST), number(0)),
 }
 """Of the notes of a file."""
 
+MEANS, WHITENING = "features/means", "features/whitening"
+"""The tensors of a file."""
+
 
 @dataclass(frozen=True)
-class LayerFeatures:
-    """Where the activations of a layer's critical neurons lie for the samples of a task.
+class ClassMeans:
+    """Where the activations of some neurons lie for the samples of each class.
 
     Attributes:
-        neurons: Indices of the critical neurons that vary, ``[neurons]``.
-        means: ``[classes, neurons]``, of activations averaged over positions.
-        directions: Orthonormal, of largest variance within a class, ``[directions, neurons]``.
-        variances: Along the directions, ``[directions]``.
-        residual: Variance along each other direction.
+        means: ``[classes, dimensions]``, whitened: their covariance within a class is 1.
+        whitening: ``[dimensions, dimensions]``, lower triangular, in float16.
+        scale: Standard deviation within a class, mean over the dimensions before.
     """
 
-    neurons: Tensor
     means: Tensor
-    directions: Tensor
-    variances: Tensor
-    residual: float
+    whitening: Tensor
+    scale: float
 
     @staticmethod
-    def of(activations: Tensor, labels: Tensor, critical: Tensor) -> LayerFeatures:
+    def of(activations: Tensor, labels: Tensor) -> ClassMeans:
         """Those of activations ``[samples, neurons]`` with class labels ``[samples]``."""
         values = activations.double()
-        live = critical[values[:, critical].var(0) > 0]
-        values = values[:, live]
+        values = values @ projection(values.shape[1]).to(values)
         classes, positions = labels.unique(return_inverse=True)
         counts = torch.bincount(positions, minlength=len(classes))
-        means = values.new_zeros(len(classes), len(live)).index_add_(0, positions, values)
+        means = values.new_zeros(len(classes), values.shape[1]).index_add_(0, positions, values)
         means /= counts[:, None]
         within = values - means[positions]
-        degrees = max(1, len(values) - len(classes))
-        variances, vectors = torch.linalg.eigh(within.T @ within / degrees)
-        kept = min(DIRECTIONS, max(0, len(live) - 1))
-        split = len(live) - kept
-        residual = float(variances[:split].clamp(min=0).mean()) if len(live) else 0.0
-        floor = max(residual, torch.finfo(torch.float32).tiny)
-        return LayerFeatures(
-            live,
-            means.float(),
-            vectors[:, split:].T.float(),
-            variances[split:].clamp(min=floor).float(),
-            floor,
-        )
+        covariance = within.T @ within / max(1, len(values) - len(classes))
+        variance = float(covariance.diagonal().mean())
+        if not variance > 0:  # nothing varies, so that nothing is known
+            nothing = torch.zeros_like(covariance, dtype=torch.float16)
+            return ClassMeans(torch.zeros_like(means, dtype=torch.float32), nothing, 1.0)
+        regular = covariance / variance + RIDGE * torch.eye(len(covariance)).to(covariance)
+        whitening = torch.linalg.inv(torch.linalg.cholesky(regular)).half()
+        scale = math.sqrt(variance)
+        return ClassMeans((means / scale @ whitening.double().T).float(), whitening, scale)
 
     def distance(self, activations: Tensor) -> Tensor:
-        """Squared Mahalanobis distance to the nearest mean over the neurons' number, ``[samples]``.
+        """Squared Mahalanobis distance to the nearest mean, mean over dimensions, ``[samples]``.
 
         Args:
-            activations: ``[samples, neurons]`` of the whole layer.
+            activations: ``[samples, neurons]``.
         """
-        if not len(self.neurons):
-            return activations.new_zeros(len(activations), dtype=torch.float64)
-        values = activations[:, self.neurons.to(activations.device)].double()
-        away = values[:, None] - self.means.to(values)
-        along = away @ self.directions.to(values).T
-        rest = (away.square().sum(2) - along.square().sum(2)).clamp(min=0)
-        squared = (along.square() / self.variances.to(values)).sum(2) + rest / self.residual
-        return squared.min(1).values / len(self.neurons)
+        values = activations.double()
+        values = values @ projection(values.shape[1]).to(values) / self.scale
+        whitened = values @ self.whitening.to(values).T
+        return (whitened[:, None] - self.means.to(values)).square().mean(2).min(1).values
+
+
+def projection(neurons: int) -> Tensor:
+    """Random signs over the root of the neurons, ``[neurons, dimensions]``; of few, the identity.
+
+    The same ones everywhere: numpy keeps the numbers that this generator of its gives.
+    """
+    if neurons <= DIMENSIONS:
+        return torch.eye(neurons, dtype=torch.float64)
+    signs = numpy.random.RandomState(0).randint(0, 2, (neurons, DIMENSIONS))
+    return torch.from_numpy(2.0 * signs - 1) / math.sqrt(neurons)
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,14 @@ class TaskFeatures:
     """Where the activations of a task's critical neurons lie, under its mask.
 
     Attributes:
-        layers: Layer -> of its critical neurons.
+        layers: Layer -> root mean square of its critical neurons' activations.
+        found: Of these neurons, those of all layers side by side.
         usual: Mean and standard deviation of the task's own samples' distances.
         usual_energy: Mean and standard deviation of their energies.
     """
 
-    layers: Mapping[str, LayerFeatures]
+    layers: Mapping[str, float]
+    found: ClassMeans
     usual: tuple[float, float]
     usual_energy: tuple[float, float]
 
@@ -139,11 +145,11 @@ class TaskFeatures:
         Raises:
             DataError: The data is empty, or the model refuses it.
         """
-        found: dict[str, list[Tensor]] = {group.name: [] for group in critical.groups}
+        found: dict[str, list[Tensor]] = {name: [] for name in critical.kept}
         labels, energies = [], []
         with evaluation(model), torch.no_grad():
             for number, inputs, own, samples in labelled_batches(model, data, False, ""):
-                outputs, activations = pooled(model, critical.groups, inputs, samples, number)
+                outputs, activations = pooled(model, critical, inputs, samples, number)
                 labels.append(torch.as_tensor(own).cpu())
                 energies.append(energy(class_scores(outputs)).cpu())
                 for name, values in activations.items():
@@ -160,22 +166,25 @@ class TaskFeatures:
         energies: list[Tensor],
     ) -> TaskFeatures:
         """Those of what each batch showed."""
-        classes = torch.cat(labels)
         seen = {name: torch.cat(parts) for name, parts in activations.items() if parts}
-        layers = {
-            name: LayerFeatures.of(values, classes, critical.kept[name].nonzero()[:, 0])
-            for name, values in seen.items()
+        sizes = {
+            name: float(values.double().square().mean().sqrt()) for name, values in seen.items()
         }
-        usual = _moments(_distance(layers, seen))
-        return TaskFeatures(layers, usual, _moments(torch.cat(energies)))
+        layers = {name: sizes[name] or 1.0 for name in critical.kept if name in sizes}
+        together = _side_by_side(layers, seen)
+        means = ClassMeans.of(together, torch.cat(labels))
+        usual = _moments(means.distance(together))
+        return TaskFeatures(layers, means, usual, _moments(torch.cat(energies)))
 
     def score(self, activations: Mapping[str, Tensor]) -> Tensor:
         """Distance of each sample, in deviations above the usual one, ``[samples]``.
 
         Args:
-            activations: Layer -> ``[samples, neurons]`` by :func:`pooled`, under the task's mask.
+            activations: Layer -> ``[samples, critical neurons]`` by :func:`pooled`, under the
+                task's mask.
         """
-        return _standardized(_distance(self.layers, activations), self.usual)
+        distances = self.found.distance(_side_by_side(self.layers, activations))
+        return _standardized(distances, self.usual)
 
     def energy_score(self, scores: Tensor) -> Tensor:
         """Energy of the outputs ``[samples, outputs]``, in deviations above the usual one."""
@@ -183,14 +192,10 @@ class TaskFeatures:
 
     def encoded(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and notes, to keep in a file."""
-        tensors = {
-            f"features/{part}/{name}": getattr(found, part)
-            for name, found in self.layers.items()
-            for part in PARTS
-        }
-        notes = {name: found.residual for name, found in self.layers.items()}
-        usual = {"distance": list(self.usual), "energy": list(self.usual_energy)}
-        return tensors, {"features": notes, **usual}
+        rows, columns = torch.tril_indices(*self.found.whitening.shape)
+        tensors = {MEANS: self.found.means, WHITENING: self.found.whitening[rows, columns]}
+        notes = {"features": dict(self.layers), "scale": self.found.scale}
+        return tensors, {**notes, "distance": list(self.usual), "energy": list(self.usual_energy)}
 
     @staticmethod
     def decoded(
@@ -203,25 +208,26 @@ class TaskFeatures:
         """
         if "features" not in notes:
             return None
-        layers = {}
-        for name, residual in notes["features"].items():
-            if name not in critical.kept:
-                raise refuse("a layer with features", name, "one of the slice")
-            parts = [tensors[f"features/{part}/{name}"] for part in PARTS]
-            _check_parts(name, parts, len(critical.kept[name]))
-            neurons, means, directions, variances = parts
-            layers[name] = LayerFeatures(neurons, means, directions, variances, residual)
+        layers = notes["features"]
+        if strange := layers.keys() - critical.kept.keys():
+            raise refuse("layers with features", sorted(strange), "those of the slice")
+        size = min(DIMENSIONS, sum(int(critical.kept[name].sum()) for name in layers))
+        means, entries = tensors[MEANS], tensors[WHITENING]
+        check_tensor(MEANS, means, (None, size), (torch.float32,))
+        check_tensor(WHITENING, entries, (size * (size + 1) // 2,), (torch.float16,))
+        for name in (MEANS, WHITENING):
+            check_finite(name, tensors[name])
+        whitening = entries.new_zeros(size, size)
+        whitening[tuple(torch.tril_indices(size, size))] = entries
         usual, energies = (tuple(notes.get(name, (0.0, 1.0))) for name in ("distance", "energy"))
-        return TaskFeatures(layers, usual, energies)
+        found = ClassMeans(means, whitening, notes.get("scale", 1.0))
+        return TaskFeatures(layers, found, usual, energies)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(
-            tensor.nbytes
-            for found in self.layers.values()
-            for tensor in (getattr(found, part) for part in PARTS)
-        )
+        """Bytes of its tensors in a file."""
+        tensors, _ = self.encoded()
+        return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _of_all(parts: list[Tensor]) -> list[Tensor]:
@@ -229,46 +235,35 @@ def _of_all(parts: list[Tensor]) -> list[Tensor]:
     return list(itertools.chain.from_iterable(gathered(parts)))
 
 
-def _distance(layers: Mapping[str, LayerFeatures], activations: Mapping[str, Tensor]) -> Tensor:
-    """Mean over the layers of the distances, ``[samples]``."""
-    found = [features.distance(activations[name]) for name, features in layers.items()]
-    return torch.stack(found).mean(0)
-
-
 def tensors_of_features(notes: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that the notes refer to."""
-    return [f"features/{part}/{name}" for name in notes.get("features", ()) for part in PARTS]
+    return [MEANS, WHITENING] if "features" in notes else []
 
 
-def _check_parts(layer: str, parts: Sequence[Tensor], width: int) -> None:
-    """The tensors of a layer of ``width`` neurons belong together."""
-    neurons, means, directions, variances = parts
-    name = f"features of {layer}"
-    check_tensor(name, neurons, (None,), (torch.int64,))
-    if len(neurons) and not 0 <= int(neurons.min()) <= int(neurons.max()) < width:
-        raise refuse(name, int(neurons.max()), f"neurons of {width}")
-    check_tensor(name, means, (None, len(neurons)), (torch.float32,))
-    check_tensor(name, directions, (len(variances), len(neurons)), (torch.float32,))
-    check_tensor(name, variances, (None,), (torch.float32,))
-    for part in (means, directions, variances):
-        check_finite(name, part)
+def _side_by_side(layers: Mapping[str, float], activations: Mapping[str, Tensor]) -> Tensor:
+    """Those of all layers over their root mean squares, ``[samples, critical neurons]``."""
+    return torch.cat([activations[name].double() / size for name, size in layers.items()], 1)
 
 
 def pooled(
-    model: nn.Module, groups: Sequence[NeuronGroup], inputs: Any, samples: int, number: int = 0
+    model: nn.Module, critical: Slice, inputs: Any, samples: int, number: int = 0
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The outputs, and layer -> activations averaged over positions, ``[samples, neurons]``.
+    """The outputs, and layer -> activations averaged over positions.
 
-    Layers that did not run are missing; of several consumers' inputs the first counts.
+    They are ``[samples, critical neurons]``. Layers that did not run are missing; of several
+    consumers' inputs the first counts.
 
     Args:
         number: Of the batch, for messages.
     """
-    watcher = Watcher(groups, samples)
+    watcher = Watcher(critical.groups, samples)
     with watcher.attached(model):
         outputs = run(model, inputs, number)
+    found = {reading.group: reading.activation for reading in reversed(watcher.readings)}
     return outputs, {
-        reading.group: reading.activation.float().mean(2) for reading in reversed(watcher.readings)
+        name: found[name].float().mean(2)[:, kept.to(found[name].device)]
+        for name, kept in critical.kept.items()
+        if name in found
     }
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from nss_prune.adaptation.checkpoint import Checkpoint
 from nss_prune.adaptation.datasets import Data, mixed
 from nss_prune.adaptation.freezing import Freezing
-from nss_prune.adaptation.partial_gradients import treats_entries_apart
+from nss_prune.adaptation.packing import treats_entries_apart
 from nss_prune.adaptation.training import Objective, make_optimizer
 from nss_prune.adaptation.validation import Validation as Validation
 from nss_prune.adaptation.validation import validation_of_task

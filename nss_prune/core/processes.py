@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nss_prune.core.models import uncompiled
 from nss_prune.errors import ArgumentError, NSSPruneError
 
 Value = TypeVar("Value")
@@ -173,6 +174,16 @@ def refuse_sharded(model: nn.Module) -> None:
             "StateDictOptions(full_state_dict=True)) into an unsharded model, prune that in all "
             "processes, and shard it again"
         )
+
+
+def unsharded(model: nn.Module) -> nn.Module:
+    """The model, without the wrapper of torch.compile.
+
+    Raises:
+        ArgumentError: As :func:`refuse_sharded`.
+    """
+    refuse_sharded(model)
+    return uncompiled(model)
 
 
 def total_counts(counts: Mapping[int, int]) -> dict[int, int]:

@@ -25,7 +25,7 @@ from nss_prune.pruner.strategies import (
     ShareStrategy,
     ThetaStrategy,
 )
-from nss_prune.pruner.strategy import Evidence, Importance, Strategy
+from nss_prune.pruner.strategy import Evidence, Importance, Observer, Strategy
 from nss_prune.pruner.subject import Subject
 
 
@@ -135,7 +135,7 @@ def is_by_profile(strategy: Strategy[Any]) -> bool:
 
 
 @outside_inference_mode
-def observed(strategy: Strategy[Any], subject: Subject, given: ProfileEvidence | None) -> Evidence:
+def observed(strategy: Observer, subject: Subject, given: ProfileEvidence | None) -> Evidence:
     """What a strategy observes of a subject.
 
     Args:

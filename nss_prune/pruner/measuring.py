@@ -13,11 +13,10 @@ from nss_prune.allocation.effects import LEAST_SAMPLES, MOST_SAMPLES
 from nss_prune.core.batches import counted_batches, has_samples
 from nss_prune.core.models import evaluation, run
 from nss_prune.core.processes import gathered, processes
-from nss_prune.graph.bases import change_basis
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.meaning import outputs_for
-from nss_prune.pruner.plan import bases_of
+from nss_prune.pruner.plan import to_bases_of
 from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
@@ -61,7 +60,7 @@ class Measuring:
         assert given is not None  # otherwise nothing is measured
         outputs, data = outputs_for(subject, given, self._eliminating.outputs)
         smaller = replace(subject, model=copy.deepcopy(subject.model))
-        change_basis(smaller.model, bases_of(critical, self._bases))
+        to_bases_of(smaller.model, critical, self._bases)
         for repair, seen in self._repairs:
             repair.before(smaller, critical, seen)
         total, samples = 0.0, 0

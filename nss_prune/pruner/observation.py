@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.profiling.categories import check_categories
 from nss_prune.profiling.contributions.protocol import metric_named
 from nss_prune.profiling.run import profile_neurons
@@ -38,7 +37,6 @@ class Profiling:
     settings: dict[str, Any]
     upkeep: Upkeep = DEFAULT
 
-    @outside_inference_mode
     def observe(self, subject: Subject) -> ProfileEvidence:
         """The evidence, from one pass; the model is left as found.
 

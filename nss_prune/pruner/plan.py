@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from nss_prune.graph.bases import BasisChange
+from nss_prune.graph.bases import BasisChange, change_basis
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.figures import Figures
 from nss_prune.pruner.sensitivity import SensitivityTable
@@ -57,6 +57,13 @@ class Decision:
     notes: tuple[str, ...]
     reached: tuple[str, float | None] = ("", None)
     sensitivity: SensitivityTable | None = None
+
+
+def to_bases_of(
+    model: nn.Module, chosen: Slice, bases: Mapping[str, tuple[BasisChange, ...]]
+) -> None:
+    """Give the heads of which something goes the coordinates that it goes in."""
+    change_basis(model, bases_of(chosen, bases))
 
 
 def bases_of(

@@ -31,7 +31,6 @@ from nss_prune.pruner.assembly import (
 from nss_prune.pruner.observation import profiling_for
 from nss_prune.pruner.planning import Planner
 from nss_prune.pruner.profile_evidence import evidence_of
-from nss_prune.pruner.recalibrating import recalibrates
 from nss_prune.pruner.repairs import repairs_for
 from nss_prune.pruner.steps import Steps
 from nss_prune.pruner.subject import Subject
@@ -202,8 +201,7 @@ class NSSPruner(Steps, WithoutRegularizer):
         subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
         data, outputs = subset.data, subset.outputs
         upkeep = self._upkeep = Upkeep.of(progress, memory_limit, checkpoint, forward_dtype)
-        moves = recalibrates(recalibrate, aim, fold)
-        self.repairs = repairs_for(data, fold, moves, balance, repairs, outputs, upkeep)
+        self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, upkeep, aim)
         own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
         self._profiling = profiling_for(data, bool(fold), *named, own, upkeep)
         model, self.wrapper = unwrapped(model)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nss_prune.pruner.arguments import check_fold, check_repairs, check_repeatable
+from nss_prune.pruner.arguments import Aim, check_fold, check_repairs, check_repeatable
 from nss_prune.pruner.balancing import Balance
 from nss_prune.pruner.folding import Fold
-from nss_prune.pruner.recalibrating import Recalibrate
+from nss_prune.pruner.recalibrating import Recalibrate, recalibrates
 from nss_prune.pruner.refitting import Refit
 from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.upkeep import Upkeep
@@ -22,11 +22,13 @@ def repairs_for(
     more: Iterable[Repair],
     outputs: Any,
     upkeep: Upkeep,
+    aim: Aim,
 ) -> tuple[Repair, ...]:
     """The repairs in their order.
 
     Args:
-        recalibrate: None for where there are enough samples.
+        recalibrate: None for where it is known to help.
+        aim: Which decides that.
 
     Raises:
         ArgumentError: One cannot work with the data, or lacks a method.
@@ -38,11 +40,12 @@ def repairs_for(
         found.append(Refit(data, upkeep.progress))
     elif fold:
         found.append(Fold(data, upkeep))
-    if recalibrate:
+    moves = recalibrates(recalibrate, aim, fold)
+    if moves:
         check_repeatable("recalibrate=True", data)
         assert data is not None
         found.append(Recalibrate(data, upkeep))
-    elif recalibrate is None and data is not None and not isinstance(data, Iterator):
+    elif moves is None and data is not None and not isinstance(data, Iterator):
         found.append(Recalibrate(data, upkeep, by_default=True))
     if balance:
         check_repeatable("balance=True", data)

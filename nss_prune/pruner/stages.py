@@ -50,7 +50,9 @@ class Stages:
         """The profile of the model, made on first use, and anew for every further step."""
         if self._profiled is None:
             by_profile = is_by_profile(self._strategy)
-            self._profiled = self.evidence if by_profile else self._profiling.observe(self._subject)
+            self._profiled = (
+                self.evidence if by_profile else observed(self._profiling, self._subject, None)
+            )
         profile: Profile = self._profiled.profile
         return profile
 

@@ -68,6 +68,14 @@ class Target:
 Observed = TypeVar("Observed", bound=Evidence)
 
 
+class Observer(Protocol):
+    """Observes a model: the part of a strategy that takes passes over the data."""
+
+    def observe(self, subject: Subject) -> Any:
+        """What is seen, an :class:`Evidence`; the model is left as found."""
+        ...
+
+
 class Strategy(Protocol[Observed]):
     """Observes a model, and selects the neurons that stay.
 

@@ -12,11 +12,10 @@ from nss_prune.allocation.path import Path, smallest_passing, whole
 from nss_prune.core.processes import gathered
 from nss_prune.core.undo import Snapshot
 from nss_prune.errors import NumericalError
-from nss_prune.graph.bases import change_basis
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.eliminating import ByElimination
 from nss_prune.pruner.elimination_evidence import EliminationEvidence
-from nss_prune.pruner.plan import bases_of
+from nss_prune.pruner.plan import to_bases_of
 from nss_prune.pruner.repair import Repair
 from nss_prune.pruner.strategy import Measure, Score, Target
 from nss_prune.pruner.subject import Subject
@@ -92,7 +91,7 @@ class WithinScore(ByElimination):
         model, before = subject.model, Snapshot(subject.model)
         known = list(zip(self.repairs, seen, strict=True))
         try:
-            change_basis(model, bases_of(critical, evidence.bases))
+            to_bases_of(model, critical, evidence.bases)
             for repair, what in known:
                 repair.before(subject, critical, what)
             if all(getattr(repair, "before_removal", False) for repair in self.repairs):

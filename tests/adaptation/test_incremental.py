@@ -1064,8 +1064,10 @@ def test_processes_learn_the_same_tasks_as_one(tmp_path: Path) -> None:
             assert (one.classes, one.finetuned) == (two.classes, two.finetuned)
             assert all(torch.equal(kept, two.slice.kept[n]) for n, kept in one.slice.kept.items())
             assert all(torch.equal(kept, two.weights[n]) for n, kept in one.weights.items())
-        for layer, features in found.features.layers.items():
-            assert torch.equal(features.directions, other.features.layers[layer].directions)
+        assert found.features.layers == other.features.layers
+        for part in ("means", "whitening"):
+            one, two = (getattr(task.features.found, part) for task in (found, other))
+            assert torch.equal(one, two)
     for name, value in model.state_dict().items():
         assert torch.equal(first["state"][name], second["state"][name]), name
         torch.testing.assert_close(first["state"][name], value, rtol=1e-5, atol=1e-6)

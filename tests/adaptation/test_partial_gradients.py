@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from frozen import assert_only_these_moved, bits, entries_with_names
 from networks import assert_unchanged, fingerprint
 from nss_prune.adaptation import partial_gradients
+from nss_prune.adaptation.adversarial_loss import AdversarialLoss
 from nss_prune.adaptation.adversarial_training import AdversarialTraining
 from nss_prune.adaptation.freezing import (
     Freezing,
@@ -466,7 +467,7 @@ def test_gradients_of_frozen_entries_are_zero_where_something_reads_them(
     model, critical, _, _ = sliced("cnn")
     settings = TrainingSettings(**{"optimizer": "momentum"} | arguments)
     freezing = train_critical(critical, model)
-    learner = AdversarialTraining(freezing, settings, attack=None, fixed=False)
+    learner = AdversarialTraining(freezing, settings, AdversarialLoss(model, None, fixed=False))
     assert learner.blocks.zero_gradients == zero
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from nss_prune.adaptation.incremental import IncrementalTrainer
-from nss_prune.adaptation.task_inference import DIRECTIONS, LayerFeatures, energy, entropy
+from nss_prune.adaptation.task_inference import (
+    DIMENSIONS,
+    ClassMeans,
+    TaskFeatures,
+    energy,
+    entropy,
+    projection,
+)
 from nss_prune.adaptation.tasks import Task
 from nss_prune.errors import ArgumentError, DataError
 from tests.networks import mlp
@@ -24,46 +31,59 @@ def clouds(neurons: int, samples: int = 400, classes: int = 3) -> tuple[torch.Te
     return torch.randn(samples, neurons, dtype=torch.float64) @ mixing + means[labels], labels
 
 
-def naive_distance(values, labels, sample, directions):
-    """Over the neurons' number; all but the ``directions`` largest variances are one."""
-    n, classes = values.shape[1], labels.unique().tolist()
-    means = [values[labels == c].mean(0) for c in classes]
+def naive_distance(values, labels, sample, signs):
+    """Mahalanobis to the nearest mean over the dimensions' number, of projected values."""
+    projected = [
+        sum(float(v) * row for v, row in zip(value, signs, strict=True)) for value in values
+    ]
+    here = sum(float(v) * row for v, row in zip(sample, signs, strict=True))
+    n, classes = len(here), labels.unique().tolist()
+    means = []
+    for c in classes:
+        own = [p for p, label in zip(projected, labels.tolist(), strict=True) if label == c]
+        means.append(sum(own) / len(own))
     covariance = torch.zeros(n, n, dtype=torch.float64)
-    for value, label in zip(values, labels.tolist(), strict=True):
+    for value, label in zip(projected, labels.tolist(), strict=True):
         away = value - means[classes.index(label)]
         covariance += torch.outer(away, away) / (len(values) - len(classes))
-    variances, vectors = torch.linalg.eigh(covariance)
-    shared = variances.clone()
-    shared[: n - directions] = variances[: n - directions].mean()
-    metric = vectors @ torch.diag(1 / shared) @ vectors.T
-    return min(float((sample - mean) @ metric @ (sample - mean)) for mean in means) / n
+    mean_variance = sum(float(covariance[i, i]) for i in range(n)) / n
+    for i in range(n):
+        covariance[i, i] += 1e-3 * mean_variance
+    metric = torch.linalg.inv(covariance)
+    return min(float((here - mean) @ metric @ (here - mean)) for mean in means) / n
 
 
-@pytest.mark.parametrize(("neurons", "kept"), [(7, 6), (DIRECTIONS + 9, DIRECTIONS)])
-def test_the_distance_is_mahalanobis_to_the_nearest_mean(neurons: int, kept: int) -> None:
+def signs_of(neurons: int) -> torch.Tensor:
+    """One in float64, over the root of the neurons, or the identity of no more than dimensions."""
+    if neurons <= DIMENSIONS:
+        return torch.diag(torch.ones(neurons, dtype=torch.float64))
+    found = projection(neurons)
+    assert torch.equal(found.abs(), torch.full_like(found, neurons**-0.5))
+    assert abs(float(found.mean())) < 0.01
+    return found
+
+
+@pytest.mark.parametrize("neurons", [7, DIMENSIONS + 9])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e5])
+def test_the_distance_is_mahalanobis_to_the_nearest_mean(neurons: int, size: float) -> None:
     values, labels = clouds(neurons)
-    found = LayerFeatures.of(values, labels, torch.arange(neurons))
-    assert len(found.directions) == kept
-    samples = 2 * torch.randn(5, neurons, dtype=torch.float64)
-    for sample, distance in zip(samples, found.distance(samples), strict=True):
-        assert float(distance) == pytest.approx(
-            naive_distance(values, labels, sample, kept), rel=1e-4
-        )
+    found = ClassMeans.of(size * values, labels)
+    assert found.means.shape == (3, min(neurons, DIMENSIONS))
+    assert found.whitening.dtype == torch.float16
+    samples = 2 * torch.randn(3, neurons, dtype=torch.float64)
+    for sample, distance in zip(samples, found.distance(size * samples), strict=True):
+        wanted = naive_distance(values, labels, sample, signs_of(neurons))
+        assert float(distance) == pytest.approx(wanted, rel=5e-3)
 
 
-def test_only_critical_neurons_that_vary_count() -> None:
-    values, labels = clouds(9)
-    values[:, 4] = 2.5
-    found = LayerFeatures.of(values, labels, torch.tensor([1, 4, 6]))
-    assert found.neurons.tolist() == [1, 6]
-    other = values.clone()
-    other[:, [0, 2, 3, 4, 5, 7, 8]] += 100
-    torch.testing.assert_close(found.distance(other), found.distance(values))
+def test_signs_are_the_same_everywhere() -> None:
+    signs = (projection(100) * 10).round().int()
+    assert signs[0, :12].tolist() == [-1, 1, 1, -1, 1, 1, 1, 1, 1, 1, 1, -1]
 
 
-def test_a_layer_whose_neurons_are_all_constant_says_nothing() -> None:
+def test_neurons_that_are_all_constant_say_nothing() -> None:
     values, labels = torch.ones(20, 3, dtype=torch.float64), torch.arange(20) % 2
-    found = LayerFeatures.of(values, labels, torch.arange(3))
+    found = ClassMeans.of(values, labels)
     assert found.distance(torch.randn(4, 3)).tolist() == [0, 0, 0, 0]
 
 
@@ -115,15 +135,38 @@ def test_the_scores_of_a_task_stay_while_later_ones_are_learned(
 ) -> None:
     before = learned.tasks[0].features
     with learned.task(0):
-        again = type(before).of(learned.model, learned.tasks[0].slice, apart((0, 1, 2)))
+        slice_ = learned.tasks[0].slice
+        again = type(before).of(learned.model, slice_, apart((0, 1, 2)))
     assert again.usual == before.usual
     assert again.usual_energy == before.usual_energy
     learned.tasks[0].save(tmp_path / "task")
     loaded = Task.load(tmp_path / "task").features
     assert (loaded.usual, loaded.usual_energy) == (before.usual, before.usual_energy)
-    for name, layer in before.layers.items():
-        assert torch.equal(layer.directions, loaded.layers[name].directions)
-        assert loaded.layers[name].residual == layer.residual
+    assert (loaded.layers, loaded.found.scale) == (before.layers, before.found.scale)
+    assert torch.equal(loaded.found.means, before.found.means)
+    assert torch.equal(loaded.found.whitening, before.found.whitening)
+
+
+def test_features_are_of_the_critical_neurons_of_all_layers(learned: IncrementalTrainer) -> None:
+    task, model = learned.tasks[0], learned.model
+    inputs = torch.cat([inputs for inputs, _ in apart((0, 1, 2))])
+    with learned.task(0), torch.no_grad():
+        first = model[1](inputs).relu()[:, task.slice.kept["1"]]
+        hidden = model[1](inputs).relu() * task.slice.kept["1"]
+        second = model[3](hidden).relu()[:, task.slice.kept["3"]]
+    sizes = [float(values.square().mean().sqrt()) for values in (first, second)]
+    assert list(task.features.layers) == ["1", "3"]
+    assert list(task.features.layers.values()) == pytest.approx(sizes, rel=1e-5)
+    together = torch.cat([first / sizes[0], second / sizes[1]], 1)
+    distances = task.features.found.distance(together)
+    assert float(distances.mean()) == pytest.approx(task.features.usual[0], rel=1e-4)
+
+
+def test_a_task_takes_a_few_kilobytes_however_wide_the_layer() -> None:
+    values, labels = clouds(3000, samples=200)
+    found = ClassMeans.of(values, labels)
+    features = TaskFeatures({"layer": 1.0}, found, (0.0, 1.0), (0.0, 1.0))
+    assert features.nbytes == 64 * 65 // 2 * 2 + 3 * 64 * 4 < 5000
 
 
 def test_features_follow_a_training_loop_of_ones_own(learned: IncrementalTrainer) -> None:
