@@ -184,7 +184,7 @@ STRUCTURES = (
 )
 
 
-@pytest.mark.parametrize("number", range(len(ADAPTERS)), ids=[str(a) for a in ADAPTERS])
+@pytest.mark.parametrize("number", range(len(ADAPTERS)), ids=[name for name, _ in STRUCTURES])
 def test_every_adapter(number: int) -> None:
     """It claims its structure; what it removes equals what is masked; all repairs go with it."""
     torch.manual_seed(0)
