@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nss_prune.cli.exporting import export_onnx, needed
-from nss_prune.cli.timing import Timing, alternating
 from nss_prune.core.accuracy import Answer, share_right
 from nss_prune.core.batches import split_batch
 from nss_prune.core.models import call_model, device_of, evaluation
 from nss_prune.core.outputs import predictions
+from nss_prune.core.timing import Timing, alternating
 from nss_prune.graph.costs import measure
 
 Run = Callable[[Any], Any]

@@ -40,12 +40,14 @@ def verified(
     folds: Folds,
     data: Iterable[Any],
     forward: Forward = call_model,
+    progress: bool | None = False,
 ) -> dict[str, ConsumerFold]:
     """The folds without those that make the error of their consumer's output larger.
 
     Args:
         folds: By :func:`nss_prune.compensation.folding.folding`; not applied yet.
         data: Batches that can be iterated again; the model is left as it is.
+        progress: Show a progress bar; None for only on a terminal.
 
     Returns:
         A fold for each consumer; those left out have a note that says by how much.
@@ -57,7 +59,7 @@ def verified(
     if not _changing(kept):
         return kept
     for _ in range(ROUNDS):
-        plain, found = _errors(model, critical, kept, data, forward)
+        plain, found = _errors(model, critical, kept, data, forward, progress)
         worse = [name for name in found if found[name] > plain[name] * (1 + ROUNDING)]
         if not worse:
             return kept
@@ -68,7 +70,7 @@ def verified(
             kept[name] = ConsumerFold(note=_note(name, place, plain[place], found[place]))
         if not _changing(kept):
             return kept
-    plain, found = _errors(model, critical, kept, data, forward)
+    plain, found = _errors(model, critical, kept, data, forward, progress)
     still = any(found[name] > plain[name] * (1 + ROUNDING) for name in found)
     for name in _changing(kept):
         if still:
@@ -91,7 +93,12 @@ def _note(name: str, place: str, plain: float, folded: float) -> str:
 
 
 def _errors(
-    model: nn.Module, critical: Slice, folds: Folds, data: Iterable[Any], forward: Forward
+    model: nn.Module,
+    critical: Slice,
+    folds: Folds,
+    data: Iterable[Any],
+    forward: Forward,
+    progress: bool | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Consumer -> squared distance of what it puts out in the sliced and in the whole model.
 
@@ -104,7 +111,7 @@ def _errors(
     plain: dict[str, float] = dict.fromkeys((*names, OUTPUTS), 0.0)
     folded = dict(plain)
     with evaluation(model), torch.no_grad():
-        for number, inputs, _ in counted_batches(model, data, False, ""):
+        for number, inputs, _ in counted_batches(model, data, progress, "verification"):
             whole = _outputs(model, names, inputs, number, forward)
             for total, used in ((plain, {}), (folded, folds)):
                 with _folded(model, used), critical.masked(model):

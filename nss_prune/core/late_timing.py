@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from nss_prune.core.models import Forward, call_model, clone, device_of, without_values
-from nss_prune.core.timing import call_seconds
+from nss_prune.core.models import (
+    Forward,
+    call_model,
+    clone,
+    device_of,
+    evaluation,
+    without_values,
+)
+from nss_prune.core.timing import alternating, call_seconds, wait_for
 
+ROUNDS = 15  # in which both models are timed once
+PATIENCE = 2.0  # seconds after which no further round begins
 SPREAD = 0.05  # of the weights that a model is timed with
 
 
@@ -42,6 +52,21 @@ class MetaCopy:
 
     def seconds(self) -> float:
         """Of a call with random weights, see :func:`nss_prune.core.timing.call_seconds`."""
+        return call_seconds(self._filled(), *self._called)
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[Callable[[], None]]:
+        """Within the context, what it yields is one call with random weights."""
+        model, (inputs, forward) = self._filled(), self._called
+
+        def call() -> None:
+            forward(model, inputs)
+            wait_for(self._device)
+
+        with evaluation(model), torch.no_grad(), torch.random.fork_rng():
+            yield call
+
+    def _filled(self) -> nn.Module:
         kept = {id(self.model.get_buffer(name)): value for name, value in self._numbers.items()}
         generator = torch.Generator(self._device).manual_seed(0)
 
@@ -53,7 +78,7 @@ class MetaCopy:
                 made.normal_(0, SPREAD, generator=generator)
             return made
 
-        return call_seconds(clone(self.model, filled), *self._called)
+        return clone(self.model, filled)
 
 
 class LateSeconds(Sequence[float]):
@@ -71,7 +96,7 @@ class LateSeconds(Sequence[float]):
 
     def _read(self) -> tuple[float, ...]:
         if self._measured is None:
-            self._measured = tuple(map(_seconds, self._sides))
+            self._measured = _seconds(*self._sides)
             self._sides = (math.nan, math.nan)  # nothing is held any more
         return self._measured
 
@@ -92,7 +117,19 @@ class LateSeconds(Sequence[float]):
         return tuple, (self._read(),)
 
 
-def _seconds(side: float | MetaCopy) -> float:
+def _seconds(before: float | MetaCopy, after: float | MetaCopy) -> tuple[float, float]:
+    """The median of calls in turns, where both are to be measured."""
+    if isinstance(before, float) or isinstance(after, float):
+        return _alone(before), _alone(after)
+    try:
+        with before.calling() as one, after.calling() as other:
+            found = alternating({"before": one, "after": other}, ROUNDS, PATIENCE, least=2)
+    except Exception:  # of one of them
+        return _alone(before), _alone(after)
+    return found["before"].median, found["after"].median
+
+
+def _alone(side: float | MetaCopy) -> float:
     if isinstance(side, float):
         return side
     try:

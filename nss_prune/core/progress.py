@@ -19,6 +19,7 @@ TITLES = {
     "effects": "measuring effects",
     "profile": "profiling",
     "folding": "observing consumers",
+    "verification": "verifying the folding",
     "refit": "refitting consumers",
     "recalibration": "observing norms",
     "balance": "observing classes",

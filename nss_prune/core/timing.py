@@ -1,11 +1,13 @@
-"""Seconds of a call, and of the stages of a longer work."""
+"""Seconds of a call, of calls that take turns, and of the stages of a longer work."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ CALLS = 15
 
 PATIENCE = 1.0
 """Seconds after which no further call is timed."""
+
+ROUNDS = 101
+"""In which every call is timed once, at most."""
+
+LEAST_ROUNDS = 5
+
+LONGEST = 10.0
+"""Seconds after which no further round begins, once there were :data:`LEAST_ROUNDS`."""
 
 logger = logging.getLogger("nss_prune")
 
@@ -41,7 +51,7 @@ def call_seconds(model: nn.Module, example_inputs: Any, forward: Forward = call_
     """
     device = device_of(model)
     with evaluation(model), torch.no_grad(), torch.random.fork_rng():
-        return least_seconds(lambda: forward(model, example_inputs), lambda: _wait(device))
+        return least_seconds(lambda: forward(model, example_inputs), lambda: wait_for(device))
 
 
 def least_seconds(call: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> float:
@@ -66,6 +76,70 @@ def _timed(call: Callable[[], Any], wait: Callable[[], None], most: int) -> list
     return taken
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call over the rounds.
+
+    Attributes:
+        median: Of all rounds.
+        low, high: The first and the third quartile.
+        rounds: How many there were.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @staticmethod
+    def of(seconds: list[float]) -> Timing:
+        """Of two rounds at least."""
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return Timing(median, low, high, len(seconds))
+
+    @property
+    def text(self) -> str:
+        """In milliseconds, such as "20.2 (19.8-21.0)"."""
+        median, low, high = (f"{value * 1e3:.3g}" for value in (self.median, self.low, self.high))
+        return f"{median} ({low}-{high})"
+
+
+def alternating(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = ROUNDS,
+    patience: float = LONGEST,
+    least: int = LEAST_ROUNDS,
+) -> dict[str, Timing]:
+    """The seconds of each call, one after the other in every round, after two that warm up.
+
+    Whatever else a machine does meets all of them alike.
+
+    Each round begins with another of the calls, so that none is always timed after the same one.
+
+    Args:
+        calls: Each returns when its work is done.
+        rounds: At most.
+        patience: Seconds after which no further round begins.
+        least: Rounds that there are whatever they take, 2 or more.
+    """
+    for call in calls.values():
+        call()
+        call()
+    names = list(calls)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for number in range(rounds):
+        if number >= least and time.perf_counter() - begin > patience:
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            before = time.perf_counter()
+            calls[name]()
+            taken[name].append(time.perf_counter() - before)
+    return {name: Timing.of(seconds) for name, seconds in taken.items()}

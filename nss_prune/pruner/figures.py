@@ -27,9 +27,8 @@ class Figures:
         categories: Layer -> category -> share of its contribution that the kept neurons carry.
         seconds: Stage -> seconds that it took.
         memory: Stage -> bytes by which it raised the peak of the process, or of the GPU.
-        latency: Seconds of a call with the example inputs, before and after: the least of some,
-            measured when they are first read (see :mod:`nss_prune.core.late_timing`), or the median
-            of both models in turns where the whole one is at hand (``nss-prune prune``).
+        latency: Seconds of a call with the example inputs, before and after: the median of
+            calls in turns, measured when they are first read (:mod:`nss_prune.core.late_timing`).
         accuracy: Share of the samples that are right, before and after.
         command: What made the model.
         versions: Package -> version.

@@ -47,6 +47,13 @@ class Fold:
         return found["statistics"]
 
     def stages(self, subject: Subject, before: Sequence[Stage]) -> list[Stage]:
+        """A pass that verifies the folds, after those of its own that :meth:`_observing` takes."""
+        if self.data is None or isinstance(self.data, Iterator):
+            return self._observing(subject, before)
+        # The whole model, the sliced one and the folded one.
+        return [*self._observing(subject, before), Stage("verification", 1, 3 * FORWARD)]
+
+    def _observing(self, subject: Subject, before: Sequence[Stage]) -> list[Stage]:
         """Passes of its own, where the strategy's have no room for what it needs."""
         sizes = list(ConsumerSums(subject.model, subject.groups).bytes.values())
         limit = self.upkeep.memory_limit
@@ -76,7 +83,8 @@ class Fold:
             return Repaired(("nothing was folded: there is no data",))
         folds = folding(subject.model, chosen, seen)
         if self.data is not None and not isinstance(self.data, Iterator):
-            folds = verified(subject.model, chosen, folds, self.data, subject.forward)
+            progress = self.upkeep.progress
+            folds = verified(subject.model, chosen, folds, self.data, subject.forward, progress)
         done = apply(subject.model, folds)
         return Repaired(done.notes, tuple(done.errors))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nss_prune.cli.main import DONE, main
-from nss_prune.cli.timing import LEAST_ROUNDS, Timing, alternating
+from nss_prune.core.timing import LEAST_ROUNDS, Timing, alternating
 
 Own = Callable[[str], str]
 

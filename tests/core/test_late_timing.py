@@ -66,3 +66,20 @@ def test_a_call_that_fails_is_not_a_number() -> None:
     before, after = LateSeconds(MetaCopy(nn.Linear(2, 2), torch.ones(1, 2), fails), 0.5)
     assert math.isnan(before)
     assert after == 0.5
+
+
+def test_two_models_are_timed_in_turns() -> None:
+    called: list[int] = []
+
+    def forward(model: Any, inputs: Tensor) -> Tensor:
+        called.append(model.out_features)
+        made: Tensor = model(inputs)
+        return made
+
+    sides = (MetaCopy(nn.Linear(4, width), torch.ones(2, 4), forward) for width in (8, 3))
+    before, after = LateSeconds(*sides)
+    assert 0 < before < 1
+    assert 0 < after < 1
+    rounds = [set(called[at : at + 2]) for at in range(4, len(called), 2)]
+    assert len(rounds) >= 5
+    assert all(one == {8, 3} for one in rounds)
