@@ -56,10 +56,11 @@ HEADLINES = {
     "ResNet-20": ("resnet20-cifar10-models", LIGHT_AND_DEEP),
     "VGG16, a quarter wide": ("vgg16-quarter-cifar10-models", LIGHT_AND_DEEP),
     "AlexNet, a quarter wide": ("alexnet-quarter-cifar10-models", LIGHT_AND_DEEP),
-    "small ViT": ("vit-small-cifar10-models", LIGHT_AND_DEEP),
+    "small ViT": ("vit-small-cifar10-heads", LIGHT_AND_DEEP),
     "MLP-MNIST": ("mlp-mnist-models", (*LIGHT_AND_DEEP, "parameters 0.1", "parameters 0.05")),
 }
 """Model -> its accuracy board, and the levels to show."""
+MEASURED = Column("measured", "measured")
 
 
 def table(name: str) -> str:
@@ -100,9 +101,12 @@ def headlines() -> str:
     for model, (board, levels) in HEADLINES.items():
         content = results.read(results.FOLDER / f"accuracy-{board}.json")
         best = [row for row in summary(cells(content)) if row["kind"] == "untuned"]
-        rows += [{"model": model, **row} for row in best if row["level"] in levels]
+        date = content["made_by"]["date"]
+        rows += [
+            {"model": model, **row, "measured": date} for row in best if row["level"] in levels
+        ]
     shown = [column for column in LEADS if column.key != "kind"]
-    return tables.markdown_table([Column("model", "model"), *shown], rows)
+    return tables.markdown_table([Column("model", "model"), *shown, MEASURED], rows)
 
 
 def cells(content: Mapping[str, Any]) -> list[Measured]:
