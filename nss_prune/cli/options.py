@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -70,6 +71,13 @@ def _by_parameter(given: Any, model: nn.Module) -> Any:
     return [(known[name], axis) for name, axis in given.items()]
 
 
+def _dtype(given: Any, model: nn.Module) -> Any:
+    found = getattr(torch, str(given), None)
+    if not isinstance(found, torch.dtype):
+        raise ArgumentError(f"forward_dtype is {given!r}; give bfloat16, float16 or float32")
+    return found
+
+
 def _profile(given: Any, model: nn.Module) -> Any:
     return Profile.load(given)
 
@@ -123,6 +131,7 @@ PRUNER_OPTIONS = (
     Option("profile", "file that nss-prune profile wrote", str, _profile),
     Option("timeout", "seconds that tracing the model may take", float),
     Option("memory_limit", "bytes for the sums of a pass", float),
+    Option("forward_dtype", "bfloat16 or float16, for passes over the data", str, _dtype),
     Option("checkpoint", "folder from which a run that was broken off goes on", str),
     Option("adapters", "module:Class of structures of your own", plain, _objects),
     Option("global_pruning", "true: one ranking for all layers"),

@@ -21,6 +21,7 @@ from nss_prune import NSSPruner, load_pruned, save_pruned
 from nss_prune.cli.commands import prune
 from nss_prune.cli.main import DONE, INTERRUPTED, REFUSED, USAGE, main
 from nss_prune.cli.options import PRUNER_OPTIONS
+from nss_prune.errors import ArgumentError
 
 Own = Callable[[str], str]
 
@@ -249,3 +250,10 @@ def test_as_a_process(folder: Path) -> None:
         capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True,
     )  # fmt: skip
     assert "sensitivity" in done.stdout
+
+
+def test_a_dtype_is_named() -> None:
+    option = next(option for option in PRUNER_OPTIONS if option.name == "forward_dtype")
+    assert option.resolved(option.kind("bfloat16"), nn.Identity()) is torch.bfloat16
+    with pytest.raises(ArgumentError, match="give bfloat16"):
+        option.resolved(option.kind("nn"), nn.Identity())
