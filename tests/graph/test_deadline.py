@@ -138,7 +138,7 @@ def test_none_escapes_from_what_ends_just_in_time() -> None:
         started.start()
         started.join()
     assert sum(outcomes.values()) == 200
-    assert outcomes[True] and outcomes[False]
+    assert min(outcomes.values()) > 0
     assert threading.active_count() == threads
 
 
