@@ -79,7 +79,9 @@ class Layer:
         try:
             inputs = input_of(arguments, keywords)
         except ArgumentError:
-            self.labels.pin(self.made, f"{self.name} is given no plain tensor")
+            kinds = ", ".join(sorted({type(value).__name__ for value in arguments}))
+            for labels in (self.made, *map(self.labels.of, tensors_in((arguments, keywords)))):
+                self.labels.pin(labels, f"{self.name} is given a {kinds} and no plain tensor")
             return
         seen = self.labels.of(inputs)
         if seen is None or self.read is None:
@@ -98,7 +100,7 @@ class Layer:
         if isinstance(output, Tensor):
             axis = self._output_axis(output)
             self._label(output, self.made, axis)
-        elif isinstance(module, nn.RNNBase):
+        elif isinstance(module, nn.RNNBase) and isinstance(output[0], Tensor):
             outputs, *states = tensors_in(output)
             self._label(outputs, self.made, -1)
             for state in states:
@@ -152,7 +154,7 @@ def _reason_to_stay_whole(name: str, module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return CROSSES_ATTENTION
     if isinstance(module, nn.RNNBase) and not has_plain_units(module):
-        return f"{name} projects its hidden units (proj_size), so that they are not its outputs"
+        return f"{name} projects its hidden units (proj_size), which is not followed"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         return "" if is_depthwise(module) else f"{name} ties channels in {module.groups} groups"
     return ""
