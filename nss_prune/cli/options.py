@@ -129,7 +129,7 @@ PRUNER_OPTIONS = (
     Option("balance", "true: keep each class's mean probability"),
     Option("repairs", "module:Class of repairs of your own", plain, _objects),
     Option("profile", "file that nss-prune profile wrote", str, _profile),
-    Option("timeout", "seconds that tracing the model may take", float),
+    Option("timeout", "seconds of CPU time that tracing the model may take", float),
     Option("memory_limit", "bytes for the sums of a pass", float),
     Option("forward_dtype", "bfloat16 or float16, for passes over the data", str, _dtype),
     Option("checkpoint", "folder from which a run that was broken off goes on", str),

@@ -10,15 +10,18 @@ from torch import nn
 
 from nss_prune.core.models import Forward, call_model
 from nss_prune.errors import RemovalError
+from nss_prune.graph.axes import side_width
 from nss_prune.graph.coupled import Followed, candidates, followed, reasons_to_stay
 from nss_prune.graph.groups import MAKES_THE_OUTPUT, NOT_REACHED
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
+from nss_prune.graph.sides import CROSSES_ATTENTION
 from nss_prune.graph.slices import Slice
 from nss_prune.surgery.execute import Pruners
 from nss_prune.surgery.structure import StructureCheck
 from nss_prune.surgery.trial import blamed, random_halves
 
-TOLD = (MAKES_THE_OUTPUT, NOT_REACHED, "ignored")  # reasons that need no better one
+# Reasons that need no better one.
+TOLD = (MAKES_THE_OUTPUT, NOT_REACHED, CROSSES_ATTENTION, "ignored")
 Failure = Callable[[Sequence[str]], "str | None"]
 
 
@@ -40,7 +43,8 @@ def coupled_on_trial(
 
     A traced group stays where its removal on trial gives what masking gives. Otherwise, and where
     there is none, the neurons of :mod:`nss_prune.graph.coupled` that pass the same trial take its
-    place. The model is left as found.
+    place. Where there are none either, because channels must stay, it is left alone for that
+    reason. The model is left as found.
     """
     found = followed(model, example_inputs, forward, ignored)
     if found is None:
@@ -64,7 +68,21 @@ def coupled_on_trial(
         return blamed(groups, failure) if groups else {}
 
     result, reasons = _replaced(neurons, found, refused)
-    return _told(model, result, {**reasons_to_stay(found), **reasons})
+    stay = reasons_to_stay(found)
+    doubted = [group for group in result.groups if stay.get(group.name, TOLD[0]) not in TOLD]
+    result = result.without({name: stay[name] for name in refused(doubted)})
+    result = _with_roots(model, result, {name: stay[name] for name in found.roots if name in stay})
+    return _told(model, result, {**stay, **reasons})
+
+
+def _with_roots(model: nn.Module, neurons: NeuronMap, reasons: dict[str, str]) -> NeuronMap:
+    """The map with layers that must stay left alone, also where none were traced."""
+    sizes = {name: side_width(model.get_submodule(name), "out", None) or 0 for name in reasons}
+    return replace(
+        neurons,
+        left_alone={**reasons, **neurons.left_alone},
+        left_alone_sizes={**sizes, **neurons.left_alone_sizes},
+    )
 
 
 def _replaced(

@@ -38,7 +38,7 @@ def discover_parts(
 
     There may be none.
     """
-    search = _Search(ignored, root_module_types, time.monotonic() + timeout, PART_SHARE * timeout)
+    search = _Search(ignored, root_module_types, timeout, PART_SHARE * timeout)
     parents = [module for module in model.modules() if next(module.children(), None) is not None]
     calls = recorded_calls(model, parents, example_inputs, forward)
     for name, child in model.named_children():
@@ -56,11 +56,16 @@ def discover_parts(
 
 @dataclass
 class _Search:
-    """Goes down the modules until each part can be traced, or is a single layer."""
+    """Goes down the modules until each part can be traced, or is a single layer.
+
+    Attributes:
+        left: Seconds of CPU time for all parts that are still to come.
+        limit: And for any one of them.
+    """
 
     ignored: Sequence[nn.Module | nn.Parameter]
     root_module_types: Sequence[type]
-    end: float
+    left: float
     limit: float
     groups: list[NeuronGroup] = field(default_factory=list)
     left_alone: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -99,8 +104,15 @@ class _Search:
         return self.known[seen]
 
     def _trace(self, module: nn.Module, call: Call) -> NeuronMap:
-        remaining = max(0.1, self.end - time.monotonic())
-        return within(min(self.limit, remaining), module, lambda: self._followed(module, call))
+        seconds = min(self.limit, max(0.1, self.left))
+        return within(seconds, module, lambda: self._timed(module, call))
+
+    def _timed(self, module: nn.Module, call: Call) -> NeuronMap:
+        start = time.thread_time()
+        try:
+            return self._followed(module, call)
+        finally:
+            self.left -= time.thread_time() - start
 
     def _followed(self, module: nn.Module, call: Call) -> NeuronMap:
         graph, output_nodes = trace(

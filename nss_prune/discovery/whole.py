@@ -20,7 +20,7 @@ from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 
 TIMEOUT = 60.0
-"""Seconds that torch-pruning may take to follow a model, unless ``timeout`` says otherwise."""
+"""Seconds of CPU time for torch-pruning to follow a model, unless ``timeout`` says otherwise."""
 
 WHOLE_SHARE = 1 / 3  # of the time: for the model as a whole, the rest for its parts
 
@@ -39,7 +39,7 @@ def discover(
     Args:
         example_inputs: Inputs of one call.
         ignored: Modules whose output channels must stay.
-        timeout: Seconds for the whole model and its parts together.
+        timeout: Seconds of CPU time for the whole model and its parts together.
         forward: Function of (model, example_inputs) that gives the outputs.
         adapters: The structures in which neurons are more than channels.
 

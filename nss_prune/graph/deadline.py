@@ -1,5 +1,8 @@
 """A time limit for code that may never return, such as a search that goes round in circles.
 
+The limit is on the CPU time of the thread that runs the code, so that the load of the machine does
+not decide. A generous limit on the clock on the wall is for code that waits for ever.
+
 The code runs in a thread of its own, and only that thread is ever interrupted: an interruption
 that comes late finds a thread that has nothing left to do, never the caller. The thread does not
 end before it is allowed to, because a new one could have its number then.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -19,6 +23,8 @@ from nss_prune.core.thread_state import with_state_of_this_thread
 from nss_prune.errors import GraphError
 
 AGAIN = 1.0  # seconds between two interruptions
+POLL = 0.1  # seconds between two looks at the CPU time
+WALL = 10.0  # seconds in all, for each second of CPU time
 
 Made = TypeVar("Made")
 
@@ -31,7 +37,7 @@ def within(seconds: float, model: nn.Module, function: Callable[[], Made]) -> Ma
     """What a function returns, unless it takes longer. Only Python code can be interrupted.
 
     Args:
-        seconds: Until it is interrupted.
+        seconds: Of CPU time until it is interrupted; or ten times as many on the wall.
         model: To name the layer that it was busy with.
         function: Called in another thread with the state of this one, see
             :func:`with_state_of_this_thread`.
@@ -44,7 +50,7 @@ def within(seconds: float, model: nn.Module, function: Callable[[], Made]) -> Ma
     worker = _Worker(with_state_of_this_thread(function))
     try:
         worker.start()
-        worker.wait(seconds)
+        worker.wait_for_work(seconds)
     finally:
         worker.end()
     if worker.returned:
@@ -53,9 +59,9 @@ def within(seconds: float, model: nn.Module, function: Callable[[], Made]) -> Ma
         raise worker.error
     layer = _layer_at_work(None if worker.error is None else worker.error.__traceback__, model)
     raise GraphError(
-        f"torch-pruning was not done with {type(model).__name__} in {seconds:.3g} s"
-        f"{f', it was busy with {layer!r}' if layer else ''}; name the layer in "
-        "ignored_layers, or raise timeout"
+        f"torch-pruning was not done with {type(model).__name__} within {seconds:.3g} s of CPU "
+        f"time and {WALL * seconds:.3g} s in all{f', it was busy with {layer!r}' if layer else ''};"
+        " name the layer in ignored_layers, or raise timeout"
     )
 
 
@@ -110,6 +116,16 @@ class _Worker(threading.Thread, Generic[Made]):
             self._running.acquire(timeout=seconds)
         return self._done
 
+    def wait_for_work(self, seconds: float) -> None:
+        """Wait until the function is done, has computed for some seconds, or stands still."""
+        assert self.ident is not None
+        computed = _cpu_clock(self.ident)
+        end = time.monotonic() + WALL * seconds
+        while True:
+            left = min(seconds - computed(), end - time.monotonic())
+            if left <= 0 or self.wait(min(left, POLL)):
+                return
+
     def end(self) -> None:
         """Interrupt the function until it is done, then let the thread end.
 
@@ -136,6 +152,16 @@ class _Worker(threading.Thread, Generic[Made]):
             self._leave.release()
         if self.is_alive():
             self.join()
+
+
+def _cpu_clock(thread: int) -> Callable[[], float]:
+    """Seconds that a running thread has computed; the whole process where no other clock is."""
+    clock_of = getattr(time, "pthread_getcpuclockid", None)
+    if clock_of is None:
+        start = time.process_time()
+        return lambda: time.process_time() - start
+    clock = clock_of(thread)
+    return lambda: time.clock_gettime(clock)
 
 
 def _raise_in(thread: int | None, error: type[BaseException]) -> None:

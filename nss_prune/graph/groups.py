@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nss_prune.errors import GraphError, NothingToPruneError
 from nss_prune.graph.axes import side_width
 from nss_prune.graph.neurons import Member, NeuronGroup, NeuronMap, Side
+from nss_prune.graph.sides import CROSSES_ATTENTION
 
 GRAPH_OPERATIONS = frozenset(
     {
@@ -32,7 +33,7 @@ NOT_REACHED = (
     "autograd does not reach it in the example call: it is not called, or under no_grad or detach"
 )
 UNSUPPORTED = {
-    tp.ops.OPTYPE.MHA: "its channels cross nn.MultiheadAttention, which loses whole heads",
+    tp.ops.OPTYPE.MHA: CROSSES_ATTENTION,
     tp.ops.OPTYPE.LSTM: "its channels cross nn.LSTM, of which torch-pruning ties the gates wrongly",
     tp.ops.OPTYPE.CUSTOMIZED: "a customized layer that makes or reads channels has unknown axes",
 }
@@ -167,7 +168,8 @@ def reason_to_leave(
             return "ignored"
         if makes and (node.grad_fn in output_nodes or node.type == tp.ops.OPTYPE.OUTPUT):
             return MAKES_THE_OUTPUT
-        if node.type in UNSUPPORTED and not (makes and reads):
+        passes_on = makes and reads and node.type != tp.ops.OPTYPE.MHA
+        if node.type in UNSUPPORTED and not passes_on:
             return UNSUPPORTED[node.type]
         groups = _channel_groups(node.module, node.type)
         if groups > 1 and (size % ties or not _can_be_tied(node.module, channels, size)):

@@ -131,9 +131,8 @@ class Labels(TorchDispatchMode):
         try:
             self._follow(function, arguments, keywords, outputs, dict_of(labelled))
         except _NotFollowed:
-            name = function.overloadpacket.__name__
             for _, labels in labelled:
-                self.pin(labels, f"its channels meet in {name}, which is not followed")
+                self.pin(labels, _not_followed(function.overloadpacket))
             for tensor in outputs:
                 self.put(tensor, None)
         return result
@@ -301,6 +300,13 @@ class Labels(TorchDispatchMode):
 
 class _NotFollowed(Exception):
     """An operation that mixes channels, or that is not known."""
+
+
+def _not_followed(packet: Any) -> str:
+    reason = f"its channels meet in {packet.__name__}, which is not followed"
+    if packet in (aten.bmm, aten.baddbmm) or "attention" in packet.__name__:
+        reason += ": it multiplies activations, as attention does whose heads are not recognised"
+    return reason
 
 
 def dict_of(labelled: Iterable[tuple[Tensor, Tensor | None]]) -> dict[int, Tensor | None]:

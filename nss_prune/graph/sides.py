@@ -17,6 +17,9 @@ from nss_prune.graph.labels import Labels
 from nss_prune.graph.neurons import Side
 from nss_prune.graph.recurrent import directions, has_plain_units, internal_sides
 
+CROSSES_ATTENTION = (
+    "its channels are the width of an nn.MultiheadAttention, which loses whole heads alone"
+)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -76,7 +79,9 @@ class Layer:
         try:
             inputs = input_of(arguments, keywords)
         except ArgumentError:
-            self.labels.pin(self.made, f"{self.name} is given no plain tensor")
+            kinds = ", ".join(sorted({type(value).__name__ for value in arguments}))
+            for labels in (self.made, *map(self.labels.of, tensors_in((arguments, keywords)))):
+                self.labels.pin(labels, f"{self.name} is given a {kinds} and no plain tensor")
             return
         seen = self.labels.of(inputs)
         if seen is None or self.read is None:
@@ -95,7 +100,7 @@ class Layer:
         if isinstance(output, Tensor):
             axis = self._output_axis(output)
             self._label(output, self.made, axis)
-        elif isinstance(module, nn.RNNBase):
+        elif isinstance(module, nn.RNNBase) and isinstance(output[0], Tensor):
             outputs, *states = tensors_in(output)
             self._label(outputs, self.made, -1)
             for state in states:
@@ -110,6 +115,49 @@ class Layer:
         shape = [1] * tensor.dim()
         shape[axis] = len(labels)
         self.labels.put(tensor, labels.view(shape).expand(tensor.shape))
+
+
+class WholeLayer:
+    """A layer of which no channel can go: what it is given and what it makes stays.
+
+    Args:
+        reason: Why.
+    """
+
+    def __init__(self, name: str, module: nn.Module, labels: Labels, reason: str) -> None:
+        self.name = name
+        self.module = module
+        self.labels = labels
+        self.reason = reason
+        self.sides: list[LabelledSide] = []
+        width = side_width(module, "out", None)
+        if width is not None and not isinstance(module, nn.MultiheadAttention):
+            self.sides.append(LabelledSide(name, "out", None, labels.new(width)))
+            labels.pin(self.sides[0].labels, reason)
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        """Hooks that pin what the layer is given, and do not look inside."""
+        yield self.module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=False)
+        yield self.module.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
+        self.labels.resting += 1
+        for tensor in tensors_in((arguments, keywords)):
+            self.labels.pin(self.labels.of(tensor), self.reason)
+
+    def _after(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.labels.resting -= 1
+
+
+def _reason_to_stay_whole(name: str, module: nn.Module) -> str:
+    """Why no channel of a layer can go, or ""."""
+    if isinstance(module, nn.MultiheadAttention):
+        return CROSSES_ATTENTION
+    if isinstance(module, nn.RNNBase) and not has_plain_units(module):
+        return f"{name} projects its hidden units (proj_size), which is not followed"
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        return "" if is_depthwise(module) else f"{name} ties channels in {module.groups} groups"
+    return ""
 
 
 def _kind(module: nn.Module) -> str:
@@ -141,12 +189,14 @@ def _width(module: nn.Module, side: Side) -> int:
     return width
 
 
-def layers_of(model: nn.Module, labels: Labels) -> Iterator[Layer]:
-    """The layers of a model whose sides are known, each once."""
+def layers_of(model: nn.Module, labels: Labels) -> Iterator[Layer | WholeLayer]:
+    """The layers of a model whose sides are known, or which stay whole, each once."""
     known: Callable[[nn.Module], str] = _kind
     for name, module in model.named_modules():
         if known(module) and (type(module).__module__.startswith("torch.nn") or not _own(module)):
             yield Layer(name, module, labels)
+        elif reason := _reason_to_stay_whole(name, module):
+            yield WholeLayer(name, module, labels, reason)
 
 
 def _own(module: nn.Module) -> bool:

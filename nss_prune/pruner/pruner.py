@@ -121,7 +121,7 @@ class NSSPruner(Steps, WithoutRegularizer):
             for ``fold=True``, need a list or a DataLoader.
         repairs: Further ones of your own, see :class:`nss_prune.pruner.repair.Repair`.
         profile: A profile of this model, instead of ``data``.
-        timeout: Seconds that torch-pruning may take to follow the model, and its parts.
+        timeout: Seconds of CPU time that torch-pruning may take to follow the model and its parts.
         adapters: The structures in which neurons are more than channels, such as heads; see
             :mod:`nss_prune.structures` for one of your own.
         progress: Show a progress bar; by default when stderr is a terminal.

@@ -53,7 +53,7 @@ class Tracer:
         graph_arguments: ``forward_fn``, ``output_transform``, ``customized_pruners`` and
             ``unwrapped_parameters``, where they are given, as torch-pruning takes them.
         adapters: The structures in which neurons are more than channels.
-        timeout: Seconds.
+        timeout: Seconds of CPU time.
         needs_graph: Whether parts will not do.
         untraceable: Why the model cannot be traced as a whole; None where it can.
     """

@@ -279,12 +279,13 @@ def _parts(module: nn.Module) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     for name, child in module.named_children():
         inside = {f"{name}.{path}": part for path, part in child.named_children()}
-        makes_heads = _says_heads(child) and not _says_heads(module)
+        makes_heads = says_heads(child) and not says_heads(module)
         parts.update(inside if makes_heads and inside else {name: child})
     return parts
 
 
-def _says_heads(module: nn.Module) -> bool:
+def says_heads(module: nn.Module) -> bool:
+    """Whether a module has an attribute that is known to be its number of heads."""
     return any(type(getattr(module, name, None)) is int for name in HEADS)
 
 

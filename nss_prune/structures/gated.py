@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.graph.neurons import NeuronGroup, Side, covering
+from nss_prune.structures.attention import says_heads
 from nss_prune.structures.protocol import Change
 
 MOST_LAYERS = 4  # two and some norms: larger modules are not walked through to their end
@@ -23,7 +24,7 @@ class GatedUnit:
     """A module of just two such layers: the second reads half as much as the first makes.
 
     Between them there may be norms over the product. Layers are linear, or convolutions of a
-    single position.
+    single position. A module that says how many heads it has is attention, and no gated unit.
     """
 
     def groups(self, name: str, module: nn.Module) -> tuple[NeuronGroup, ...]:
@@ -48,7 +49,7 @@ class GatedUnit:
 
 def _pair(module: nn.Module) -> tuple[str, tuple[str, ...], str, int] | None:
     """First layer, norms, second layer, and the number of neurons."""
-    if any(parameter is not None for parameter in module._parameters.values()):
+    if says_heads(module) or any(value is not None for value in module._parameters.values()):
         return None
     leaves = list(itertools.islice(_leaves_with_parameters(module), MOST_LAYERS + 1))
     if not 2 <= len(leaves) <= MOST_LAYERS:

@@ -339,6 +339,72 @@ def test_projected_units_are_left_alone() -> None:
         discover(Projected(), torch.randn(2, *TOKENS))
 
 
+class BehindRecurrent(nn.Module):
+    """Layers before and behind a recurrent one, which may be given its tokens packed."""
+
+    def __init__(self, rec: nn.RNNBase, packed: bool) -> None:
+        super().__init__()
+        self.stem, self.rec, self.packed = nn.Linear(6, 9), rec, packed
+        self.mid, self.head = nn.Linear(rec.proj_size or rec.hidden_size, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Any = self.stem(tokens).relu()
+        if self.packed:
+            lengths = torch.arange(len(tokens), 0, -1) + 2
+            hidden = nn.utils.rnn.pack_padded_sequence(hidden, lengths, batch_first=True)
+        outputs = self.rec(hidden)[0]
+        if self.packed:
+            outputs = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True)[0]
+        return self.head(self.mid(outputs.mean(1)).relu())
+
+
+@pytest.mark.parametrize(
+    ("rec", "packed", "cause"),
+    [
+        (nn.LSTM(9, 10, proj_size=7, batch_first=True), False, "proj_size"),
+        (nn.LSTM(9, 10, batch_first=True), True, "PackedSequence"),
+        (nn.GRU(9, 10, batch_first=True), True, "PackedSequence"),
+    ],
+)
+def test_recurrent_layers_that_stay_say_why(rec: nn.RNNBase, packed: bool, cause: str) -> None:
+    """The layers behind them are pruned all the same, and none is passed over in silence."""
+    neurons, _ = assert_removed_equals_masked(BehindRecurrent(rec, packed), TOKENS)
+    assert [group.name for group in neurons.groups] == ["mid"]
+    assert neurons.left_alone.keys() == {"stem", "rec", "head"}
+    assert cause in neurons.left_alone["rec"]
+    assert cause in neurons.left_alone["stem"] or "_pack_padded" in neurons.left_alone["stem"]
+
+
+class Grouped(nn.Module):
+    """A convolution in groups, whose channels may come shuffled."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.mid = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3, groups=3)
+        self.last, self.head = nn.Conv2d(12, 8, 1), nn.Linear(8, 4)
+        self.between = between
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        maps = self.mid(self.between(self.stem(pictures).relu())).relu()
+        return self.head(self.last(maps).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "between", [shuffled, nn.ChannelShuffle(3), nn.Identity()], ids=["views", "layer", "none"]
+)
+def test_channels_shuffled_into_a_grouped_convolution(between: Any) -> None:
+    """They are left alone at discovery, before a plan counts on them; in order they go."""
+    neurons, _ = assert_removed_equals_masked(Grouped(between), PICTURES)
+    names = {group.name for group in neurons.groups}
+    if isinstance(between, nn.Identity):
+        assert names == {"stem", "mid", "last"}
+        return
+    assert names == {"mid", "last"}
+    example = torch.zeros(2, *PICTURES)
+    assert discover(Grouped(between).eval(), example).left_alone == neurons.left_alone
+    assert neurons.left_alone["stem"] == "mid ties channels in 3 groups"
+
+
 @pytest.mark.parametrize(
     ("make", "shape"),
     [

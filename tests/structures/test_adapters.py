@@ -851,3 +851,57 @@ def test_gated_units_of_a_model_that_is_traced_in_parts() -> None:
     assert len(gated) == 2
     assert all(group.ties == 2 for group in gated)
     check_removed_equals_masked(model.double(), neurons, inputs.double())
+
+
+class FusedAndGrouped(nn.Module):
+    """One layer makes four query heads and two key heads; as wide as a gated unit by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, 2, 3
+        self.qkv_proj, self.o_proj = nn.Linear(12, 24), nn.Linear(12, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = self.qkv_proj(tokens).split((12, 6, 6), -1)
+        query, key, value = (part.unflatten(-1, (-1, 3)).transpose(1, 2) for part in parts)
+        key, value = (part.repeat_interleave(2, 1) for part in (key, value))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class ApartWithBias(nn.Module):
+    """Attention with names that no adapter knows, and a bias by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_heads = 4
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+        self.bias = nn.Embedding(5, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (
+            layer(tokens).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        places = torch.arange(tokens.shape[1])
+        bias = self.bias((places[:, None] - places).abs()).permute(2, 0, 1)
+        mixed = (query @ key.mT + bias).softmax(-1) @ value
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("attention", [FusedAndGrouped, ApartWithBias])
+def test_heads_that_no_adapter_knows_are_left_alone_as_such(
+    attention: Callable[[], nn.Module],
+) -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention()
+            self.hidden, self.head = nn.Linear(12, 9), nn.Linear(9, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.hidden(self.attention(tokens).mean(1)).relu())
+
+    neurons = discover(Unknown().eval(), torch.randn(2, 5, 12))
+    for name in ("qkv_proj",) if attention is FusedAndGrouped else ("q", "k", "v"):
+        assert "heads are not recognised" in neurons.left_alone[f"attention.{name}"]

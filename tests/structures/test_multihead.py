@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,54 @@ def test_heads_are_measured_and_folded_within_the_budget() -> None:
     share = pruner.report.after.parameters / pruner.report.before.parameters
     assert abs(share - 0.7) < 0.01 or any("the budget is" in note for note in pruner.report.notes)
     assert model(batches[0][0]).isfinite().all()
+
+
+class Residual(nn.Module):
+    """Attention around which the residual stream goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 4)
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.stem(tokens)
+        mixed = self.attention(stream, stream, stream, need_weights=False)[0]
+        return self.head((stream + mixed).mean(1))
+
+
+@pytest.mark.parametrize("arguments", [{"params_budget": 0.7}, {"theta": 0.6}], ids=str)
+@pytest.mark.parametrize("make", [Residual, *MODELS.values()], ids=["residual", *MODELS])
+def test_what_is_planned_is_what_is_removed(
+    make: Callable[[], nn.Module], arguments: dict[str, float]
+) -> None:
+    """Nothing is ignored: the width that attention shares is left alone by name, not tried."""
+    torch.manual_seed(0)
+    model = make().double().eval()
+    batches = [(torch.randn(30, 5, 6).double(), torch.arange(30) % 4) for _ in range(2)]
+    inputs = torch.randn(3, 5, 6).double()
+    pruner = NSSPruner(
+        model, batches[0][0][:2], data=batches, round_to=1, fold=False, progress=False, **arguments
+    )
+    planned, neurons = pruner.slice, pruner.neurons
+    makers = {member.name for group in neurons.groups for member in group.makers}
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert linear <= makers | set(neurons.left_alone)
+    for name in linear - makers - {"head"}:
+        assert "nn.MultiheadAttention" in neurons.left_alone[name]
+    with planned.masked(model), torch.no_grad():
+        masked = model(inputs)
+    pruner.step()
+    assert pruner.slice.kept.keys() == planned.kept.keys()
+    for name, kept in planned.kept.items():
+        assert torch.equal(pruner.slice.kept[name], kept)
+        layer = model.get_submodule(name)
+        if type(layer) is nn.Linear:
+            assert layer.out_features == int(kept.sum())
+        else:
+            assert layer.in_features == WIDTH // 4 * int(kept.sum())
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), masked, rtol=1e-12, atol=1e-12)
 
 
 def test_a_failed_removal_leaves_the_class() -> None:
