@@ -127,6 +127,19 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
+def completed(put_back: Callable[[], None]) -> None:
+    """Put something back as a whole, also where Ctrl-C comes meanwhile, which then goes on.
+
+    Args:
+        put_back: May be called again where it broke off.
+    """
+    try:
+        put_back()
+    except KeyboardInterrupt:
+        put_back()
+        raise
+
+
 @contextlib.contextmanager
 def flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Put training modes and requires_grad flags back as they were, whatever the body does.
@@ -141,13 +154,17 @@ def flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
         for parameter in module._parameters.values()
         if parameter is not None
     ]
-    try:
-        yield [parameter for parameter, _ in gradients]
-    finally:
+
+    def put_back() -> None:
         for module, training in modes:
             module.training = training
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
+
+    try:
+        yield [parameter for parameter, _ in gradients]
+    finally:
+        completed(put_back)
 
 
 @contextlib.contextmanager

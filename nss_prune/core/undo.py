@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nss_prune.core.models import completed
 from nss_prune.errors import NSSPruneError, RemovalError
 
 
@@ -38,6 +39,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put the model back, and the optimiser, whose gradients are cleared."""
+        completed(self._put_back)
+
+    def _put_back(self) -> None:
         for module, kind, attributes, contents in self._modules:
             module.__class__ = kind
             vars(module).clear()
@@ -102,9 +106,8 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         for value in vars(module).values()
         if isinstance(value, list)
     ]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         before.restore()
         for value, items in lists:
             value[:] = items
@@ -112,6 +115,11 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             for buffer, content in buffers:
                 if not buffer.is_meta and not torch.equal(buffer, content):
                     buffer.data.copy_(content)
+
+    try:
+        yield
+    finally:
+        completed(restore)
 
 
 @contextlib.contextmanager

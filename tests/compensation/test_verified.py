@@ -186,8 +186,9 @@ class UsedTwice(nn.Module):
 def test_refit_touches_no_weight_that_is_used_elsewhere() -> None:
     torch.manual_seed(0)
     model, data = UsedTwice().double(), batches(96, (6,), 3)
-    known = profile(model, data)
-    critical = without(known.groups, {known.groups[0].name: [0]})
+    # Discovery leaves such a layer alone; here its neurons are given.
+    members = (regular_member("first", "out", 8), regular_member("second", "in", 8))
+    critical = without((NeuronGroup("first", 8, members),), {"first": [0]})
     second = model.second.weight
     folded = refit(model, critical, data)
     assert model.second.weight is second
