@@ -21,8 +21,7 @@ from nss_prune.adaptation.restore import FrozenEntries, Restorable, fused
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import flags_kept, submodule
 from nss_prune.errors import ArgumentError, ModelMismatchError
-from nss_prune.graph.axes import check_fits, held_channels, parameter_axes
-from nss_prune.graph.neurons import Member
+from nss_prune.graph.axes import axes_of, check_fits, held_channels, parameter_axes
 from nss_prune.graph.slices import Slice
 
 
@@ -39,22 +38,11 @@ def critical_entries(critical: Slice, model: nn.Module) -> dict[str, Tensor]:
         for name, value in parameters.items()
     }
     for member, channels in critical.removed_channels().values():
-        for parameter, axis in entries_of_side(member, model):
+        for parameter, axis in axes_of(member, model):
             # A second name of a tied parameter stands for no entries of its own.
             if parameter in entries:
                 _clear(entries[parameter], axis, channels)
     return entries
-
-
-def entries_of_side(member: Member, model: nn.Module) -> Iterator[tuple[str, int]]:
-    """The parameters that hold a member's channels, and the axis of these."""
-    if member.axis is not None:
-        yield member.name, member.axis
-        return
-    for key, (rows, columns) in parameter_axes(submodule(model, member.name)).items():
-        axis = columns if member.side == "in" else rows
-        if axis is not None:
-            yield f"{member.name}.{key}" if member.name else key, axis
 
 
 def _clear(entries: Tensor, axis: int, channels: Tensor) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nss_prune.adaptation.freezing import entries_of_side
 from nss_prune.core.models import device_of, flags_kept
 from nss_prune.core.processes import summed, total
 from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError
+from nss_prune.graph.axes import axes_of
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 
@@ -125,7 +125,7 @@ def _of_neurons(group: NeuronGroup, model: nn.Module, found: Mapping[str, Tensor
     """Mean sensitivity of the entries of each neuron, ``[neurons]``, in float64 on the CPU."""
     gain, entries = torch.zeros(2, group.size, dtype=torch.float64)
     for member in group.members:
-        for name, axis in entries_of_side(member, model):
+        for name, axis in axes_of(member, model):
             if name not in found or found[name].shape[axis] < 2:
                 continue
             squares = found[name].movedim(axis, 0).reshape(found[name].shape[axis], -1)

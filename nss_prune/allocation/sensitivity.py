@@ -14,7 +14,7 @@ from nss_prune.core.batches import as_computed, counted_batches, first_batch, sh
 from nss_prune.core.draws import Draws
 from nss_prune.core.models import Forward, call_model, device_of, evaluation, run
 from nss_prune.core.outputs import Outputs, outputs_of
-from nss_prune.core.processes import agreed, summed, total_counts
+from nss_prune.core.processes import agreed, summed, total_by_key
 from nss_prune.core.views import views_of
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.profiling.accumulation import alone
@@ -103,7 +103,7 @@ def _add_over_processes(found: Mapping[str, Sensitivity], added: Collection[str]
     Args:
         added: Groups whose consumers' inputs are summed elsewhere.
     """
-    samples = total_counts({number: sums.samples for number, sums in enumerate(found.values())})
+    samples = total_by_key({number: sums.samples for number, sums in enumerate(found.values())})
     for count, sums in zip(samples.values(), found.values(), strict=True):
         sums.samples = count
     summed([sums for each in found.values() for sums in (each.information, each.effects)])

@@ -71,11 +71,17 @@ def _by_parameter(given: Any, model: nn.Module) -> Any:
     return [(known[name], axis) for name, axis in given.items()]
 
 
-def _dtype(given: Any, model: nn.Module) -> Any:
-    found = getattr(torch, str(given), None)
-    if not isinstance(found, torch.dtype):
-        raise ArgumentError(f"forward_dtype is {given!r}; give bfloat16, float16 or float32")
-    return found
+def dtype_of(option: str, *names: str) -> Callable[[Any, nn.Module], torch.dtype]:
+    """What resolves the value of an option to one of these dtypes."""
+
+    def resolved(given: Any, model: nn.Module) -> torch.dtype:
+        if given not in names:
+            known = f"{', '.join(names[:-1])} or {names[-1]}"
+            raise ArgumentError(f"{option} is {given!r}; give {known}")
+        found: torch.dtype = getattr(torch, given)
+        return found
+
+    return resolved
 
 
 def _profile(given: Any, model: nn.Module) -> Any:
@@ -131,7 +137,8 @@ PRUNER_OPTIONS = (
     Option("profile", "file that nss-prune profile wrote", str, _profile),
     Option("timeout", "seconds of CPU time that tracing the model may take", float),
     Option("memory_limit", "bytes for the sums of a pass", float),
-    Option("forward_dtype", "bfloat16 or float16, for passes over the data", str, _dtype),
+    Option("forward_dtype", "bfloat16 or float16, for passes over the data", str,
+           dtype_of("forward_dtype", "bfloat16", "float16", "float32")),
     Option("checkpoint", "folder from which a run that was broken off goes on", str),
     Option("adapters", "module:Class of structures of your own", plain, _objects),
     Option("global_pruning", "true: one ranking for all layers"),

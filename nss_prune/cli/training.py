@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from nss_prune.cli.objects import imported, is_object, made
-from nss_prune.cli.options import Option, plain
+from nss_prune.cli.objects import made
+from nss_prune.cli.options import Option, dtype_of, plain
 from nss_prune.errors import ArgumentError
-
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _type(given: Any, model: nn.Module) -> torch.dtype:
-    if given not in TYPES:
-        raise ArgumentError(f"amp is {given!r}; give {' or '.join(TYPES)}")
-    return TYPES[given]
 
 
 def _scheduler(given: Any, model: nn.Module) -> str | None:
@@ -33,22 +24,19 @@ def _metrics(given: Any, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _function(given: Any, model: nn.Module) -> Any:
-    return imported(given) if is_object(given) else given
-
-
 TRAINING_OPTIONS = (
     Option("epochs", "passes over the data, those of a checkpoint included (10)", int),
     Option("optimizer", "a name that timm knows (adamw), or module:function of the parameters",
-           str, _function),
+           str),
     Option("learning_rate", "of the optimiser (0.001)", float),
     Option("momentum", "of the optimiser (0.9)", float),
     Option("weight_decay", "of the optimiser, but for biases and norms (0)", float),
     Option("scheduler", "a name that timm knows (cosine), or none", str, _scheduler),
     Option("warmup_epochs", "in which the rate rises to its full value (0)", int),
     Option("loss", "a name of timm's, such as BinaryCrossEntropy, or module:function of "
-           "(outputs, labels)", str, _function),
-    Option("amp", "bfloat16 or float16: mixed precision", str, _type),
+           "(outputs, labels)", str),
+    Option("amp", "bfloat16 or float16: mixed precision", str,
+           dtype_of("amp", "bfloat16", "float16")),
     Option("clip_norm", "largest norm of the gradient", float),
     Option("patience", "epochs without a better score after which it stops", int),
     Option("restore_best", "false: keep the last epoch, not the best"),

@@ -23,7 +23,7 @@ from nss_prune.core.batches import counted_batches
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
-from nss_prune.core.processes import gathered
+from nss_prune.core.processes import total_by_key
 from nss_prune.core.undo import Snapshot
 from nss_prune.graph.slices import Slice
 
@@ -119,12 +119,7 @@ def _errors(
                 for name, values in whole.items():
                     for first, second in zip(values, sliced.get(name, ()), strict=False):
                         total[name] += _distance(first, second, used.get(name))
-    return _added(plain), _added(folded)
-
-
-def _added(errors: dict[str, float]) -> dict[str, float]:
-    everywhere = gathered(errors)
-    return {name: sum(part[name] for part in everywhere) for name in errors}
+    return total_by_key(plain), total_by_key(folded)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from nss_prune.core.models import (
     evaluation,
     without_values,
 )
-from nss_prune.core.timing import alternating, call_seconds, wait_for
+from nss_prune.core.timing import alternating, least_seconds, wait_for
 
 ROUNDS = 15  # in which both models are timed once
 PATIENCE = 2.0  # seconds after which no further round begins
@@ -49,10 +49,6 @@ class MetaCopy:
         self._device = device_of(model)
         self._called = example_inputs, forward
         self.model = clone(model, without_values)
-
-    def seconds(self) -> float:
-        """Of a call with random weights, see :func:`nss_prune.core.timing.call_seconds`."""
-        return call_seconds(self._filled(), *self._called)
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[Callable[[], None]]:
@@ -133,6 +129,7 @@ def _alone(side: float | MetaCopy) -> float:
     if isinstance(side, float):
         return side
     try:
-        return side.seconds()
+        with side.calling() as call:
+            return least_seconds(call)
     except Exception:  # of memory, or of a device that is no longer there
         return math.nan

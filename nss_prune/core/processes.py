@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +23,8 @@ from nss_prune.errors import ArgumentError, NSSPruneError
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
+Key = TypeVar("Key", bound=Hashable)
+Number = TypeVar("Number", int, float)
 
 _MET = "_nss_prune_known_to_all"
 
@@ -186,12 +187,13 @@ def unsharded(model: nn.Module) -> nn.Module:
     return uncompiled(model)
 
 
-def total_counts(counts: Mapping[int, int]) -> dict[int, int]:
-    """Category -> samples over all processes."""
-    total: Counter[int] = Counter()
-    for local in gathered(dict(counts)):
-        total.update(local)
-    return dict(total)
+def total_by_key(numbers: Mapping[Key, Number]) -> dict[Key, Number]:
+    """Key -> its sum over all processes, which need not have the same keys."""
+    found: dict[Key, Number] = {}
+    for local in gathered(dict(numbers)):
+        for key, number in local.items():
+            found[key] = found[key] + number if key in found else number
+    return found
 
 
 def total(numbers: Sequence[float], device: torch.device) -> list[float]:

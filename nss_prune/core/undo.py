@@ -129,7 +129,7 @@ def values_restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        put_back(model, before)
+        completed(lambda: put_back(model, before))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -115,3 +115,14 @@ def _is_flattened(member: Member, repeats: int) -> bool:
         and (blocks - blocks[:, :1] == torch.arange(repeats)).all()
         and (neurons == neurons[:, :1]).all()
     )
+
+
+def axes_of(member: Member, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """The parameters, and the axis of each, that shrink with a member."""
+    if member.axis is not None:
+        yield member.name, member.axis
+        return
+    for parameter, (made, read) in parameter_axes(submodule(model, member.name)).items():
+        axis = read if member.side == "in" else made
+        if axis is not None:
+            yield f"{member.name}.{parameter}" if member.name else parameter, axis

@@ -24,11 +24,10 @@ from nss_prune.core.models import (
     call_model,
     evaluation,
     meta_copy,
-    submodule,
     without_values,
 )
 from nss_prune.core.nested import map_tensors
-from nss_prune.graph.axes import check_fits, parameter_axes
+from nss_prune.graph.axes import axes_of, check_fits
 from nss_prune.graph.neurons import Member, NeuronGroup
 
 DEVICE = torch.ops.prim.device.default
@@ -236,14 +235,3 @@ def _repeats(member: Member, size: int) -> int | None:
     """How often each neuron of a group comes on a side, where that is the same for all."""
     counts = torch.bincount(member.neurons, minlength=size)
     return int(counts[0]) if bool((counts == counts[0]).all()) else None
-
-
-def axes_of(member: Member, model: nn.Module) -> Iterator[tuple[str, int]]:
-    """The parameters, and the axis of each, that shrink with a member."""
-    if member.axis is not None:
-        yield member.name, member.axis
-        return
-    for parameter, (made, read) in parameter_axes(submodule(model, member.name)).items():
-        axis = read if member.side == "in" else made
-        if axis is not None:
-            yield f"{member.name}.{parameter}" if member.name else parameter, axis

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nss_prune.core.models import device_of, evaluation
-from nss_prune.core.processes import agreed, processes, refuse_sharded, total_counts
+from nss_prune.core.processes import agreed, processes, refuse_sharded, total_by_key
 from nss_prune.core.shards import without_padding
 from nss_prune.core.undo import left_as_found
 from nss_prune.graph.neurons import NeuronMap
@@ -70,7 +70,7 @@ def one_pass(
             if not keep_statistics:
                 for used in sums.values():
                     collector.reuse(used)
-    counted = total_counts({True: collector.used, False: collector.unused})
+    counted = total_by_key({True: collector.used, False: collector.unused})
     scores.count(counted[True], counted[False])
     notes = notes_on_rule(collector.uncovered)
     found = profile_of(neurons, scores, comparison.interval, minimum_samples, notes)

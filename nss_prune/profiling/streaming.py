@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from nss_prune.core.batches import entered, pick_samples
-from nss_prune.core.processes import gathered, processes, total_counts
+from nss_prune.core.processes import gathered, processes, total_by_key
 from nss_prune.core.progress import shown
 from nss_prune.errors import DataError
 from nss_prune.profiling.accumulation import Collector
@@ -119,7 +119,7 @@ def _in_order(
     progress: bool | None,
 ) -> Iterator[tuple[Part, Sums]]:
     """One pass in the order of the categories; each part is yielded as soon as it is whole."""
-    parts = sorted(joined(total_counts(Counter(label for label, _ in drawn))).values())
+    parts = sorted(joined(total_by_key(Counter(label for label, _ in drawn))).values())
     part_of = {category: number for number, part in enumerate(parts) for category in part}
     if not separate:
         for part in parts:
@@ -187,7 +187,7 @@ def _in_passes(
 ) -> Iterator[tuple[Part, Sums]]:
     """As many passes as it takes; in the usual case, one."""
     counts, postponed = _pass(bar(data, progress), model, collector, room)
-    parts = list(joined(total_counts(counts)).values())
+    parts = list(joined(total_by_key(counts)).values())
     if postponed and processes() > 1:
         raise DataError(_too_many(room, "with several processes"))
     if not separate:

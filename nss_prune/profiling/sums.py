@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nss_prune.core.processes import gathered, processes, summed, total_counts
+from nss_prune.core.processes import gathered, processes, summed, total_by_key
 from nss_prune.errors import DataError
 from nss_prune.profiling.similarity import LandscapeSums
 from nss_prune.statistics.covariance import add_over_processes
@@ -95,7 +95,7 @@ def total_sums(sums: CategorySums) -> CategorySums:
     """The sums over all processes, in place. Every process must call it in the same order."""
     if processes() == 1:
         return sums
-    sums.samples = total_counts({0: sums.samples})[0]
+    sums.samples = total_by_key({0: sums.samples})[0]
     groups = list(sums.groups.values())
     summed([value for group in groups for value in group.statistics.values()])
     add_over_processes([group.landscape.covariance for group in groups])

@@ -13,7 +13,7 @@ from nss_prune.core.accuracy import count_right
 from nss_prune.core.batches import labelled_batches
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.outputs import predictions
-from nss_prune.core.processes import gathered
+from nss_prune.core.processes import total_by_key
 from nss_prune.errors import ArgumentError, DataError
 from nss_prune.pruner.strategy import Score
 
@@ -54,8 +54,7 @@ class _Accuracy:
                     model, self.batches, False, "score"
                 )
             )
-        everywhere = gathered((right, total))
-        right, total = (sum(each[part] for each in everywhere) for part in (0, 1))
-        if not total:
+        found = total_by_key({"right": right, "total": total})
+        if not found["total"]:
             raise DataError("there are no samples to score; give batches of (inputs, labels)")
-        return 100 * right / total
+        return 100 * found["right"] / found["total"]

@@ -55,12 +55,14 @@ def halves_of(data: Iterable[Any] | None) -> tuple[Iterable[Any], ...]:
     """Both halves, views of a sample together; none where one has too few samples to measure."""
     if data is None or isinstance(data, Iterator):
         return ()
-    halves: list[Iterable[Any]]
+    halves = _both(data)
+    return halves if all(has_samples(half, LEAST_SAMPLES) for half in halves) else ()
+
+
+def _both(data: Iterable[Any]) -> tuple[Iterable[Any], ...]:
     if isinstance(data, Views):
-        halves = [Views(Half(data.data, which), *data.transforms) for which in (0, 1)]
-    else:
-        halves = [Half(data, which) for which in (0, 1)]
-    return tuple(halves) if all(has_samples(half, LEAST_SAMPLES) for half in halves) else ()
+        return tuple(Views(Half(data.data, which), *data.transforms) for which in (0, 1))
+    return tuple(Half(data, which) for which in (0, 1))
 
 
 class NewSamples:
@@ -81,7 +83,8 @@ class NewSamples:
         repairs: Sequence[Repair],
     ) -> None:
         self._own = Measuring(subject, evidence, eliminating, repairs)
-        others = reversed(halves_of(eliminating.data)) if evidence.halves else ()
+        data = eliminating.data
+        others = reversed(_both(data)) if evidence.halves and data is not None else ()
         self._halves = [
             (half, Measuring(subject, half, replace(eliminating, data=other), repairs))
             for half, other in zip(evidence.halves, others, strict=True)

@@ -165,7 +165,7 @@ def _removal(
     made = tp.dependency.Group()
     made._DG = subject.graph
     gone = ~part.kept[group.name]
-    said = not is_apart(subject, group)
+    in_history = not is_apart(subject, group)
     for member in group.members:
         layer = None if member.axis is not None else model.get_submodule(member.name)
         if layer in subject.graph.module2node:
@@ -179,7 +179,7 @@ def _removal(
             execute(model, steps, subject.customized_pruners or {})
             apply_changes(changes)
         count_heads(num_heads, model, part)
-        if said:
+        if in_history:
             subject.graph._pruning_history.append(list(entry))
 
     made.prune = prune

@@ -90,9 +90,9 @@ class Journal:
     def _counted(self, subject: Subject) -> tuple[Cost, float | MetaCopy]:
         """The cost of a model, and the seconds of a call, or what they can be measured of later."""
         called = subject.example_inputs, subject.forward
-        skeleton = MetaCopy(subject.model, *called)
-        macs = macs_without_values(skeleton.model, *called)
+        copy = MetaCopy(subject.model, *called)
+        macs = macs_without_values(copy.model, *called)
         if macs is not None and on_one_device(subject.model):
-            return Cost(parameters_of(subject.model), macs[""]), skeleton
+            return Cost(parameters_of(subject.model), macs[""]), copy
         with self.stage("timing the model"):
             return measure(subject.model, *called), call_seconds(subject.model, *called)

@@ -12,7 +12,7 @@ import torch
 from nss_prune.allocation.effects import LEAST_SAMPLES, MOST_SAMPLES
 from nss_prune.core.batches import counted_batches, has_samples
 from nss_prune.core.models import evaluation, run
-from nss_prune.core.processes import gathered, processes
+from nss_prune.core.processes import processes, total_by_key
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.meaning import outputs_for
@@ -75,5 +75,5 @@ class Measuring:
                 samples += count
                 if samples >= MOST_SAMPLES / processes():
                     break
-        everywhere = gathered((total, samples))
-        return sum(each for each, _ in everywhere) / sum(count for _, count in everywhere)
+        found = total_by_key({"nats": total, "samples": float(samples)})
+        return found["nats"] / found["samples"]

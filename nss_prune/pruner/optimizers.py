@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nss_prune.core.models import submodule
 from nss_prune.core.nested import tensors_in
 from nss_prune.errors import ArgumentError
-from nss_prune.graph.axes import check_fits, parameter_axes
+from nss_prune.graph.axes import axes_of, check_fits
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.classes import KEPT_CLASSES
 from nss_prune.pruner.pruner import NSSPruner
@@ -126,14 +125,9 @@ def _entries_that_stay(
         mask[channels[channels < len(mask)]] = False
         stays.setdefault(parameter, []).append((axis, mask.nonzero().flatten()))
 
-    for (name, side), (member, channels) in critical.removed_channels().items():
-        if member.axis is not None:
-            remove(name, member.axis, channels)
-            continue
-        for key, (made, read) in parameter_axes(submodule(model, name)).items():
-            axis = read if side == "in" else made
-            if axis is not None:
-                remove(f"{name}.{key}" if name else key, axis, channels)
+    for member, channels in critical.removed_channels().values():
+        for parameter, axis in axes_of(member, model):
+            remove(parameter, axis, channels)
     for name, module in model.named_modules():
         for key in module._parameters if hasattr(module, KEPT_CLASSES) else ():
             parameter, classes = f"{name}.{key}".lstrip("."), getattr(module, KEPT_CLASSES)
