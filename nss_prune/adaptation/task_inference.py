@@ -8,8 +8,9 @@ detection, NeurIPS 2020). A network that has never seen a sample is often sure o
 good: how far they are from the nearest mean of the task's classes, in the metric of what varies
 within a class (the Mahalanobis distance of Lee et al., A simple unified framework for detecting
 out-of-distribution samples, NeurIPS 2018). Those of all layers, each over the layer's root mean
-square, are projected to 64 dimensions by random signs (Achlioptas, Database-friendly random
-projections, 2003), so that a task takes 4 kilobytes and 256 bytes a class, however wide the layers.
+square, are projected to 128 dimensions by random signs (Achlioptas, Database-friendly random
+projections, 2003), and the metric is kept in 8 bits, so that a task takes 9 kilobytes and 512 bytes
+a class, however wide the layers.
 
 So that tasks compare, "features" and "energy" are in standard deviations of the task's own samples
 above their mean; "both" is the former plus a quarter of the latter.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
@@ -38,7 +39,7 @@ from nss_prune.statistics.capture import Watcher
 Score = Literal["entropy", "energy", "features", "both"]
 """What decides which task a sample belongs to."""
 
-DIMENSIONS = 64
+DIMENSIONS = 128
 """That the activations are projected to, where there are more neurons."""
 
 RIDGE = 1e-3
@@ -55,7 +56,7 @@ FEATURES = {
 }
 """Of the notes of a file."""
 
-MEANS, WHITENING = "features/means", "features/whitening"
+MEANS, WHITENING, STEPS = "features/means", "features/whitening", "features/steps"
 """The tensors of a file."""
 
 
@@ -65,12 +66,14 @@ class ClassMeans:
 
     Attributes:
         means: ``[classes, dimensions]``, whitened: their covariance within a class is 1.
-        whitening: ``[dimensions, dimensions]``, lower triangular, in float16.
+        whitening: ``[dimensions, dimensions]``, lower triangular, in int8.
+        steps: Of each row of the whitening, what 1 in int8 stands for, ``[dimensions]``.
         scale: Standard deviation within a class, mean over the dimensions before.
     """
 
     means: Tensor
     whitening: Tensor
+    steps: Tensor
     scale: float
 
     @staticmethod
@@ -86,12 +89,15 @@ class ClassMeans:
         covariance = within.T @ within / max(1, len(values) - len(classes))
         variance = float(covariance.diagonal().mean())
         if not variance > 0:  # nothing varies, so that nothing is known
-            nothing = torch.zeros_like(covariance, dtype=torch.float16)
-            return ClassMeans(torch.zeros_like(means, dtype=torch.float32), nothing, 1.0)
+            nothing = torch.zeros_like(covariance, dtype=torch.int8)
+            steps = torch.zeros(len(covariance), device=means.device)
+            return ClassMeans(torch.zeros_like(means, dtype=torch.float32), nothing, steps, 1.0)
         regular = covariance / variance + RIDGE * torch.eye(len(covariance)).to(covariance)
-        whitening = torch.linalg.inv(torch.linalg.cholesky(regular)).half()
-        scale = math.sqrt(variance)
-        return ClassMeans((means / scale @ whitening.double().T).float(), whitening, scale)
+        exact = torch.linalg.inv(torch.linalg.cholesky(regular))
+        steps = (exact.abs().amax(1) / torch.iinfo(torch.int8).max).float()
+        whitening = (exact / steps[:, None]).round().to(torch.int8)
+        found = ClassMeans(means, whitening, steps, math.sqrt(variance))
+        return replace(found, means=found.whitened(means).float())
 
     def distance(self, activations: Tensor) -> Tensor:
         """Squared Mahalanobis distance to the nearest mean, mean over dimensions, ``[samples]``.
@@ -100,9 +106,13 @@ class ClassMeans:
             activations: ``[samples, neurons]``.
         """
         values = activations.double()
-        values = values @ projection(values.shape[1]).to(values) / self.scale
-        whitened = values @ self.whitening.to(values).T
+        whitened = self.whitened(values @ projection(values.shape[1]).to(values))
         return (whitened[:, None] - self.means.to(values)).square().mean(2).min(1).values
+
+    def whitened(self, projected: Tensor) -> Tensor:
+        """Projected activations ``[samples, dimensions]`` in deviations within a class."""
+        metric = self.whitening.to(projected) * self.steps.to(projected)[:, None]
+        return projected / self.scale @ metric.T
 
 
 def projection(neurons: int) -> Tensor:
@@ -193,7 +203,8 @@ class TaskFeatures:
     def encoded(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and notes, to keep in a file."""
         rows, columns = torch.tril_indices(*self.found.whitening.shape)
-        tensors = {MEANS: self.found.means, WHITENING: self.found.whitening[rows, columns]}
+        entries = self.found.whitening[rows, columns]
+        tensors = {MEANS: self.found.means, WHITENING: entries, STEPS: self.found.steps}
         notes = {"features": dict(self.layers), "scale": self.found.scale}
         return tensors, {**notes, "distance": list(self.usual), "energy": list(self.usual_energy)}
 
@@ -212,15 +223,16 @@ class TaskFeatures:
         if strange := layers.keys() - critical.kept.keys():
             raise refuse("layers with features", sorted(strange), "those of the slice")
         size = min(DIMENSIONS, sum(int(critical.kept[name].sum()) for name in layers))
-        means, entries = tensors[MEANS], tensors[WHITENING]
+        means, entries, steps = tensors[MEANS], tensors[WHITENING], tensors[STEPS]
         check_tensor(MEANS, means, (None, size), (torch.float32,))
-        check_tensor(WHITENING, entries, (size * (size + 1) // 2,), (torch.float16,))
-        for name in (MEANS, WHITENING):
+        check_tensor(WHITENING, entries, (size * (size + 1) // 2,), (torch.int8,))
+        check_tensor(STEPS, steps, (size,), (torch.float32,))
+        for name in (MEANS, STEPS):
             check_finite(name, tensors[name])
         whitening = entries.new_zeros(size, size)
         whitening[tuple(torch.tril_indices(size, size))] = entries
         usual, energies = (tuple(notes.get(name, (0.0, 1.0))) for name in ("distance", "energy"))
-        found = ClassMeans(means, whitening, notes.get("scale", 1.0))
+        found = ClassMeans(means, whitening, steps, notes.get("scale", 1.0))
         return TaskFeatures(layers, found, usual, energies)
 
     @property
@@ -237,7 +249,7 @@ def _of_all(parts: list[Tensor]) -> list[Tensor]:
 
 def tensors_of_features(notes: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that the notes refer to."""
-    return [MEANS, WHITENING] if "features" in notes else []
+    return [MEANS, WHITENING, STEPS] if "features" in notes else []
 
 
 def _side_by_side(layers: Mapping[str, float], activations: Mapping[str, Tensor]) -> Tensor:

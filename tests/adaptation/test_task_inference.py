@@ -31,13 +31,9 @@ def clouds(neurons: int, samples: int = 400, classes: int = 3) -> tuple[torch.Te
     return torch.randn(samples, neurons, dtype=torch.float64) @ mixing + means[labels], labels
 
 
-def naive_distance(values, labels, sample, signs):
-    """Mahalanobis to the nearest mean over the dimensions' number, of projected values."""
-    projected = [
-        sum(float(v) * row for v, row in zip(value, signs, strict=True)) for value in values
-    ]
-    here = sum(float(v) * row for v, row in zip(sample, signs, strict=True))
-    n, classes = len(here), labels.unique().tolist()
+def naive_metric(projected, labels):
+    """Means, and the root of the inverse covariance within a class, of mean variance 1."""
+    n, classes = len(projected[0]), labels.unique().tolist()
     means = []
     for c in classes:
         own = [p for p, label in zip(projected, labels.tolist(), strict=True) if label == c]
@@ -45,12 +41,12 @@ def naive_distance(values, labels, sample, signs):
     covariance = torch.zeros(n, n, dtype=torch.float64)
     for value, label in zip(projected, labels.tolist(), strict=True):
         away = value - means[classes.index(label)]
-        covariance += torch.outer(away, away) / (len(values) - len(classes))
-    mean_variance = sum(float(covariance[i, i]) for i in range(n)) / n
+        covariance += torch.outer(away, away) / (len(projected) - len(classes))
+    variance = sum(float(covariance[i, i]) for i in range(n)) / n
+    covariance /= variance
     for i in range(n):
-        covariance[i, i] += 1e-3 * mean_variance
-    metric = torch.linalg.inv(covariance)
-    return min(float((here - mean) @ metric @ (here - mean)) for mean in means) / n
+        covariance[i, i] += 1e-3
+    return means, torch.linalg.inv(torch.linalg.cholesky(covariance)), math.sqrt(variance)
 
 
 def signs_of(neurons: int) -> torch.Tensor:
@@ -69,15 +65,21 @@ def test_the_distance_is_mahalanobis_to_the_nearest_mean(neurons: int, size: flo
     values, labels = clouds(neurons)
     found = ClassMeans.of(size * values, labels)
     assert found.means.shape == (3, min(neurons, DIMENSIONS))
-    assert found.whitening.dtype == torch.float16
-    samples = 2 * torch.randn(3, neurons, dtype=torch.float64)
-    for sample, distance in zip(samples, found.distance(size * samples), strict=True):
-        wanted = naive_distance(values, labels, sample, signs_of(neurons))
-        assert float(distance) == pytest.approx(wanted, rel=5e-3)
+    assert found.whitening.dtype == torch.int8
+    signs = signs_of(neurons)
+    means, metric, deviation = naive_metric(list(size * values @ signs), labels)
+    in_8_bits = found.whitening.double() * found.steps.double()[:, None]
+    for row, wanted in zip(in_8_bits, metric, strict=True):
+        assert float((row - wanted).abs().max()) <= 0.501 * float(wanted.abs().max()) / 127
+    samples = 2 * size * torch.randn(3, neurons, dtype=torch.float64)
+    for sample, distance in zip(samples, found.distance(samples), strict=True):
+        away = [in_8_bits @ (sample @ signs - mean) / deviation for mean in means]
+        wanted = min(float(one.square().sum()) / len(one) for one in away)
+        assert float(distance) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_signs_are_the_same_everywhere() -> None:
-    signs = (projection(100) * 10).round().int()
+    signs = (projection(400) * 20).round().int()
     assert signs[0, :12].tolist() == [-1, 1, 1, -1, 1, 1, 1, 1, 1, 1, 1, -1]
 
 
@@ -145,6 +147,7 @@ def test_the_scores_of_a_task_stay_while_later_ones_are_learned(
     assert (loaded.layers, loaded.found.scale) == (before.layers, before.found.scale)
     assert torch.equal(loaded.found.means, before.found.means)
     assert torch.equal(loaded.found.whitening, before.found.whitening)
+    assert torch.equal(loaded.found.steps, before.found.steps)
 
 
 def test_features_are_of_the_critical_neurons_of_all_layers(learned: IncrementalTrainer) -> None:
@@ -166,7 +169,7 @@ def test_a_task_takes_a_few_kilobytes_however_wide_the_layer() -> None:
     values, labels = clouds(3000, samples=200)
     found = ClassMeans.of(values, labels)
     features = TaskFeatures({"layer": 1.0}, found, (0.0, 1.0), (0.0, 1.0))
-    assert features.nbytes == 64 * 65 // 2 * 2 + 3 * 64 * 4 < 5000
+    assert features.nbytes == 128 * 129 // 2 + (1 + 3) * 128 * 4 < 10_500
 
 
 def test_features_follow_a_training_loop_of_ones_own(learned: IncrementalTrainer) -> None:
