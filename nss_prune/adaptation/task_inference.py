@@ -42,8 +42,8 @@ Score = Literal["entropy", "energy", "features", "both"]
 DIMENSIONS = 128
 """That the activations are projected to, where there are more neurons."""
 
-RIDGE = 1e-3
-"""Added to the variance of every dimension, as a share of their mean."""
+LEAST_SHRINKAGE = 1e-3
+"""Of a covariance towards the mean variance, however many samples it is of."""
 
 ENERGY_SHARE = 0.25
 """Of the energy beside the features in "both"."""
@@ -92,7 +92,9 @@ class ClassMeans:
             nothing = torch.zeros_like(covariance, dtype=torch.int8)
             steps = torch.zeros(len(covariance), device=means.device)
             return ClassMeans(torch.zeros_like(means, dtype=torch.float32), nothing, steps, 1.0)
-        regular = covariance / variance + RIDGE * torch.eye(len(covariance)).to(covariance)
+        share = max(shrinkage(within), LEAST_SHRINKAGE)
+        regular = (1 - share) * covariance / variance
+        regular.diagonal().add_(share)
         exact = torch.linalg.inv(torch.linalg.cholesky(regular))
         steps = (exact.abs().amax(1) / torch.iinfo(torch.int8).max).float()
         whitening = (exact / steps[:, None]).round().to(torch.int8)
@@ -113,6 +115,23 @@ class ClassMeans:
         """Projected activations ``[samples, dimensions]`` in deviations within a class."""
         metric = self.whitening.to(projected) * self.steps.to(projected)[:, None]
         return projected / self.scale @ metric.T
+
+
+def shrinkage(values: Tensor) -> float:
+    """How far the covariance of few samples is best moved towards the mean variance, 0 to 1.
+
+    By which its expected squared error is least (Ledoit and Wolf, A well-conditioned estimator for
+    large-dimensional covariance matrices, 2004, Eq. 14 and Lemmas 3.2 to 3.4).
+
+    Args:
+        values: ``[samples, dimensions]``, of mean 0.
+    """
+    samples, dimensions = values.shape
+    covariance = values.T @ values / samples
+    size = covariance.square().sum()
+    away = float(size - dimensions * covariance.diagonal().mean().square())
+    error = float(values.square().sum(1).square().sum() / samples - size) / samples
+    return min(1.0, max(0.0, error / away)) if away > 0 else 1.0
 
 
 def projection(neurons: int) -> Tensor:

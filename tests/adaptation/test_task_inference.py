@@ -16,6 +16,7 @@ from nss_prune.adaptation.task_inference import (
     energy,
     entropy,
     projection,
+    shrinkage,
 )
 from nss_prune.adaptation.tasks import Task
 from nss_prune.errors import ArgumentError, DataError
@@ -31,6 +32,16 @@ def clouds(neurons: int, samples: int = 400, classes: int = 3) -> tuple[torch.Te
     return torch.randn(samples, neurons, dtype=torch.float64) @ mixing + means[labels], labels
 
 
+def naive_shrinkage(values):
+    """Ledoit and Wolf: b^2 / d^2, by a loop over samples."""
+    n, p = len(values), len(values[0])
+    covariance = sum(torch.outer(value, value) for value in values) / n
+    mean = float(covariance.trace()) / p
+    away = float((covariance - mean * torch.eye(p, dtype=torch.float64)).square().sum()) / p
+    error = sum(float((torch.outer(v, v) - covariance).square().sum()) for v in values) / n**2 / p
+    return min(error, away) / away
+
+
 def naive_metric(projected, labels):
     """Means, and the root of the inverse covariance within a class, of mean variance 1."""
     n, classes = len(projected[0]), labels.unique().tolist()
@@ -44,8 +55,11 @@ def naive_metric(projected, labels):
         covariance += torch.outer(away, away) / (len(projected) - len(classes))
     variance = sum(float(covariance[i, i]) for i in range(n)) / n
     covariance /= variance
+    aways = [v - means[classes.index(c)] for v, c in zip(projected, labels.tolist(), strict=True)]
+    share = max(naive_shrinkage(aways), 1e-3)
+    covariance *= 1 - share
     for i in range(n):
-        covariance[i, i] += 1e-3
+        covariance[i, i] += share
     return means, torch.linalg.inv(torch.linalg.cholesky(covariance)), math.sqrt(variance)
 
 
@@ -76,6 +90,15 @@ def test_the_distance_is_mahalanobis_to_the_nearest_mean(neurons: int, size: flo
         away = [in_8_bits @ (sample @ signs - mean) / deviation for mean in means]
         wanted = min(float(one.square().sum()) / len(one) for one in away)
         assert float(distance) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("samples", [5, 40, 4000])
+def test_the_covariance_of_few_samples_shrinks_by_ledoit_and_wolf(samples: int) -> None:
+    values = torch.randn(samples, 20, dtype=torch.float64) * torch.linspace(0.1, 2, 20).double()
+    found = shrinkage(values)
+    assert found == pytest.approx(naive_shrinkage(list(values)), rel=1e-9)
+    assert 0 < found < 1
+    assert shrinkage(torch.zeros(4, 3, dtype=torch.float64)) == 1
 
 
 def test_signs_are_the_same_everywhere() -> None:
