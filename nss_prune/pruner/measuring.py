@@ -60,6 +60,7 @@ class Measuring:
         assert given is not None  # otherwise nothing is measured
         outputs, data = outputs_for(subject, given, self._eliminating.outputs)
         smaller = replace(subject, model=copy.deepcopy(subject.model))
+        critical = replace(critical, bases=())  # the copy is given those of the evidence
         to_bases_of(smaller.model, critical, self._bases)
         for repair, seen in self._repairs:
             repair.before(smaller, critical, seen)

@@ -19,7 +19,11 @@ from nss_prune.allocation.path import STEPS, Path, smallest_passing, within_dive
 from nss_prune.compensation.folding import fold
 from nss_prune.errors import ArgumentError, NumericalError
 from nss_prune.graph.neurons import NeuronGroup
+from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.halves import halves_of
+from nss_prune.pruner.measuring import Measuring
+from nss_prune.pruner.subject import Subject
+from nss_prune.pruner.upkeep import Upkeep
 
 SIZES = {"a": 60, "b": 41, "c": 7}
 GROUPS = tuple(NeuronGroup(name, size, ()) for name, size in SIZES.items())
@@ -347,6 +351,20 @@ def test_a_divergence_is_met_inside_heads(attention, extra) -> None:
     if "refit" not in extra.values():  # which goes on after what is measured
         found = kl(attention[0], model, torch.cat([x for x, _ in data]))
         assert found * 0.999 <= measured <= 0.02
+
+
+def test_a_plan_inside_heads_is_measured_as_it_comes_out(attention) -> None:
+    model, data = copy.deepcopy(attention[0]), attention[1]
+    eliminating = Eliminating(data, folds=True, upkeep=Upkeep(progress=False))
+    pruner = NSSPruner(model, data[0][0][:2], data=data, macs_budget=0.6, progress=False)
+    chosen = pruner.slice
+    assert chosen.bases
+    subject = Subject(model, data[0][0][:2], pruner.evidence.neurons)
+    measuring = Measuring(subject, pruner.evidence, eliminating, pruner.repairs)
+    measured = measuring.divergence(chosen)
+    pruner.step()
+    found = kl(attention[0], model, torch.cat([x for x, _ in data]))
+    assert measured == pytest.approx(found, rel=1e-3)
 
 
 def mostly_attention(critical) -> float:
