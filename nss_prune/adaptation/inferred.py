@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adaptation.datasets import Data, repeatable
-from nss_prune.adaptation.task_inference import ENERGY_SHARE, Score, TaskFeatures, entropy, pooled
+from nss_prune.adaptation.task_inference import (
+    Score,
+    TaskFeatures,
+    entropy,
+    pooled,
+    share_of_energy,
+)
 from nss_prune.adaptation.tasks import Task
 from nss_prune.core.batches import samples_in
 from nss_prune.core.models import run
@@ -76,7 +82,8 @@ class InferredTask:
             return self._energies(inputs).argmin(0)
         distances = self._distances(inputs)
         if by == "both":
-            distances += ENERGY_SHARE * self._energies(inputs)
+            share = share_of_energy(self._features(task) for task in self.tasks)
+            distances = (1 - share) * distances + share * self._energies(inputs)
         return distances.argmin(0)
 
     def update_features(self, data: Data) -> None:
@@ -98,7 +105,15 @@ class InferredTask:
     def _with_features(self, task: Task, data: Data) -> Task:
         """The task with where the activations of its neurons lie, which tells it from others."""
         with task.inference(self.model, self.head, masked=True):
-            return replace(task, features=TaskFeatures.of(self.model, task.slice, data))
+            found = TaskFeatures.of(self.model, task.slice, data)
+        by_features, by_energy = 0.0, 0.0
+        for earlier in self.tasks:
+            if earlier.name == task.name or earlier.features is None:
+                continue
+            with earlier.inference(self.model, self.head, masked=True):
+                apart = earlier.features.separates(self.model, earlier.slice, data)
+            by_features, by_energy = by_features + apart[0], by_energy + apart[1]
+        return replace(task, features=replace(found, separation=(by_features, by_energy)))
 
     def _scores(self, inputs: Any) -> list[Tensor]:
         """The scores that each task gives, ``[samples, classes]``."""

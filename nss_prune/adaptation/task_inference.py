@@ -13,7 +13,8 @@ projections, 2003), and the metric is kept in 8 bits, so that a task takes 9 kil
 a class, however wide the layers.
 
 So that tasks compare, "features" and "energy" are in standard deviations of the task's own samples
-above their mean; "both" is the former plus a quarter of the latter.
+above their mean. "both" weighs them by how far apart they keep the samples of the tasks, as far as
+that was seen: those of each task under the masks of the tasks before it.
 """
 
 from __future__ import annotations
@@ -46,13 +47,18 @@ LEAST_SHRINKAGE = 1e-3
 """Of a covariance towards the mean variance, however many samples it is of."""
 
 ENERGY_SHARE = 0.25
-"""Of the energy beside the features in "both"."""
+"""Of the energy beside features that keep tasks as far apart: what it is for the samples of tasks
+that were learned before is not seen."""
+
+FARTHEST = 1e6
+"""Deviations that count for how far apart tasks are."""
 
 FEATURES = {
     "features": table(number(0)),
     "scale": number(0),
     "distance": row(number(-LARGEST), number(0)),
     "energy": row(number(-LARGEST), number(0)),
+    "separation": row(number(0), number(0)),
 }
 """Of the notes of a file."""
 
@@ -154,12 +160,15 @@ class TaskFeatures:
         found: Of these neurons, those of all layers side by side.
         usual: Mean and standard deviation of the task's own samples' distances.
         usual_energy: Mean and standard deviation of their energies.
+        separation: How far apart features and energy keep its samples and those of the tasks
+            before it, the sum of d'² of :func:`separation` over these.
     """
 
     layers: Mapping[str, float]
     found: ClassMeans
     usual: tuple[float, float]
     usual_energy: tuple[float, float]
+    separation: tuple[float, float] = (0.0, 0.0)
 
     @staticmethod
     @agreed()
@@ -205,6 +214,26 @@ class TaskFeatures:
         usual = _moments(means.distance(together))
         return TaskFeatures(layers, means, usual, _moments(torch.cat(energies)))
 
+    @agreed()
+    def separates(
+        self, model: nn.Module, critical: Slice, data: Iterable[Any]
+    ) -> tuple[float, float]:
+        """How far apart features and energy keep this task's samples and those of a later one, d'².
+
+        Args:
+            model: It answers under this task's mask when this is called.
+            critical: The neurons of this task.
+            data: Of the later one, as in :meth:`of`.
+        """
+        distances, energies = [], []
+        with evaluation(model), torch.no_grad():
+            for number, inputs, _, samples in labelled_batches(model, data, False, ""):
+                outputs, activations = pooled(model, critical, inputs, samples, number)
+                distances.append(self.score(activations).cpu())
+                energies.append(self.energy_score(class_scores(outputs)).cpu())
+        seen = [torch.cat(_of_all(parts)) for parts in (distances, energies)]
+        return decided(lambda: (separation(seen[0]), separation(seen[1])))
+
     def score(self, activations: Mapping[str, Tensor]) -> Tensor:
         """Distance of each sample, in deviations above the usual one, ``[samples]``.
 
@@ -225,7 +254,8 @@ class TaskFeatures:
         entries = self.found.whitening[rows, columns]
         tensors = {MEANS: self.found.means, WHITENING: entries, STEPS: self.found.steps}
         notes = {"features": dict(self.layers), "scale": self.found.scale}
-        return tensors, {**notes, "distance": list(self.usual), "energy": list(self.usual_energy)}
+        notes |= {"distance": list(self.usual), "energy": list(self.usual_energy)}
+        return tensors, {**notes, "separation": list(self.separation)}
 
     @staticmethod
     def decoded(
@@ -252,13 +282,38 @@ class TaskFeatures:
         whitening[tuple(torch.tril_indices(size, size))] = entries
         usual, energies = (tuple(notes.get(name, (0.0, 1.0))) for name in ("distance", "energy"))
         found = ClassMeans(means, whitening, steps, notes.get("scale", 1.0))
-        return TaskFeatures(layers, found, usual, energies)
+        return TaskFeatures(
+            layers, found, usual, energies, tuple(notes.get("separation", (0.0, 0.0)))
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors in a file."""
         tensors, _ = self.encoded()
         return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def separation(scores: Tensor) -> float:
+    """d'² of the scores of other samples from a task's own, whose mean is 0 and deviation 1.
+
+    The difference of the means over the root of the mean variance, squared (Green and Swets, Signal
+    detection theory and psychophysics, 1966); 0 where the others score less.
+
+    Args:
+        scores: ``[samples]``, in deviations above the task's own.
+    """
+    away = scores.clamp(-FARTHEST, FARTHEST)
+    return 2 * max(0.0, float(away.mean())) ** 2 / (1 + float(away.var(correction=0)))
+
+
+def share_of_energy(tasks: Iterable[TaskFeatures]) -> float:
+    """Of the energy in "both", 0 to 1; the rest is that of the features."""
+    known = [task.separation for task in tasks]
+    by_features = sum(features for features, _ in known)
+    by_energy = ENERGY_SHARE * sum(energy for _, energy in known)
+    if not by_features + by_energy:
+        by_features, by_energy = 1.0, ENERGY_SHARE
+    return by_energy / (by_features + by_energy)
 
 
 def _of_all(parts: list[Tensor]) -> list[Tensor]:

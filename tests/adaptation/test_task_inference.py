@@ -16,6 +16,8 @@ from nss_prune.adaptation.task_inference import (
     energy,
     entropy,
     projection,
+    separation,
+    share_of_energy,
     shrinkage,
 )
 from nss_prune.adaptation.tasks import Task
@@ -99,6 +101,18 @@ def test_the_covariance_of_few_samples_shrinks_by_ledoit_and_wolf(samples: int) 
     assert found == pytest.approx(naive_shrinkage(list(values)), rel=1e-9)
     assert 0 < found < 1
     assert shrinkage(torch.zeros(4, 3, dtype=torch.float64)) == 1
+
+
+def test_separation_and_shares_by_their_formulas() -> None:
+    scores = 2 + 3 * torch.randn(500, dtype=torch.float64)
+    mean = sum(scores.tolist()) / 500
+    variance = sum((x - mean) ** 2 for x in scores.tolist()) / 500
+    assert separation(scores) == pytest.approx((mean / math.sqrt((1 + variance) / 2)) ** 2)
+    assert separation(-scores) == 0
+    assert separation(torch.full((3,), 1e300, dtype=torch.float64)) == pytest.approx(2e12)
+    known = [TaskFeatures({}, None, (0, 1), (0, 1), two) for two in [(0, 0), (3, 4), (1, 12)]]
+    assert share_of_energy(known) == pytest.approx(0.25 * 16 / (4 + 0.25 * 16))
+    assert share_of_energy(known[:1]) == pytest.approx(0.2)
 
 
 def test_signs_are_the_same_everywhere() -> None:
@@ -193,6 +207,26 @@ def test_a_task_takes_a_few_kilobytes_however_wide_the_layer() -> None:
     found = ClassMeans.of(values, labels)
     features = TaskFeatures({"layer": 1.0}, found, (0.0, 1.0), (0.0, 1.0))
     assert features.nbytes == 128 * 129 // 2 + (1 + 3) * 128 * 4 < 10_500
+
+
+def test_a_task_knows_how_far_it_is_from_those_before(
+    learned: IncrementalTrainer, tmp_path
+) -> None:
+    first, second = learned.tasks
+    assert first.features.separation == (0, 0)
+    inputs = torch.cat([inputs for inputs, _ in apart((3, 4))])
+    with learned.task(0, masked=True), torch.no_grad():
+        scores = learned.model(inputs)
+        hidden = (learned.model[1](inputs).relu() * first.slice.kept["1"]).double()
+        found = {"1": hidden[:, first.slice.kept["1"]]}
+        found["3"] = learned.model[3](hidden.to(inputs)).relu()[:, first.slice.kept["3"]]
+    wanted = (
+        separation(first.features.score(found)), separation(first.features.energy_score(scores))
+    )  # fmt: skip
+    assert second.features.separation == pytest.approx(wanted, rel=1e-3)
+    assert wanted[0] > 1
+    second.save(tmp_path / "task")
+    assert Task.load(tmp_path / "task").features.separation == second.features.separation
 
 
 def test_features_follow_a_training_loop_of_ones_own(learned: IncrementalTrainer) -> None:
