@@ -290,6 +290,7 @@ class Labels(TorchDispatchMode):
             merged, its = self._unless_spread(merged, its), self._unless_spread(its, merged)
             merged, its = torch.broadcast_tensors(merged, its)
             self.join(merged, its)
+            merged, its = sorted((merged, its), key=lambda one: _once(one).numel())
             merged = merged if bool((_once(merged) > 0).all()) else merged.where(merged > 0, its)
         if merged is None:
             raise _NotFollowed
