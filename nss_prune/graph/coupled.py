@@ -10,6 +10,7 @@ the model takes from the width. Both are candidates.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ class Followed:
     labels: Labels
     sides: tuple[LabelledSide, ...]
     roots: tuple[str, ...]
+
+    @functools.cached_property
+    def component(self) -> Tensor:
+        """The smallest label that each label goes together with, ``[labels]``."""
+        return components(self.labels.count, self.labels.edges)
 
 
 def followed(
@@ -160,11 +166,10 @@ def components(count: int, edges: Sequence[Tensor]) -> Tensor:
 
 def _reading(found: Followed, free: int) -> tuple[Tensor, Tensor]:
     """The neuron and the group of each label, ``[labels]`` each; 0 where channels must stay."""
-    labels = found.labels
-    component = components(labels.count, labels.edges)
-    ties = [_tied(grid, component, free) for grid in labels.grids]
+    labels, component = found.labels, found.component
+    ties = [component[_tied(grid, component, free)] for grid in labels.grids]
     if any(tie.numel() for tie in ties):
-        component = components(labels.count, [*labels.edges, *ties])
+        component = components(labels.count, ties)[component]
     together = [
         torch.stack([component[side.labels], component[side.labels[:1]].expand(len(side.labels))])
         for side in _makers(found)
@@ -249,8 +254,7 @@ def _group(
 
 def reasons_to_stay(found: Followed) -> dict[str, str]:
     """Layer -> why its channels must stay, where they must."""
-    labels = found.labels
-    component = components(labels.count, labels.edges)
+    labels, component = found.labels, found.component
     reasons: dict[int, str] = {}
     for pinned, reason in labels.pinned:
         for number in component[pinned].unique().tolist():
