@@ -107,8 +107,12 @@ class Subject:
         assert self.tracer is not None
         found = self.tracer.again(self.model)
         neurons = found.neurons.without(self.neurons.left_alone)
-        kept = {"forward_dtype": self.forward_dtype, "reads_values": self.reads_values}
-        return replace(found, neurons=neurons, **kept)
+        return replace(
+            found,
+            neurons=neurons,
+            forward_dtype=self.forward_dtype,
+            reads_values=self.reads_values,
+        )
 
     def on(self, neurons: NeuronMap) -> Subject:
         """The same with other neurons."""
