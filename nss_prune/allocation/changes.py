@@ -192,7 +192,7 @@ class KnownNormChange:
             groups = self.norm.num_groups
             return values.reshape(len(values), groups, values.shape[1] // groups, -1)
         width = self.norm.normalized_shape[-1]
-        last = values.movedim(norm_axis(self.norm, width, values.dim()), -1)
+        last = values.movedim(norm_axis(self.norm, width, values.shape), -1)
         return last.reshape(-1, 1, width, 1)
 
 
@@ -211,7 +211,7 @@ class OwnNormChange:
     @torch.no_grad()
     def effects(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
         """See :class:`NormChange`."""
-        axis = norm_axis(self.norm, self.kept.shape[1], inputs.dim())
+        axis = norm_axis(self.norm, self.kept.shape[1], inputs.shape)
         whole = self.norm.forward(inputs)
         found = []
         for kept in self.kept:

@@ -53,7 +53,7 @@ class MetaCopy:
     @contextlib.contextmanager
     def calling(self) -> Iterator[Callable[[], None]]:
         """Within the context, what it yields is one call with random weights."""
-        model, (inputs, forward) = self._filled(), self._called
+        model, (inputs, forward) = self.filled(), self._called
 
         def call() -> None:
             forward(model, inputs)
@@ -62,7 +62,8 @@ class MetaCopy:
         with evaluation(model), torch.no_grad(), torch.random.fork_rng():
             yield call
 
-    def _filled(self) -> nn.Module:
+    def filled(self) -> nn.Module:
+        """A copy with random weights on the model's own device."""
         kept = {id(self.model.get_buffer(name)): value for name, value in self._numbers.items()}
         generator = torch.Generator(self._device).manual_seed(0)
 

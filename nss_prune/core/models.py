@@ -63,7 +63,8 @@ def clone(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
     for part in made.modules():
         own = vars(part)
         for name in [name for name in own if name not in _REGISTRIES]:
-            own[name] = _rebound(own[name], known)
+            if type(own[name]) not in _PLAIN:
+                own[name] = _rebound(own[name], known)
     return made
 
 
@@ -98,7 +99,9 @@ def _clone(module: nn.Module, copied: Callable[[Tensor], Tensor], known: dict[in
     return made
 
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+# What every module has, and refers to no module or tensor but its own.
+_REGISTRIES = frozenset(vars(nn.Module())) - {"_non_persistent_buffers_set"}
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def _rebound(value: Any, known: Mapping[int, Any]) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from nss_prune.core.models import Forward, call_model
@@ -145,16 +146,12 @@ def _overlap(one: NeuronGroup, other: NeuronGroup) -> bool:
 
 def _same(one: NeuronGroup, other: NeuronGroup) -> bool:
     """Whether two groups have the same neurons on the same layers."""
-    if one.size != other.size:
-        return False
     mine, its = (
-        {
-            (member.name, member.side): dict(
-                zip(member.channels.tolist(), member.neurons.tolist(), strict=True)
-            )
-            for member in group.members
-            if member.axis is None
-        }
+        {(member.name, member.side): member for member in group.members if member.axis is None}
         for group in (one, other)
     )
-    return mine == its
+    return mine.keys() == its.keys() and all(
+        torch.equal(member.channels, its[side].channels)
+        and torch.equal(member.neurons, its[side].neurons)
+        for side, member in mine.items()
+    )

@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,37 @@ class Cost:
 
     parameters: int
     macs: int
+
+
+class LateCost(Cost):
+    """The size of a model whose multiply-accumulates are counted when they are first read.
+
+    A copy or pickle of it is a :class:`Cost`.
+
+    Args:
+        count: Counts them.
+    """
+
+    def __init__(self, parameters: int, count: Callable[[], int]) -> None:
+        vars(self).update(parameters=parameters, _count=count)
+
+    @functools.cached_property
+    def macs(self) -> int:  # type: ignore[override]
+        """Multiply-accumulates for the example inputs."""
+        counted: int = vars(self)["_count"]()
+        vars(self)["_count"] = None  # nothing is held any more
+        return counted
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Cost):
+            return NotImplemented
+        return (self.parameters, self.macs) == (other.parameters, other.macs)
+
+    def __hash__(self) -> int:
+        return hash((self.parameters, self.macs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cost, (self.parameters, self.macs)
 
 
 def measure(model: nn.Module, example_inputs: Any, forward: Forward = call_model) -> Cost:

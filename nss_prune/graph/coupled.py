@@ -10,6 +10,7 @@ the model takes from the width. Both are candidates.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ class Followed:
     sides: tuple[LabelledSide, ...]
     roots: tuple[str, ...]
 
+    @functools.cached_property
+    def component(self) -> Tensor:
+        """The smallest label that each label goes together with, ``[labels]``."""
+        return components(self.labels.count, self.labels.edges)
+
 
 def followed(
     model: nn.Module,
@@ -64,10 +70,12 @@ def followed(
 
 def candidates(found: Followed) -> list[tuple[NeuronGroup, ...]]:
     """Neurons by either reading of the divided axes, the last axis free first; often the same."""
-    first = _groups(found, free=-1)
+    first = _reading(found, free=-1)
     if not found.labels.grids:
-        return [first]
-    return [first, _groups(found, free=0)]
+        return [_groups(found, *first)]
+    second = _reading(found, free=0)
+    same = all(torch.equal(mine, its) for mine, its in zip(first, second, strict=True))
+    return [_groups(found, *reading) for reading in ([first] if same else [first, second])]
 
 
 def _ignored_names(model: nn.Module, ignored: Sequence[nn.Module | nn.Parameter]) -> set[str]:
@@ -156,20 +164,31 @@ def components(count: int, edges: Sequence[Tensor]) -> Tensor:
         parent = joined
 
 
-def _groups(found: Followed, free: int) -> tuple[NeuronGroup, ...]:
-    labels = found.labels
-    component = components(labels.count, labels.edges)
-    ties = [_tied(grid, component, free) for grid in labels.grids]
-    component = components(labels.count, [*labels.edges, *(tie for tie in ties if tie.numel())])
-    makes = [side for side in found.sides if side.side == "out" and side.axis is None]
+def _reading(found: Followed, free: int) -> tuple[Tensor, Tensor]:
+    """The neuron and the group of each label, ``[labels]`` each; 0 where channels must stay."""
+    labels, component = found.labels, found.component
+    ties = [component[_tied(grid, component, free)] for grid in labels.grids]
+    if any(tie.numel() for tie in ties):
+        component = components(labels.count, ties)[component]
     together = [
         torch.stack([component[side.labels], component[side.labels[:1]].expand(len(side.labels))])
-        for side in makes
+        for side in _makers(found)
     ]
     cluster = components(labels.count, together)[component]
     stays = torch.zeros(labels.count, dtype=torch.bool)
     for pinned, _ in labels.pinned:
         stays[cluster[pinned]] = True
+    goes = ~stays[cluster]
+    return component * goes, cluster * goes
+
+
+def _makers(found: Followed) -> list[LabelledSide]:
+    return [side for side in found.sides if side.side == "out" and side.axis is None]
+
+
+def _groups(found: Followed, component: Tensor, cluster: Tensor) -> tuple[NeuronGroup, ...]:
+    """Those of a reading."""
+    makes = _makers(found)
     roots = {side.name: side for side in makes if side.name in found.roots}
     by_cluster: dict[int, list[LabelledSide]] = {}
     for side in found.sides:
@@ -178,7 +197,7 @@ def _groups(found: Followed, free: int) -> tuple[NeuronGroup, ...]:
     made: dict[int, NeuronGroup] = {}
     for name in (root for root in found.roots if root in roots):
         number = int(cluster[roots[name].labels[0]])
-        if number not in made and not stays[number]:
+        if number and number not in made:
             group = _group(name, by_cluster[number], component, cluster == number)
             if group is not None:
                 made[number] = group
@@ -235,8 +254,7 @@ def _group(
 
 def reasons_to_stay(found: Followed) -> dict[str, str]:
     """Layer -> why its channels must stay, where they must."""
-    labels = found.labels
-    component = components(labels.count, labels.edges)
+    labels, component = found.labels, found.component
     reasons: dict[int, str] = {}
     for pinned, reason in labels.pinned:
         for number in component[pinned].unique().tolist():

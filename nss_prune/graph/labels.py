@@ -62,6 +62,7 @@ class Labels(TorchDispatchMode):
         pinned: Labels that must stay, and why, in the order found.
         grids: Labels of an axis that was divided, ``[parts, channels of a part]``.
         parameters: Bare parameters that were met, with the labels of their elements.
+        scales: Ids of the weights of norms over channels that are followed inside.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Labels(TorchDispatchMode):
         self.pinned: list[tuple[Tensor, str]] = []
         self.grids: list[Tensor] = []
         self.parameters: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self.scales: set[int] = set()
         self.resting = 0  # inside of a layer, whose operations are not looked at
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -118,7 +120,7 @@ class Labels(TorchDispatchMode):
         self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
     ) -> Any:
         keywords = keywords or {}
-        if self.resting:
+        if self.resting or _keeps_places(function, arguments):
             return shapes.called(function, arguments, keywords)
         inputs = tensors_in((arguments, keywords))
         labelled = [(tensor, self.of(tensor)) for tensor in inputs]
@@ -175,6 +177,12 @@ class Labels(TorchDispatchMode):
         elif packet is aten.copy_:
             source = labels.get(id(arguments[1]))
             self.put(arguments[0], None if source is None else source.expand(arguments[0].shape))
+        elif packet is aten.native_layer_norm and id(arguments[2]) in self.scales:
+            scale = self.of(arguments[2])
+            assert scale is not None
+            if first is not None:
+                self.join(first, scale.expand_as(first))
+            self.put(outputs[0], scale.expand(outputs[0].shape))
         elif is_elementwise(function):
             self._meet(tensors_in((arguments, keywords)), outputs, labels)
         else:
@@ -282,6 +290,7 @@ class Labels(TorchDispatchMode):
             merged, its = self._unless_spread(merged, its), self._unless_spread(its, merged)
             merged, its = torch.broadcast_tensors(merged, its)
             self.join(merged, its)
+            merged, its = sorted((merged, its), key=lambda one: _once(one).numel())
             merged = merged if bool((_once(merged) > 0).all()) else merged.where(merged > 0, its)
         if merged is None:
             raise _NotFollowed
@@ -311,6 +320,17 @@ def _not_followed(packet: Any) -> str:
 
 def dict_of(labelled: Iterable[tuple[Tensor, Tensor | None]]) -> dict[int, Tensor | None]:
     return {id(tensor): labels for tensor, labels in labelled}
+
+
+def _keeps_places(function: Any, arguments: Sequence[Any]) -> bool:
+    """Whether an operation changes the strides of axes of a single place, as after pooling."""
+    if function is not aten.as_strided_.default:
+        return False
+    tensor, shape, strides = arguments[:3]
+    places = zip(shape, strides, tensor.stride(), strict=False)
+    return tuple(shape) == tensor.shape and all(
+        length == 1 or stride == before for length, stride, before in places
+    )
 
 
 def is_elementwise(function: Any) -> bool:

@@ -105,7 +105,7 @@ def normalize_without(norm: nn.Module, width: int, channels: Tensor) -> Removabl
         inputs = input_of(arguments, keywords)
         small = norm_over(norm, positions)
         where = positions.to(output.device)
-        axis = norm_axis(norm, width, inputs.dim())
+        axis = norm_axis(norm, width, inputs.shape)
         selected, others = with_input(arguments, keywords, inputs.index_select(axis, where))
         return torch.zeros_like(output).index_copy(axis, where, small(*selected, **others))
 

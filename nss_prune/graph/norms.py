@@ -33,17 +33,19 @@ def norm_of(member: Member, model: nn.Module) -> nn.Module | None:
     return module if own and _is_own_norm(module, member.width) else None
 
 
-def norm_axis(norm: nn.Module, width: int, dimensions: int) -> int:
-    """The axis over which a norm normalizes inputs of so many dimensions.
+def norm_axis(norm: nn.Module, width: int, shape: Sequence[int]) -> int:
+    """The axis over which a norm normalizes inputs of a shape.
 
-    That of a user's own, or of a subclass of LayerNorm, shows in whether it takes a map of another
-    width than its channels.
+    That of a user's own, or of a subclass of LayerNorm, is the one as long as it has channels, or
+    shows in whether it takes a map of another width.
     """
     if isinstance(norm, nn.GroupNorm):
         return 1
-    if type(norm) in KNOWN or dimensions < 3:
+    if type(norm) in KNOWN or len(shape) < 3 or shape[1] != width:
         return -1
-    channels_first = (1, width, *[1] * (dimensions - 3), width + 1)
+    if shape[-1] != width:
+        return 1
+    channels_first = (1, width, *[1] * (len(shape) - 3), width + 1)
     return -1 if _probed(norm, channels_first) is None else 1
 
 

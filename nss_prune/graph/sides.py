@@ -117,6 +117,21 @@ class Layer:
         self.labels.put(tensor, labels.view(shape).expand(tensor.shape))
 
 
+class OwnNorm(Layer):
+    """A LayerNorm with a forward function of its own, followed inside: it may move the channels."""
+
+    def __init__(self, name: str, module: nn.LayerNorm, labels: Labels) -> None:
+        super().__init__(name, module, labels)
+        labels.scales.add(id(module.weight))
+        for value in (module.weight, module.bias):
+            if value is not None:
+                labels.put(value, self.made)
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        """None: the labels are those of its parameters."""
+        return iter(())
+
+
 class WholeLayer:
     """A layer of which no channel can go: what it is given and what it makes stays.
 
@@ -195,6 +210,8 @@ def layers_of(model: nn.Module, labels: Labels) -> Iterator[Layer | WholeLayer]:
     for name, module in model.named_modules():
         if known(module) and (type(module).__module__.startswith("torch.nn") or not _own(module)):
             yield Layer(name, module, labels)
+        elif known(module) and isinstance(module, nn.LayerNorm):
+            yield OwnNorm(name, module, labels)
         elif reason := _reason_to_stay_whole(name, module):
             yield WholeLayer(name, module, labels, reason)
 

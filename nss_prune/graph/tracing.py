@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nss_prune.core.models import Forward, call_model, flags_kept
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.undo import left_as_found
+from nss_prune.core.value_reads import ValueReads
 from nss_prune.errors import ArgumentError, GraphError
 
 
@@ -161,11 +162,28 @@ def as_arguments(example_inputs: Any) -> Any:
 
 
 class OutputRecorder:
-    """An ``output_transform`` that remembers which autograd nodes made the outputs."""
+    """An ``output_transform`` that remembers which autograd nodes made the outputs.
+
+    Attributes:
+        nodes: Those.
+        reads_values: Whether the call that was :meth:`watched` depends on values of tensors.
+    """
 
     def __init__(self, output_transform: Callable[..., Any] | None = None) -> None:
         self.output_transform = output_transform
         self.nodes: set[Any] = set()
+        self.reads_values = True
+
+    def watched(self, forward: Forward) -> Forward:
+        """The same function, of whose call it is remembered whether it reads values."""
+
+        def call(model: nn.Module, inputs: Any) -> Any:
+            with ValueReads() as reads:
+                outputs = forward(model, inputs)
+            self.reads_values = reads.found
+            return outputs
+
+        return call
 
     def __call__(self, outputs: Any) -> list[Tensor]:
         if self.output_transform is not None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from nss_prune.core.late_timing import LateSeconds, MetaCopy
 from nss_prune.core.memory import peak_memory
-from nss_prune.core.models import on_one_device
+from nss_prune.core.models import Forward, on_one_device
 from nss_prune.core.timing import call_seconds, stage
-from nss_prune.graph.costs import Cost, macs_without_values, measure, parameters_of
+from nss_prune.graph.costs import (
+    Cost,
+    LateCost,
+    macs_by_module,
+    macs_without_values,
+    measure,
+    parameters_of,
+)
 from nss_prune.pruner.plan import Plan
 from nss_prune.pruner.report import Report
 from nss_prune.pruner.rows import actual_rows, report_rows
@@ -91,8 +99,16 @@ class Journal:
         """The cost of a model, and the seconds of a call, or what they can be measured of later."""
         called = subject.example_inputs, subject.forward
         copy = MetaCopy(subject.model, *called)
+        if not subject.reads_values and on_one_device(subject.model):
+            return LateCost(parameters_of(subject.model), partial(_macs, copy, *called)), copy
         macs = macs_without_values(copy.model, *called)
         if macs is not None and on_one_device(subject.model):
             return Cost(parameters_of(subject.model), macs[""]), copy
         with self.stage("timing the model"):
             return measure(subject.model, *called), call_seconds(subject.model, *called)
+
+
+def _macs(copy: MetaCopy, example_inputs: Any, forward: Forward) -> int:
+    """Of a call of what was copied."""
+    found = macs_without_values(copy.model, example_inputs, forward)
+    return (found or macs_by_module(copy.filled(), example_inputs, forward))[""]

@@ -259,7 +259,7 @@ class NSSPruner(Steps, WithoutRegularizer):
         def build(recorder: Any, apart: Sequence[nn.Module]) -> Any:
             ignored = [*settings["ignored_layers"], *apart]
             own = {**settings, "output_transform": recorder, "ignored_layers": ignored}
-            own["forward_fn"] = tracer.forward_fn
+            own["forward_fn"] = recorder.watched(tracer.forward_fn)
             super(NSSPruner, self).__init__(model, tracer.arguments, chosen, **own)
             self.ignored_layers = [layer for layer in self.ignored_layers if layer not in apart]
             return self.DG

@@ -58,6 +58,7 @@ class Subject:
         graph: torch-pruning's dependency graph; None where the model was traced in parts.
         tracer: Traces the model again.
         forward_dtype: Of the forward calls in passes over the data; None for the model's own.
+        reads_values: Whether a call is not known to depend on shapes alone.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Subject:
     graph: Any = None
     tracer: Tracer | None = None
     forward_dtype: torch.dtype | None = None
+    reads_values: bool = True
 
     @property
     def untraceable(self) -> Exception | None:
@@ -105,7 +107,12 @@ class Subject:
         assert self.tracer is not None
         found = self.tracer.again(self.model)
         neurons = found.neurons.without(self.neurons.left_alone)
-        return replace(found, neurons=neurons, forward_dtype=self.forward_dtype)
+        return replace(
+            found,
+            neurons=neurons,
+            forward_dtype=self.forward_dtype,
+            reads_values=self.reads_values,
+        )
 
     def on(self, neurons: NeuronMap) -> Subject:
         """The same with other neurons."""

@@ -106,17 +106,18 @@ class Tracer:
             GraphError: No part of the model can be traced, or parts will not do.
             NothingToPruneError: No group is left.
         """
-        tracer, graph, verdicts = self, None, Verdicts()
+        tracer, graph, verdicts, reads = self, None, Verdicts(), True
         with traceable(model):
             try:
                 verdicts = self._verdicts(model)
-                graph, found = within(
+                graph, found, reads = within(
                     WHOLE_SHARE * self.timeout, model, lambda: self._built(model, build, verdicts)
                 )
             except Exception as error:
                 graph, tracer = None, replace(self, untraceable=self._in_words(model, error))
                 found = tracer._neurons_in_parts(model)
-        return tracer._subject(model, graph, tracer._completed(model, graph, found, verdicts))
+        completed = tracer._completed(model, graph, found, verdicts)
+        return replace(tracer._subject(model, graph, completed), reads_values=reads)
 
     def again(self, model: nn.Module) -> Subject:
         """The subject of a further step, traced as that of the first.
@@ -133,10 +134,14 @@ class Tracer:
             graph, found = within(self.timeout, model, lambda: self._traced(model, verdicts))
         return self._subject(model, graph, self._completed(model, graph, found, verdicts))
 
-    def _built(self, model: nn.Module, build: Build, verdicts: Verdicts) -> tuple[Any, NeuronMap]:
+    def _built(
+        self, model: nn.Module, build: Build, verdicts: Verdicts
+    ) -> tuple[Any, NeuronMap, bool]:
+        """torch-pruning's graph, the neurons, and whether the call reads values."""
         recorder = OutputRecorder(self.graph_arguments.get("output_transform"))
         graph = build(recorder, [model.get_submodule(name) for name in verdicts.uneven])
-        return graph, self._neurons(model, graph, recorder.nodes, verdicts)
+        neurons = self._neurons(model, graph, recorder.nodes, verdicts)
+        return graph, neurons, recorder.reads_values
 
     def _traced(self, model: nn.Module, verdicts: Verdicts) -> tuple[Any, NeuronMap]:
         graph, output_nodes = self.graph(model)

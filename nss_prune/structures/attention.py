@@ -246,17 +246,8 @@ def find_heads(module: nn.Module) -> Heads | None:
     }
     if any(_mixes(part, queries) for part in others.values()):
         return None
-    return Heads(
-        queries,
-        keys,
-        sources[0].parts[0],
-        width,
-        sources,
-        consumer,
-        norms,
-        others,
-        core,
-    )
+    key_width = sources[0].parts[0]
+    return Heads(queries, keys, key_width, width, sources, consumer, norms, others, core)
 
 
 def _core(module: nn.Module) -> str:
@@ -286,17 +277,26 @@ def _parts(module: nn.Module) -> dict[str, nn.Module]:
 
 def says_heads(module: nn.Module) -> bool:
     """Whether a module has an attribute that is known to be its number of heads."""
-    return any(type(getattr(module, name, None)) is int for name in HEADS)
+    return any(_number(module, name) is not None for name in HEADS)
 
 
 def _number_of_heads(module: nn.Module) -> int | None:
     """What an attribute says, or the width of the queries by that of a head."""
-    for name in HEADS:
-        if type(getattr(module, name, None)) is int:
-            return int(getattr(module, name))
-    width = getattr(module, "head_dim", None)
-    query = None if type(width) is not int else _projection(module, QUERY, "out")
-    return None if type(width) is not int or query is None else query.width // width
+    said = [number for name in HEADS if (number := _number(module, name)) is not None]
+    if said:
+        return said[0]
+    width = _number(module, "head_dim")
+    query = None if width is None else _projection(module, QUERY, "out")
+    return None if width is None or query is None else query.width // width
+
+
+def _number(module: nn.Module, name: str) -> int | None:
+    """An attribute that is an integer."""
+    known = name in vars(module) or hasattr(type(module), name)
+    if not known and type(module).__getattr__ is nn.Module.__getattr__:  # slow where there is none
+        return None
+    value = getattr(module, name, None)
+    return value if type(value) is int else None
 
 
 def _fused(module: nn.Module, queries: int, value: int) -> tuple[Source, ...]:

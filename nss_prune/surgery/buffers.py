@@ -66,7 +66,7 @@ def channels_given(
     critical: Slice, producers: Producers
 ) -> Iterator[tuple[str, tuple[Member, Tensor]]]:
     """Module with buffers -> a side that makes its channels, and those that it loses."""
-    removed = critical.removed_channels()
+    removed = critical.removed_channels() if producers else {}
     for name, layers in producers.items():
         found = [
             removed[layer, side]

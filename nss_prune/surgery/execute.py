@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from nss_prune.core.models import submodule
 from nss_prune.errors import RemovalError
 from nss_prune.graph.recurrent import RecurrentPruner
+from nss_prune.graph.slices import Slice
 from nss_prune.graph.ties import shared_parameters
+from nss_prune.structures.protocol import Adapter
+from nss_prune.surgery.buffers import Producers
+from nss_prune.surgery.metadata import apply_changes, planned_changes
 from nss_prune.surgery.plan import Step
 
 Pruners = Mapping[Any, Any]
@@ -82,6 +86,29 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
             value.requires_grad_(flags[key])
     for names in shared:
         _tie_again(model, names)
+
+
+def shrink(
+    model: nn.Module,
+    critical: Slice,
+    steps: tuple[Step, ...],
+    customized: Pruners,
+    adapters: Sequence[Adapter],
+    *,
+    widths: bool,
+    producers: Producers,
+) -> None:
+    """Carry the plan of a slice out, and let attributes and buffers follow.
+
+    Args:
+        widths, producers: As :func:`nss_prune.surgery.metadata.planned_changes` takes them.
+
+    Raises:
+        RemovalError: As :func:`execute`; the model is left half done.
+    """
+    changes = planned_changes(model, critical, adapters, widths=widths, producers=producers)
+    execute(model, steps, customized)
+    apply_changes(changes)
 
 
 def _tie_again(model: nn.Module, names: Sequence[str]) -> None:

@@ -32,13 +32,39 @@ def random_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         dtype: Of the floating-point weights and buffers; None for what they have.
     """
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(POOL, generator=generator)
+    pool = _Pool(generator)
     drawn: dict[int, Tensor] = {}
     for module in model.modules():
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is not None and id(value) not in drawn:
                 drawn[id(value)] = _drawn(module, name, value, generator, pool, dtype)
     return clone(model, lambda tensor: drawn[id(tensor)])
+
+
+class _Pool:
+    """Normal numbers of which weights are views: all of one standard deviation share memory.
+
+    To write them takes longer than a call of the copy, and to read as many, too.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._numbers = torch.randn(POOL, generator=generator)
+        self._rounds: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
+
+    def view(self, old: Tensor, size: float, dtype: torch.dtype) -> Tensor:
+        """In the shape of another tensor, from some place on, round and round.
+
+        Args:
+            size: The standard deviation.
+        """
+        first = int(torch.randint(POOL, (), generator=self._generator))
+        end = first + old.numel()
+        key = size, old.device, dtype
+        if key not in self._rounds or len(self._rounds[key]) < end:
+            numbers = (size * self._numbers).to(old.device, dtype)
+            self._rounds[key] = numbers.repeat(-(-end // POOL))
+        return self._rounds[key][first:end].view(old.shape)
 
 
 def random_inputs(example_inputs: Any, dtype: torch.dtype | None = None, seed: int = 0) -> Any:
@@ -73,7 +99,7 @@ def _drawn(
     name: str,
     value: Tensor,
     generator: torch.Generator,
-    pool: Tensor,
+    pool: _Pool,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """A tensor in the place of a parameter or buffer."""
@@ -89,14 +115,7 @@ def _drawn(
     if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
         inputs = old.shape[0] // module.groups
     size = 1.0 if isinstance(module, nn.Embedding) else math.sqrt(2 / inputs)
-    return _like(_normal(old.shape, size, generator, pool), old, dtype)
-
-
-def _normal(shape: torch.Size, size: float, generator: torch.Generator, pool: Tensor) -> Tensor:
-    """Normal numbers with a standard deviation, from some place of the pool on, round and round."""
-    first = int(torch.randint(len(pool), (), generator=generator))
-    rounds = -(-(first + shape.numel()) // len(pool))
-    return (size * pool).repeat(rounds)[first : first + shape.numel()].view(shape)
+    return pool.view(old, size, dtype or old.dtype)
 
 
 def _random_vector(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -22,8 +22,7 @@ from nss_prune.errors import RemovalError
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.execute import Pruners, execute
-from nss_prune.surgery.metadata import apply_changes, planned_changes
+from nss_prune.surgery.execute import Pruners, shrink
 from nss_prune.surgery.pictures import smaller
 from nss_prune.surgery.plan import plan_removal
 from nss_prune.surgery.structure import StructureCheck
@@ -65,16 +64,22 @@ def remove(
     steps = plan_removal(critical, model)
     structure = StructureCheck(model, example_inputs, forward)
     widths = structure.check(critical, customized_pruners, adapters)
-    changes = planned_changes(
-        model, critical, adapters, widths=widths, producers=structure.producers
-    )
-    with layers_used(model) as used:
-        inputs = _runnable(model, example_inputs, forward)
+    inputs, used = structure.inputs, structure.used
+    if inputs is None:  # no layer consumes what goes
+        with layers_used(model) as used:
+            inputs = _runnable(model, example_inputs, forward)
     resting = {layer for layer in model.modules() if has_parameters(layer)} - used
     trains = bool(resting) and trains_any(model, resting, example_inputs, forward)
     with undone_on_error(model):
-        execute(model, steps, customized_pruners or {})
-        apply_changes(changes)
+        shrink(
+            model,
+            critical,
+            steps,
+            customized_pruners or {},
+            adapters,
+            widths=widths,
+            producers=structure.producers,
+        )
         with evaluation(model), torch.no_grad():
             _run(model, inputs, forward)
         if trains:

@@ -9,7 +9,7 @@ neurons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
 from nss_prune.surgery.buffers import Producers, producers_of_buffers
-from nss_prune.surgery.execute import Pruners, execute
-from nss_prune.surgery.metadata import apply_changes, planned_changes
-from nss_prune.surgery.plan import plan_removal
+from nss_prune.surgery.execute import Pruners, shrink
+from nss_prune.surgery.plan import Step, plan_removal
 from nss_prune.surgery.recorded import RecordedOutputs, compare, recorded
-from nss_prune.surgery.trial_copies import copies_to_try, working_copy
+from nss_prune.surgery.trial_copies import Copy, copies_to_try, working_copy
+from nss_prune.surgery.usage import layers_used
 from nss_prune.surgery.widths import width_changes
 
 
@@ -35,6 +35,9 @@ class StructureCheck:
     Args:
         example_inputs: Inputs of one call.
         forward: Function of (model, inputs) that gives the outputs.
+
+    Attributes:
+        used: The layers with parameters that calls of the masked copy use.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class StructureCheck:
         self._model = model
         self._forward = forward
         self._subjects = copies_to_try(model, example_inputs)
-        self._subject: tuple[nn.Module, Any] | None = None
+        self._subject: Copy | None = None
         self._producers: Producers | None = None
+        self.used: set[nn.Module] = set()
 
     @property
     def producers(self) -> Producers:
@@ -52,10 +56,14 @@ class StructureCheck:
         if self._producers is None:
             if self._subject is None:
                 return {}
-            subject, inputs = self._subject
-            model = working_copy(subject)
-            self._producers = producers_of_buffers(model, inputs, self._forward)
+            model = working_copy(self._subject.model)
+            self._producers = producers_of_buffers(model, self._subject.inputs, self._forward)
         return self._producers
+
+    @property
+    def inputs(self) -> Any:
+        """Inputs that the model takes, small pictures if it can; None where nothing was tried."""
+        return None if self._subject is None else self._subject.given
 
     @full_precision()
     def check(
@@ -74,7 +82,7 @@ class StructureCheck:
             RemovalError: It does not, or one of them does not run.
             ModelMismatchError: The slice is of another model.
         """
-        plan_removal(critical, self._model)  # refuses a slice before anything is tried
+        steps = plan_removal(critical, self._model)  # refuses a slice before anything is tried
         going = critical.removed
         rescaled = {queries.name for queries, _ in critical.removed_queries()}
         consumers = (
@@ -86,15 +94,19 @@ class StructureCheck:
         names = [name for name in dict.fromkeys(consumers) if name not in rescaled]
         if not names:
             return True
-        masked = self._masked(critical, names, _kept_outputs(critical))
+        masked = self._masked(critical, names, _kept_outputs(steps))
+
+        def removed(widths: bool) -> RecordedOutputs:
+            smaller = self._smaller(critical, steps, customized_pruners or {}, adapters, widths)
+            return self._run_smaller(smaller, names)
+
         try:
-            compare(masked, self._removed(critical, names, customized_pruners, adapters, True))
+            compare(masked, removed(widths=True))
         except RemovalError as error:
             if not self._widths_differ(critical):
                 raise
             try:
-                others = self._removed(critical, names, customized_pruners, adapters, False)
-                compare(masked, others)
+                compare(masked, removed(widths=False))
             except RemovalError:
                 raise error from error.__cause__
             return False
@@ -103,32 +115,38 @@ class StructureCheck:
     def _widths_differ(self, critical: Slice) -> bool:
         return next(width_changes(self._model, critical, self.producers), None) is not None
 
-    def _removed(
+    def _smaller(
         self,
         critical: Slice,
-        names: Sequence[str],
-        customized_pruners: Pruners | None,
+        steps: tuple[Step, ...],
+        customized_pruners: Pruners,
         adapters: Sequence[Adapter],
         widths: bool,
-    ) -> RecordedOutputs:
-        """What a smaller copy gives."""
+    ) -> nn.Module:
+        """A smaller copy."""
         assert self._subject is not None
-        subject, inputs = self._subject
-        model = working_copy(subject)
-        customized = _of_copy(customized_pruners or {}, self._model, model)
+        model = working_copy(self._subject.model)
+        customized = _of_copy(customized_pruners, self._model, model)
         try:
-            steps = plan_removal(critical, model)
-            changes = planned_changes(
-                model, critical, adapters, widths=widths, producers=self.producers
+            shrink(
+                model,
+                critical,
+                steps,
+                customized,
+                adapters,
+                widths=widths,
+                producers=self.producers,
             )
-            execute(model, steps, customized)
-            apply_changes(changes)
         except NSSPruneError:
             raise
         except Exception as error:
             raise RemovalError(f"the removal failed: {type(error).__name__}: {error}") from error
+        return model
+
+    def _run_smaller(self, model: nn.Module, names: Sequence[str]) -> RecordedOutputs:
+        assert self._subject is not None
         try:
-            return recorded(model, inputs, names, {}, self._forward)
+            return recorded(model, self._subject.inputs, names, {}, self._forward)
         except Exception as error:
             raise RemovalError(
                 f"the smaller model does not run: {error}; name the layer in ignored_layers"
@@ -139,12 +157,12 @@ class StructureCheck:
     ) -> RecordedOutputs:
         """The masked copy's outputs; the first time, a copy that runs is looked for."""
         if self._subject is not None:
-            return self._run_masked(*self._subject, critical, names, kept)
+            return self._run_masked(self._subject, critical, names, kept)
         failure: Exception | None = None
         runs = False
         for subject in self._subjects:
             try:
-                outputs = self._run_masked(*subject, critical, names, kept)
+                outputs = self._run_masked(subject, critical, names, kept)
             except Exception as error:
                 failure = error
                 continue
@@ -160,16 +178,14 @@ class StructureCheck:
         ) from failure
 
     def _run_masked(
-        self,
-        subject: nn.Module,
-        inputs: Any,
-        critical: Slice,
-        names: Sequence[str],
-        kept: Mapping[str, Tensor],
+        self, subject: Copy, critical: Slice, names: Sequence[str], kept: Mapping[str, Tensor]
     ) -> RecordedOutputs:
-        masked_model = working_copy(subject)
-        with critical.masked(masked_model):
-            return recorded(masked_model, inputs, names, kept, self._forward)
+        masked = working_copy(subject.model)
+        with critical.masked(masked), layers_used(masked) as used:
+            outputs = recorded(masked, subject.inputs, names, kept, self._forward)
+        pairs = zip(self._model.modules(), masked.modules(), strict=True)
+        self.used = {own for own, copied in pairs if copied in used}
+        return outputs
 
 
 def _of_copy(customized: Pruners, model: nn.Module, copy: nn.Module) -> Pruners:
@@ -181,12 +197,12 @@ def _of_copy(customized: Pruners, model: nn.Module, copy: nn.Module) -> Pruners:
     }
 
 
-def _kept_outputs(critical: Slice) -> dict[str, Tensor]:
+def _kept_outputs(steps: Iterable[Step]) -> dict[str, Tensor]:
     """Layer -> the channels of its output that stay, where some go."""
     found = {}
-    for (name, side), (member, channels) in critical.removed_channels().items():
-        if side != "in" and member.axis is None:
+    for member, channels in ((step.member, step.channels) for step in steps):
+        if member.side != "in" and member.axis is None:
             stays = torch.ones(member.width, dtype=torch.bool)
             stays[channels] = False
-            found[name] = stays.nonzero().flatten()
+            found[member.name] = stays.nonzero().flatten()
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +16,8 @@ from networks import assert_unchanged, fingerprint
 from nss_prune import NSSPruner
 from nss_prune.discovery.whole import discover
 from nss_prune.errors import GraphError, NothingToPruneError
-from nss_prune.graph.coupled import components
+from nss_prune.graph.coupled import candidates, components, followed, reasons_to_stay
+from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
 from nss_prune.graph.slices import Slice
 from nss_prune.surgery.removal import remove
@@ -447,6 +449,23 @@ def test_a_criterion_ranks_blocks() -> None:
     pruner.step()
     assert pruner.slice.kept["first"].logical_not().nonzero().flatten().tolist() == weak.tolist()
     assert model.first.out_channels == 12
+
+
+@pytest.mark.parametrize("side", [5, 8])
+def test_norms_of_a_class_of_their_own_are_followed(side: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), LayerNorm2d(8), nn.Conv2d(8, 4, 1), nn.Flatten(1, -1))
+    model.append(nn.Linear(4 * side * side, 2))
+    found = followed(model, torch.randn(1, 3, side, side))
+    assert found is not None
+    assert reasons_to_stay(found) == {"4": MAKES_THE_OUTPUT}
+    group = candidates(found)[0][0]
+    assert {(member.name, member.side) for member in group.members} == {
+        ("0", "out"),
+        ("1", "both"),
+        ("2", "in"),
+    }
+    for member in group.members:
+        assert member.channels.tolist() == member.neurons.tolist() == list(range(8))
 
 
 def test_components_by_hand() -> None:

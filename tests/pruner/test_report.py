@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+from itertools import pairwise
+
 import timm
 import torch
+import torch_pruning as tp
 import torchvision
 from torch import nn
 
 from nss_prune import NSSPruner
-from nss_prune.graph.costs import Cost, measure
+from nss_prune.graph.costs import Cost, LateCost, measure
 from nss_prune.pruner.report import Report, Row
 
 
@@ -102,3 +106,37 @@ def test_a_ratio_that_falls_short_is_said() -> None:
     pruner = NSSPruner(model, inputs, data=data, pruning_ratio=0.5)
     pruner.step()
     assert "pruning_ratio asks" not in str(pruner.report)
+
+
+def test_macs_are_counted_once_when_they_are_read() -> None:
+    counts = []
+    late = LateCost(3, lambda: counts.append(1) or 7)  # type: ignore[func-returns-value]
+    assert (late.parameters, counts) == (3, [])
+    assert late == Cost(3, 7)
+    assert Cost(3, 7) == late
+    assert late != Cost(3, 8)
+    assert hash(late) == hash(Cost(3, 7))
+    assert type(pickle.loads(pickle.dumps(late))) is Cost
+    assert counts == [1]
+
+
+def test_macs_are_those_of_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4), torch.nn.Linear(4, 3)
+    )
+    pruner = NSSPruner(
+        model,
+        torch.randn(2, 6),
+        tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        iterative_steps=2,
+    )
+    widths = [(8, 4)]
+    for _ in range(2):
+        pruner.step()
+        widths.append((model[0].out_features, model[2].out_features))
+    costs = [2 * (6 * a + a * b + b * 3) for a, b in widths]
+    steps = pruner.cumulative_report.steps
+    assert [(step.before.macs, step.after.macs) for step in steps] == [*pairwise(costs)]
+    assert widths[-1] == (4, 2)

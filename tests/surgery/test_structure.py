@@ -205,6 +205,16 @@ def test_random_copies_keep_what_must_stay() -> None:
     assert torch.equal(model.scale, torch.full((6,), 1e-6))
 
 
+def test_random_weights_of_one_size_share_memory_and_are_not_alike() -> None:
+    model = nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(4)))
+    weights = [layer.weight for layer in random_copy(model, torch.float64).children()]
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) < len(weights)
+    for weight in weights:
+        for rows in (weight, weight.T):
+            assert torch.corrcoef(rows).triu(1).abs().max() < 0.5  # type: ignore[no-untyped-call]
+        assert torch.isclose(weight.var(), torch.tensor(2 / 300).double(), rtol=0.05)
+
+
 def test_random_inputs_keep_ranges_and_masks() -> None:
     tokens, mask = torch.arange(12).view(2, 6), torch.tensor([[1.0, 0], [1, 1]])
     given = {"tokens": tokens, "mask": mask, "zeros": torch.zeros(2, 3), "on": mask.bool()}
