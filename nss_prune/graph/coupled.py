@@ -10,7 +10,7 @@ the model takes from the width. Both are candidates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,10 @@ from nss_prune.core.nested import map_tensors, tensors_in
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.labels import Labels
 from nss_prune.graph.neurons import Member, NeuronGroup
-from nss_prune.graph.sides import LabelledSide, layers_of
+from nss_prune.graph.sides import LabelledSide, Layer, WholeLayer, layers_of
+
+Mode = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
+"""Context in which a model is in evaluation or in training mode."""
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
 
@@ -78,20 +81,31 @@ def _ignored_names(model: nn.Module, ignored: Sequence[nn.Module | nn.Parameter]
     }
 
 
-def _followed(model: nn.Module, inputs: Any, forward: Forward, stay: set[str]) -> Followed:
-    labels = Labels()
+def labelled_call(
+    model: nn.Module, inputs: Any, forward: Forward, labels: Labels, mode: Mode = evaluation
+) -> tuple[list[Layer | WholeLayer], Any]:
+    """The layers of a model, and its outputs, with labels of all channels of one call.
+
+    Args:
+        mode: In which the model is called.
+    """
     layers = list(layers_of(model, labels))
     with contextlib.ExitStack() as stack:
         for layer in layers:
             for handle in layer.attach():
                 stack.callback(handle.remove)
-        stack.enter_context(evaluation(model))
+        stack.enter_context(mode(model))
         stack.enter_context(torch.no_grad())
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(labels)
-        outputs = forward(model, inputs)
+        return layers, forward(model, inputs)
+
+
+def _followed(model: nn.Module, inputs: Any, forward: Forward, stay: set[str]) -> Followed:
+    labels = Labels()
+    layers, outputs = labelled_call(model, inputs, forward, labels)
     for tensor in tensors_in(outputs):
         labels.pin(labels.of(tensor), MAKES_THE_OUTPUT)
     sides = [side for layer in layers for side in layer.sides]
@@ -118,7 +132,7 @@ def _parameter_sides(model: nn.Module, labels: Labels, known: set[str]) -> Itera
         if number not in names or names[number] in known:
             continue
         found = component[elements]
-        axes = [axis for axis in range(found.dim()) if _constant_but(found, axis)]
+        axes = [axis for axis in range(found.dim()) if constant_but(found, axis)]
         if len(axes) == 1:
             lines = elements.movedim(axes[0], 0).reshape(elements.shape[axes[0]], -1)
             labels.join(lines, lines[:, :1].expand_as(lines))
@@ -128,7 +142,7 @@ def _parameter_sides(model: nn.Module, labels: Labels, known: set[str]) -> Itera
             labels.pin(elements, f"{names[number]} has no axis of channels")
 
 
-def _constant_but(found: Tensor, axis: int) -> bool:
+def constant_but(found: Tensor, axis: int) -> bool:
     """Whether components change along an axis, and along no other."""
     lines = found.movedim(axis, 0).reshape(found.shape[axis], -1)
     return (
@@ -188,7 +202,7 @@ def _groups(found: Followed, free: int) -> tuple[NeuronGroup, ...]:
 def _tied(grid: Tensor, component: Tensor, free: int) -> Tensor:
     """Pairs of labels that go together so that a divided axis stays whole, ``[2, pairs]``."""
     found = component[grid]
-    if any(_constant_but(found, axis) for axis in range(grid.dim())):
+    if any(constant_but(found, axis) for axis in range(grid.dim())):
         return torch.empty(2, 0, dtype=torch.long)
     lines = grid.movedim(free, 0).flatten(1)
     return torch.stack([lines.flatten(), lines[:, :1].expand_as(lines).flatten()])

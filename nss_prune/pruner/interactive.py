@@ -17,9 +17,9 @@ from nss_prune.graph.slices import Slice
 from nss_prune.pruner.member_groups import dependency_of, group_of_members
 from nss_prune.pruner.subject import Subject
 from nss_prune.structures.protocol import Change
-from nss_prune.surgery.execute import execute
+from nss_prune.surgery.buffers import OwnBuffers
+from nss_prune.surgery.cut import cut
 from nss_prune.surgery.metadata import apply_changes, planned_changes
-from nss_prune.surgery.plan import plan_removal
 
 
 def history(chosen: Slice) -> Iterator[tuple[str, bool, list[int]]]:
@@ -69,9 +69,13 @@ def pruning_groups(
         for name in entries
         if not groups[name].has_channels
     }
-    changes = {}
+    changes: dict[str, tuple[Change, ...]] = {}
+    buffers = OwnBuffers(subject.model, subject.example_inputs, subject.forward)
     apart = {name for name in entries if not is_described(subject, groups[name], entries[name])}
     _refuse_shared(chosen, apart)
+    for name in entries.keys() - apart - parts.keys():
+        part = Slice({name: chosen.kept[name]}, (groups[name],))
+        changes[name] = tuple(buffers.changes(subject.model, part))
     for name, part in parts.items():
         if name in apart:
             continue
@@ -83,14 +87,15 @@ def pruning_groups(
     for name, entry in entries.items():
         if name in apart:
             part = Slice({name: chosen.kept[name]}, (groups[name],))
-            yield _removal(subject, part, entry, num_heads)
+            yield _removal(subject, part, entry, num_heads, buffers)
             continue
         if groups[name].is_uneven:
             found = group_of_members(subject, groups[name], ~chosen.kept[name])
         else:
             found = _pruning_group(subject, *entry)
-        if name in parts:
-            _follow(found, parts[name], changes[name], num_heads, subject.model)
+        if name in parts or changes[name]:
+            part = Slice({name: chosen.kept[name]}, (groups[name],))
+            _follow(found, part, changes[name], num_heads, subject.model)
         yield found
 
 
@@ -156,6 +161,7 @@ def _removal(
     part: Slice,
     entry: tuple[str, bool, list[int]],
     num_heads: dict[nn.Module, int],
+    buffers: OwnBuffers,
 ) -> Any:
     """A group of torch-pruning's whose ``prune`` removes what a slice of one group does not keep.
 
@@ -173,11 +179,8 @@ def _removal(
             made[-1].root_idxs = gone.nonzero().flatten().tolist()
 
     def prune(*arguments: Any, **keywords: Any) -> None:
-        steps = plan_removal(part, model)
-        changes = planned_changes(model, part, subject.adapters)
         with undone_on_error(model):
-            execute(model, steps, subject.customized_pruners or {})
-            apply_changes(changes)
+            cut(model, part, subject.adapters, buffers, subject.customized_pruners)
         count_heads(num_heads, model, part)
         if in_history:
             subject.graph._pruning_history.append(list(entry))

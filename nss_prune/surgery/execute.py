@@ -17,6 +17,9 @@ from nss_prune.surgery.plan import Step
 
 Pruners = Mapping[Any, Any]
 
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Axes of a tensor -> how its values lie in memory when channels come last."""
+
 
 class LayerNormPruner(tp.pruner.function.LayernormPruner):  # type: ignore[misc]
     """torch-pruning's, with the kept weights in their order.
@@ -58,6 +61,7 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
         RemovalError: Two layers share a parameter, and would not any more.
     """
     shared = shared_parameters(model)
+    channels_last = _channels_last(model)
     # Chosen before anything shrinks: a grouped convolution may come to look like a depthwise one.
     functions = {
         step.member.name: _pruning_function(submodule(model, step.member.name), customized)
@@ -82,6 +86,26 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
             value.requires_grad_(flags[key])
     for names in shared:
         _tie_again(model, names)
+    _as_before(model, channels_last)
+
+
+def _channels_last(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those whose values lie channels_last in memory."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() in FORMATS
+        and not parameter.is_contiguous()
+        and parameter.is_contiguous(memory_format=FORMATS[parameter.dim()])
+    }
+
+
+def _as_before(model: nn.Module, channels_last: Mapping[str, nn.Parameter]) -> None:
+    """Let new parameters lie channels_last in memory where the old ones did."""
+    for name, old in channels_last.items():
+        new = model.get_parameter(name)
+        if new is not old:
+            new.data = new.data.contiguous(memory_format=FORMATS[new.dim()])
 
 
 def _tie_again(model: nn.Module, names: Sequence[str]) -> None:

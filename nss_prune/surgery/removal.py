@@ -22,10 +22,8 @@ from nss_prune.errors import RemovalError
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.execute import Pruners, execute
-from nss_prune.surgery.metadata import apply_changes, planned_changes
+from nss_prune.surgery.cut import Pruners, cut
 from nss_prune.surgery.pictures import smaller
-from nss_prune.surgery.plan import plan_removal
 from nss_prune.surgery.structure import StructureCheck
 from nss_prune.surgery.usage import has_parameters, layers_used, trains_any
 
@@ -62,19 +60,14 @@ def remove(
         ModelMismatchError: The slice is of another model.
     """
     given, model = model, uncompiled(model)
-    steps = plan_removal(critical, model)
     structure = StructureCheck(model, example_inputs, forward)
     widths = structure.check(critical, customized_pruners, adapters)
-    changes = planned_changes(
-        model, critical, adapters, widths=widths, producers=structure.producers
-    )
     with layers_used(model) as used:
         inputs = _runnable(model, example_inputs, forward)
     resting = {layer for layer in model.modules() if has_parameters(layer)} - used
     trains = bool(resting) and trains_any(model, resting, example_inputs, forward)
     with undone_on_error(model):
-        execute(model, steps, customized_pruners or {})
-        apply_changes(changes)
+        cut(model, critical, adapters, structure.buffers, customized_pruners, widths=widths)
         with evaluation(model), torch.no_grad():
             _run(model, inputs, forward)
         if trains:

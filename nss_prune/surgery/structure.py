@@ -20,12 +20,12 @@ from nss_prune.errors import NSSPruneError, RemovalError
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.buffers import Producers, producers_of_buffers
-from nss_prune.surgery.execute import Pruners, execute
-from nss_prune.surgery.metadata import apply_changes, planned_changes
+from nss_prune.surgery.buffers import OwnBuffers, Producers
+from nss_prune.surgery.cut import Pruners, cut
 from nss_prune.surgery.plan import plan_removal
 from nss_prune.surgery.recorded import RecordedOutputs, compare, recorded
 from nss_prune.surgery.trial_copies import copies_to_try, working_copy
+from nss_prune.surgery.usage import train_once, trains_others
 from nss_prune.surgery.widths import width_changes
 
 
@@ -44,18 +44,15 @@ class StructureCheck:
         self._forward = forward
         self._subjects = copies_to_try(model, example_inputs)
         self._subject: tuple[nn.Module, Any] | None = None
-        self._producers: Producers | None = None
+        self._buffers: OwnBuffers | None = None
+        self._training_matters: bool | None = None
 
     @property
-    def producers(self) -> Producers:
-        """The layers that made what modules with buffers are given."""
-        if self._producers is None:
-            if self._subject is None:
-                return {}
-            subject, inputs = self._subject
-            model = working_copy(subject)
-            self._producers = producers_of_buffers(model, inputs, self._forward)
-        return self._producers
+    def buffers(self) -> OwnBuffers | None:
+        """Buffers that hold something for each channel; None before a copy was looked at."""
+        if self._buffers is None and self._subject is not None:
+            self._buffers = OwnBuffers(*self._subject, self._forward)
+        return self._buffers
 
     @full_precision()
     def check(
@@ -101,7 +98,7 @@ class StructureCheck:
         return True
 
     def _widths_differ(self, critical: Slice) -> bool:
-        return next(width_changes(self._model, critical, self.producers), None) is not None
+        return next(width_changes(self._model, critical, self._producers), None) is not None
 
     def _removed(
         self,
@@ -117,22 +114,33 @@ class StructureCheck:
         model = working_copy(subject)
         customized = _of_copy(customized_pruners or {}, self._model, model)
         try:
-            steps = plan_removal(critical, model)
-            changes = planned_changes(
-                model, critical, adapters, widths=widths, producers=self.producers
-            )
-            execute(model, steps, customized)
-            apply_changes(changes)
+            cut(model, critical, adapters, self.buffers, customized, widths=widths)
         except NSSPruneError:
             raise
         except Exception as error:
             raise RemovalError(f"the removal failed: {type(error).__name__}: {error}") from error
         try:
-            return recorded(model, inputs, names, {}, self._forward)
+            outputs = recorded(model, inputs, names, {}, self._forward)
         except Exception as error:
             raise RemovalError(
                 f"the smaller model does not run: {error}; name the layer in ignored_layers"
             ) from error
+        if self._trains_others:
+            train_once(model, inputs, self._forward)
+        return outputs
+
+    @property
+    def _producers(self) -> Producers:
+        return {} if self.buffers is None else self.buffers.producers
+
+    @property
+    def _trains_others(self) -> bool:
+        """Whether training uses layers, or buffers of a user's own, that evaluation may not."""
+        if self._training_matters is None:
+            assert self._subject is not None
+            subject, inputs = self._subject
+            self._training_matters = trains_others(working_copy(subject), inputs, self._forward)
+        return self._training_matters
 
     def _masked(
         self, critical: Slice, names: Sequence[str], kept: Mapping[str, Tensor]
