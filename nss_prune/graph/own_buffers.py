@@ -19,6 +19,7 @@ from nss_prune.core.models import Forward, clone, evaluation, meta_copy, trainin
 from nss_prune.core.nested import map_tensors
 from nss_prune.graph.coupled import Mode, components, constant_but, labelled_call
 from nss_prune.graph.labels import Labels, along
+from nss_prune.graph.neurons import Side
 from nss_prune.graph.sides import LabelledSide
 from nss_prune.graph.slices import Slice
 
@@ -36,7 +37,7 @@ class BufferAxis:
     name: str
     axis: int
     labels: Tensor
-    sides: Mapping[tuple[str, str], Tensor]
+    sides: Mapping[tuple[str, Side], Tensor]
 
     def kept(self, critical: Slice) -> Tensor | None:
         """Positions along the axis that stay, ``[kept]``; None where all do."""

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nss_prune.errors import ArgumentError
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.followed import of_followed
 from nss_prune.pruner.member_groups import group_of_members
 from nss_prune.pruner.strategy import Importance
 from nss_prune.pruner.subject import Subject
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 class Asked:
@@ -30,8 +37,29 @@ class Asked:
         root, channels = group[0].dep, tuple(group[0].idxs)
         key = (root.target.module, root.handler, channels)
         if key not in self._answers:
-            self._answers[key] = self._importance(group)
+            self._answers[key] = self._checked(group)
         return self._answers[key]
+
+    def _checked(self, group: Any) -> Any:
+        """The importance of a group, where it is a number for each channel, or None."""
+        found = self._importance(group)
+        if found is None:
+            return None
+        name, width = type(self._importance).__name__, len(group[0].idxs)
+        neurons = max(group[0].root_idxs, default=0) + 1  # of several channels each, perhaps
+        least, most = min(width, neurons), max(width, neurons)
+        is_vector = isinstance(found, Tensor) and found.dim() == 1
+        if not is_vector or not least <= len(found) <= most:
+            raise ArgumentError(
+                f"importance={name} gives {_told(found)} for a group of {width} channels; it must "
+                "give a tensor with a number for each channel, or None"
+            )
+        if bool(found.isnan().any()):
+            raise ArgumentError(
+                f"importance={name} gives NaN for {int(found.isnan().sum())} of {width} channels, "
+                "which cannot be ranked; look for NaN in the weights and their gradients"
+            )
+        return found
 
 
 def importance_of(subject: Subject, group: NeuronGroup, importance: Importance) -> Tensor | None:

@@ -13,6 +13,8 @@ from nss_prune.surgery.execute import Pruners, execute
 from nss_prune.surgery.metadata import apply_changes, planned_changes
 from nss_prune.surgery.plan import plan_removal
 
+__all__ = ["Pruners", "cut"]
+
 
 def cut(
     model: nn.Module,
