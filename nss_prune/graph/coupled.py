@@ -22,7 +22,7 @@ from nss_prune.core.nested import map_tensors, tensors_in
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.labels import Labels
 from nss_prune.graph.neurons import Member, NeuronGroup
-from nss_prune.graph.sides import LabelledSide, Layer, WholeLayer, layers_of
+from nss_prune.graph.sides import CROSSES_ATTENTION, SEPARATE, AnyLayer, LabelledSide, layers_of
 
 Mode = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 """Context in which a model is in evaluation or in training mode."""
@@ -83,7 +83,7 @@ def _ignored_names(model: nn.Module, ignored: Sequence[nn.Module | nn.Parameter]
 
 def labelled_call(
     model: nn.Module, inputs: Any, forward: Forward, labels: Labels, mode: Mode = evaluation
-) -> tuple[list[Layer | WholeLayer], Any]:
+) -> tuple[list[AnyLayer], Any]:
     """The layers of a model, and its outputs, with labels of all channels of one call.
 
     Args:
@@ -262,4 +262,20 @@ def reasons_to_stay(found: Followed) -> dict[str, str]:
             its = [reasons[number] for number in numbers if number in reasons]
             if its:
                 told[side.name] = its[0]
+            elif _is_for_attention_alone(found.sides, component, numbers):
+                told[side.name] = CROSSES_ATTENTION
     return told
+
+
+def _is_for_attention_alone(
+    sides: Sequence[LabelledSide], component: Tensor, numbers: Sequence[int]
+) -> bool:
+    """Whether columns of attention consume some components, and no layer does."""
+    its = torch.tensor(numbers)
+    read = [
+        side
+        for side in sides
+        if side.side == "in" and bool(torch.isin(component[side.labels], its).any())
+    ]
+    columns = ("in_proj_weight", *SEPARATE)
+    return bool(read) and all(side.name.rpartition(".")[2] in columns for side in read)

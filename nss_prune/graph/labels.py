@@ -232,7 +232,9 @@ class Labels(TorchDispatchMode):
             return
         line = along(whole, axis)
         length = parts[0].shape[axis]
-        if length and len(line) % length == 0:
+        if not length:  # what is left of an axis that was taken whole
+            return
+        if len(line) % length == 0:
             first = along(parts[0], axis)
             step = int(len(first) > 1) and int((line == first[1]).nonzero()[0]) - int(
                 (line == first[0]).nonzero()[0]

@@ -10,6 +10,7 @@ from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.dimensions import HEAD_DIMENSIONS
 from nss_prune.structures.known import ADAPTERS
+from nss_prune.structures.multihead import narrowed
 from nss_prune.structures.protocol import Adapter, Change
 from nss_prune.surgery.buffers import OwnBuffers
 from nss_prune.surgery.widths import width_changes
@@ -45,6 +46,7 @@ def planned_changes(
         if group.name in going and _same(group, going[group.name])
         for change in adapter.changes(module, group, critical.kept[group.name])
     ]
+    of_adapters += narrowed(model, critical)
     done = {(change.module, change.name) for change in of_adapters}
     producers = None if buffers is None else buffers.producers
     of_widths = width_changes(model, critical, producers) if widths else ()
