@@ -171,8 +171,9 @@ def not_replayed(subject: Subject, chosen: Slice) -> list[str]:
     groups = {group.name: group for group in chosen.groups}
     buffers = OwnBuffers(subject.model, subject.example_inputs, subject.forward)
     found = []
-    for name, entry in zip(chosen.removed, history(chosen), strict=True):
+    for name in chosen.removed:
         part = Slice({name: chosen.kept[name]}, (groups[name],))
+        (entry,) = history(part)
         changes = list(buffers.changes(subject.model, part))
         changes += (
             change
