@@ -70,6 +70,15 @@ class GatedLinear(nn.Module):
         return made
 
 
+class GatedHalves(GatedLinear):
+    """torch-pruning ranks each half by itself, and takes the partners along."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        gates, values = self.both(inputs).chunk(2, -1)
+        made: Tensor = self.head(functional.silu(gates) * values)
+        return made
+
+
 def halved(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, str]]:
     """Layer -> channels that stay, and why; the smaller model gives what the masked one gives."""
     whole = copy.deepcopy(model)
@@ -106,9 +115,10 @@ def test_hidden_units_that_go_on_as_a_state() -> None:
     assert model.rnn.hidden_size == 4
 
 
-def test_halves_that_torch_pruning_maps_beyond_the_next_layer() -> None:
+@pytest.mark.parametrize("kind", [GatedLinear, GatedHalves])
+def test_halves_of_a_gated_unit_go_by_the_ratio(kind: type[GatedLinear]) -> None:
     torch.manual_seed(0)
-    model = GatedLinear().eval()
+    model = kind().eval()
     halved(model, torch.randn(2, 6))
     assert (model.both.out_features, model.head.in_features) == (8, 4)
 
