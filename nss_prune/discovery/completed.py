@@ -64,8 +64,9 @@ def _marked(model: nn.Module, neurons: NeuronMap, graph: Any) -> NeuronMap:
     groups = []
     for group in neurons.groups:
         halves = group.has_channels and group.ties > 1 and not group.followed
-        layer = model.get_submodule(group.name) if halves else None
-        if layer in graph.module2node and not maps_rightly(graph, layer, group.size * group.ties):
-            group = replace(group, followed=True)
+        if halves:
+            layer, width = model.get_submodule(group.name), group.size * group.ties
+            known = layer in graph.module2node
+            group = replace(group, followed=known and not maps_rightly(graph, layer, width))
         groups.append(group)
     return replace(neurons, groups=tuple(groups))

@@ -139,10 +139,11 @@ def _not_walked(
         mates: Layer of a group that is left alone -> its root.
     """
     inside: set[nn.Module] = set()  # modules that are one operation for torch-pruning
+    roots: tuple[type[nn.Module], ...] = (*root_module_types, nn.RNNCellBase)
     for name, module in model.named_modules():
         if module in graph.module2node:
             inside.update(part for part in module.modules() if part is not module)
-        if module in inside or not isinstance(module, (*root_module_types, nn.RNNCellBase)):
+        if module in inside or not isinstance(module, roots):
             continue
         if isinstance(module, nn.RNNCellBase):
             reason = IS_A_CELL

@@ -42,9 +42,9 @@ class BufferAxis:
     def kept(self, critical: Slice) -> Tensor | None:
         """Positions along the axis that stay, ``[kept]``; None where all do."""
         gone = [
-            self.sides[key][channels]
-            for key, (member, channels) in critical.removed_channels().items()
-            if key in self.sides and member.axis is None
+            self.sides[member.name, member.side][channels]
+            for member, channels in critical.removed_channels().values()
+            if (member.name, member.side) in self.sides and member.axis is None
         ]
         if not gone:
             return None

@@ -178,6 +178,7 @@ class Sequence(nn.Module):
         return self.head(self.recurrent(stream)[0][:, -1])
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned:UserWarning")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "MHA"])
 def test_recurrent_layers_and_attention_export(kind: str) -> None:
     torch.manual_seed(0)
