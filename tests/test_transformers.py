@@ -51,6 +51,12 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ForCausalLM",
         {**TEXT, "intermediate_size": 96, "num_key_value_heads": 3, "tie_word_embeddings": True},
     ),
+    "phi3": (
+        "Phi3",
+        "ForCausalLM",
+        {**TEXT, "intermediate_size": 96, "num_key_value_heads": 6, "pad_token_id": 0,
+         "eos_token_id": 1},
+    ),
     "gpt2": (
         "GPT2",
         "LMHeadModel",
@@ -64,7 +70,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 CONFIGURED = ("bert", "distilbert", "albert", "vit", "llama", "qwen2")
-GENERATING = ("llama", "qwen2", "gpt2", "t5")
+GENERATING = ("llama", "qwen2", "phi3", "gpt2", "t5")
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
         if not need_weights:
             attend = functional.scaled_dot_product_attention
             return attend(query, key, value, mask, dropout), None
-        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
         weights = (scores if mask is None else scores + mask).softmax(-1)
         weights = functional.dropout(weights, dropout)
         return weights @ value, weights

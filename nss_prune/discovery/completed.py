@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from nss_prune.discovery.trial import Verdicts, with_verdicts
 from nss_prune.errors import GraphError
 from nss_prune.graph.groups import refuse_nothing
 from nss_prune.graph.neurons import NeuronMap
-from nss_prune.graph.regular import keeps_channels_whole
+from nss_prune.graph.regular import keeps_channels_whole, maps_rightly
 from nss_prune.surgery.execute import Pruners
 
 
@@ -50,7 +51,22 @@ def completed(
             forward=forward,
             customized_pruners=customized_pruners,
         )
-    found = with_verdicts(model, found, verdicts)
+    found = _marked(model, with_verdicts(model, found, verdicts), graph)
     if untraceable is not None and not found.groups:
         raise untraceable
     return refuse_nothing(found)
+
+
+def _marked(model: nn.Module, neurons: NeuronMap, graph: Any) -> NeuronMap:
+    """The map, in which halves that torch-pruning maps wrongly are marked as followed."""
+    if graph is None:
+        return neurons
+    groups = []
+    for group in neurons.groups:
+        halves = group.has_channels and group.ties > 1 and not group.followed
+        if halves:
+            layer, width = model.get_submodule(group.name), group.size * group.ties
+            known = layer in graph.module2node
+            group = replace(group, followed=known and not maps_rightly(graph, layer, width))
+        groups.append(group)
+    return replace(neurons, groups=tuple(groups))

@@ -15,14 +15,13 @@ from nss_prune.graph.axes import side_width
 from nss_prune.graph.coupled import Followed, candidates, followed, reasons_to_stay
 from nss_prune.graph.groups import MAKES_THE_OUTPUT, NOT_REACHED
 from nss_prune.graph.neurons import NeuronGroup, NeuronMap
-from nss_prune.graph.sides import CROSSES_ATTENTION
 from nss_prune.graph.slices import Slice
 from nss_prune.surgery.execute import Pruners
 from nss_prune.surgery.structure import StructureCheck
 from nss_prune.surgery.trial import blamed, random_halves
 
 # Reasons that need no better one.
-TOLD = (MAKES_THE_OUTPUT, NOT_REACHED, CROSSES_ATTENTION, "ignored")
+TOLD = (MAKES_THE_OUTPUT, NOT_REACHED, "ignored")
 Failure = Callable[[Sequence[str]], "str | None"]
 
 

@@ -25,6 +25,8 @@ def side_width(target: nn.Module | nn.Parameter, side: Side, axis: int | None) -
         return int(target.shape[axis])
     if isinstance(target, nn.RNNBase):
         return target.input_size if side == "in" else directions(target) * target.hidden_size
+    if isinstance(target, nn.RNNCellBase):
+        return target.input_size if side == "in" else target.hidden_size
     functions = tp.pruner.function.PrunerBox.get(tp.ops.module2type(target))
     if functions is None:
         return None

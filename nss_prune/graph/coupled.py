@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ from nss_prune.core.nested import map_tensors, tensors_in
 from nss_prune.graph.groups import MAKES_THE_OUTPUT
 from nss_prune.graph.labels import Labels
 from nss_prune.graph.neurons import Member, NeuronGroup
-from nss_prune.graph.sides import LabelledSide, layers_of
+from nss_prune.graph.sides import CROSSES_ATTENTION, SEPARATE, AnyLayer, LabelledSide, layers_of
+
+Mode = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
+"""Context in which a model is in evaluation or in training mode."""
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
 
@@ -86,20 +89,31 @@ def _ignored_names(model: nn.Module, ignored: Sequence[nn.Module | nn.Parameter]
     }
 
 
-def _followed(model: nn.Module, inputs: Any, forward: Forward, stay: set[str]) -> Followed:
-    labels = Labels()
+def labelled_call(
+    model: nn.Module, inputs: Any, forward: Forward, labels: Labels, mode: Mode = evaluation
+) -> tuple[list[AnyLayer], Any]:
+    """The layers of a model, and its outputs, with labels of all channels of one call.
+
+    Args:
+        mode: In which the model is called.
+    """
     layers = list(layers_of(model, labels))
     with contextlib.ExitStack() as stack:
         for layer in layers:
             for handle in layer.attach():
                 stack.callback(handle.remove)
-        stack.enter_context(evaluation(model))
+        stack.enter_context(mode(model))
         stack.enter_context(torch.no_grad())
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(labels)
-        outputs = forward(model, inputs)
+        return layers, forward(model, inputs)
+
+
+def _followed(model: nn.Module, inputs: Any, forward: Forward, stay: set[str]) -> Followed:
+    labels = Labels()
+    layers, outputs = labelled_call(model, inputs, forward, labels)
     for tensor in tensors_in(outputs):
         labels.pin(labels.of(tensor), MAKES_THE_OUTPUT)
     sides = [side for layer in layers for side in layer.sides]
@@ -126,7 +140,7 @@ def _parameter_sides(model: nn.Module, labels: Labels, known: set[str]) -> Itera
         if number not in names or names[number] in known:
             continue
         found = component[elements]
-        axes = [axis for axis in range(found.dim()) if _constant_but(found, axis)]
+        axes = [axis for axis in range(found.dim()) if constant_but(found, axis)]
         if len(axes) == 1:
             lines = elements.movedim(axes[0], 0).reshape(elements.shape[axes[0]], -1)
             labels.join(lines, lines[:, :1].expand_as(lines))
@@ -136,7 +150,7 @@ def _parameter_sides(model: nn.Module, labels: Labels, known: set[str]) -> Itera
             labels.pin(elements, f"{names[number]} has no axis of channels")
 
 
-def _constant_but(found: Tensor, axis: int) -> bool:
+def constant_but(found: Tensor, axis: int) -> bool:
     """Whether components change along an axis, and along no other."""
     lines = found.movedim(axis, 0).reshape(found.shape[axis], -1)
     return (
@@ -207,7 +221,7 @@ def _groups(found: Followed, component: Tensor, cluster: Tensor) -> tuple[Neuron
 def _tied(grid: Tensor, component: Tensor, free: int) -> Tensor:
     """Pairs of labels that go together so that a divided axis stays whole, ``[2, pairs]``."""
     found = component[grid]
-    if any(_constant_but(found, axis) for axis in range(grid.dim())):
+    if any(constant_but(found, axis) for axis in range(grid.dim())):
         return torch.empty(2, 0, dtype=torch.long)
     lines = grid.movedim(free, 0).flatten(1)
     return torch.stack([lines.flatten(), lines[:, :1].expand_as(lines).flatten()])
@@ -266,4 +280,20 @@ def reasons_to_stay(found: Followed) -> dict[str, str]:
             its = [reasons[number] for number in numbers if number in reasons]
             if its:
                 told[side.name] = its[0]
+            elif _is_for_attention_alone(found.sides, component, numbers):
+                told[side.name] = CROSSES_ATTENTION
     return told
+
+
+def _is_for_attention_alone(
+    sides: Sequence[LabelledSide], component: Tensor, numbers: Sequence[int]
+) -> bool:
+    """Whether columns of attention consume some components, and no layer does."""
+    its = torch.tensor(numbers)
+    read = [
+        side
+        for side in sides
+        if side.side == "in" and bool(torch.isin(component[side.labels], its).any())
+    ]
+    columns = ("in_proj_weight", *SEPARATE)
+    return bool(read) and all(side.name.rpartition(".")[2] in columns for side in read)

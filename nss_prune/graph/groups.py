@@ -32,6 +32,11 @@ MAKES_THE_OUTPUT = "makes the model's output"
 NOT_REACHED = (
     "autograd does not reach it in the example call: it is not called, or under no_grad or detach"
 )
+ONE_CHANNEL = "it makes a single channel"
+NOT_SEEN = "torch-pruning does not see where its hidden units go"
+IS_A_CELL = (
+    "cells of recurrent layers are not followed from call to call; nn.LSTM, nn.GRU and nn.RNN are"
+)
 UNSUPPORTED = {
     tp.ops.OPTYPE.MHA: CROSSES_ATTENTION,
     tp.ops.OPTYPE.LSTM: "its channels cross nn.LSTM, of which torch-pruning ties the gates wrongly",
@@ -134,13 +139,16 @@ def _not_walked(
         mates: Layer of a group that is left alone -> its root.
     """
     inside: set[nn.Module] = set()  # modules that are one operation for torch-pruning
+    roots: tuple[type[nn.Module], ...] = (*root_module_types, nn.RNNCellBase)
     for name, module in model.named_modules():
         if module in graph.module2node:
             inside.update(part for part in module.modules() if part is not module)
-        if module in inside or not isinstance(module, tuple(root_module_types)):
+        if module in inside or not isinstance(module, roots):
             continue
-        if module not in graph.module2node:
-            reason = NOT_REACHED
+        if isinstance(module, nn.RNNCellBase):
+            reason = IS_A_CELL
+        elif module not in graph.module2node:
+            reason = NOT_SEEN if isinstance(module, nn.RNNBase) else NOT_REACHED
         elif module in ignored:
             reason = "ignored"
         elif module in graph.IGNORED_LAYERS_IN_TRACING:
@@ -158,6 +166,8 @@ def reason_to_leave(
     """Why a whole group must stay, or None."""
     makers = consumers = 0
     size, ties = len(group[0].idxs), _ties(group)
+    if size < 2:
+        return ONE_CHANNEL
     for dependency, channels in group:
         node, handler = dependency.target, dependency.handler
         makes = graph.is_out_channel_pruning_fn(handler)

@@ -63,9 +63,13 @@ class Labels(TorchDispatchMode):
         grids: Labels of an axis that was divided, ``[parts, channels of a part]``.
         parameters: Bare parameters that were met, with the labels of their elements.
         scales: Ids of the weights of norms over channels that are followed inside.
+        buffers: Those of the buffers to follow that were met, likewise.
+
+    Args:
+        follow: Buffers whose elements get labels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, follow: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.count = 1
         self.edges: list[Tensor] = []
@@ -73,6 +77,8 @@ class Labels(TorchDispatchMode):
         self.grids: list[Tensor] = []
         self.parameters: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self.scales: set[int] = set()
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._follow_buffers = {id(buffer) for buffer in follow}
         self.resting = 0  # inside of a layer, whose operations are not looked at
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -87,12 +93,18 @@ class Labels(TorchDispatchMode):
         known = self._known.get(id(tensor))
         if known is not None:
             return known[1]
-        if isinstance(tensor, nn.Parameter) and 1 < tensor.numel() <= MOST_ELEMENTS:
+        if not 1 < tensor.numel() <= MOST_ELEMENTS:
+            return None
+        if isinstance(tensor, nn.Parameter):
             labels = self.new(tensor.numel()).view(tensor.shape)
             self.parameters[id(tensor)] = (tensor, labels)
-            self.put(tensor, labels)
-            return labels
-        return None
+        elif id(tensor) in self._follow_buffers:
+            labels = self.new(tensor.numel()).view(tensor.shape)
+            self.buffers[id(tensor)] = (tensor, labels)
+        else:
+            return None
+        self.put(tensor, labels)
+        return labels
 
     def put(self, tensor: Tensor, labels: Tensor | None) -> None:
         """Give a tensor labels, or take them from it."""
@@ -176,6 +188,8 @@ class Labels(TorchDispatchMode):
             self.put(outputs[0], halves[0])
         elif packet is aten.copy_:
             source = labels.get(id(arguments[1]))
+            if source is not None and first is not None and id(arguments[0]) in self.buffers:
+                self.join(first, source.expand(first.shape))
             self.put(arguments[0], None if source is None else source.expand(arguments[0].shape))
         elif packet is aten.native_layer_norm and id(arguments[2]) in self.scales:
             scale = self.of(arguments[2])
@@ -226,7 +240,9 @@ class Labels(TorchDispatchMode):
             return
         line = along(whole, axis)
         length = parts[0].shape[axis]
-        if length and len(line) % length == 0:
+        if not length:  # what is left of an axis that was taken whole
+            return
+        if len(line) % length == 0:
             first = along(parts[0], axis)
             step = int(len(first) > 1) and int((line == first[1]).nonzero()[0]) - int(
                 (line == first[0]).nonzero()[0]

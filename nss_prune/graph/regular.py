@@ -7,6 +7,10 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from nss_prune.graph.axes import side_width
+from nss_prune.graph.groups import GRAPH_OPERATIONS
+from nss_prune.graph.neurons import Side
+
 PASSED_ON = (
     "Add", "Sub", "Mul", "Div", "Neg", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Silu", "Gelu",
     "Mish", "Sigmoid", "Tanh", "Hardsigmoid", "Hardswish", "Hardtanh", "Softplus", "Clamp", "Pow",
@@ -45,3 +49,26 @@ def _keeps(node: Any) -> bool:
         return node.type in LAYERS
     name: str = str(node.module).rpartition("(")[2].rstrip(")")
     return name.startswith(PASSED_ON)
+
+
+def maps_rightly(graph: tp.DependencyGraph, layer: nn.Module, channels: int) -> bool:
+    """Whether torch-pruning asks layers for channels that they have, where those of one go.
+
+    Args:
+        layer: Its output channels go.
+        channels: Their number.
+    """
+    function = graph.get_pruner_of_module(layer).prune_out_channels
+    try:
+        group = graph.get_pruning_group(layer, function, list(range(channels)))
+    except Exception:  # of its index mappings
+        return False
+    for dependency, found in group:
+        node = dependency.target
+        side: Side = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
+        if node.type in GRAPH_OPERATIONS:
+            continue
+        width = side_width(node.module, side, node.pruning_dim)
+        if width is not None and found and max(found) >= width:
+            return False
+    return True

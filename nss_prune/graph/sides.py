@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nss_prune.core.arguments import input_of
+from nss_prune.core.multihead import has_plain_heads
 from nss_prune.core.nested import tensors_in
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import input_axis, is_depthwise, side_width
@@ -18,8 +19,13 @@ from nss_prune.graph.neurons import Side
 from nss_prune.graph.recurrent import directions, has_plain_units, internal_sides
 
 CROSSES_ATTENTION = (
-    "its channels are the width of an nn.MultiheadAttention, which loses whole heads alone"
+    "its channels are the width of an nn.MultiheadAttention, and no other layer consumes them"
 )
+OTHER_ATTENTION = (
+    "its channels are the width of an nn.MultiheadAttention with add_bias_kv, add_zero_attn or a "
+    "forward function of its own, which is not followed"
+)
+SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -132,6 +138,50 @@ class OwnNorm(Layer):
         return iter(())
 
 
+class AttentionLayer:
+    """torch's attention by its width: what it is given, and what ``out_proj`` makes.
+
+    Its heads are neurons apart (:mod:`nss_prune.structures.multihead`), named after ``out_proj``,
+    so that those of the width have their name from another layer.
+    """
+
+    def __init__(self, name: str, module: nn.MultiheadAttention, labels: Labels) -> None:
+        self.name = name
+        self.module = module
+        self.labels = labels
+        fused = module.in_proj_weight is not None
+        columns = {
+            key: labels.new(module._parameters[key].shape[1])  # type: ignore[union-attr]
+            for key in (("in_proj_weight",) if fused else SEPARATE)
+        }
+        made = labels.new(module.out_proj.out_features)
+        self.sides = [LabelledSide(f"{name}.{key}", "in", 1, its) for key, its in columns.items()]
+        self.sides.append(LabelledSide(f"{name}.out_proj", "out", None, made))
+        self._read = [columns[key] for key in (("in_proj_weight",) * 3 if fused else SEPARATE)]
+        self._made = made
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        """Hooks that label what it is given and what it makes."""
+        yield self.module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=False)
+        yield self.module.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
+        self.labels.resting += 1
+        named = dict(zip(("query", "key", "value"), arguments, strict=False)) | keywords
+        read = {name: named.pop(name) for name in ("query", "key", "value") if name in named}
+        for tensor, columns in zip(read.values(), self._read, strict=True):
+            seen = self.labels.of(tensor)
+            if seen is not None:
+                self.labels.join(seen, columns.expand_as(seen))
+        for tensor in tensors_in((arguments[3:], named)):
+            self.labels.pin(self.labels.of(tensor), "its channels mask an nn.MultiheadAttention")
+
+    def _after(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.labels.resting -= 1
+        if isinstance(output, tuple) and isinstance(output[0], Tensor):
+            self.labels.put(output[0], self._made.expand(output[0].shape))
+
+
 class WholeLayer:
     """A layer of which no channel can go: what it is given and what it makes stays.
 
@@ -167,7 +217,7 @@ class WholeLayer:
 def _reason_to_stay_whole(name: str, module: nn.Module) -> str:
     """Why no channel of a layer can go, or ""."""
     if isinstance(module, nn.MultiheadAttention):
-        return CROSSES_ATTENTION
+        return OTHER_ATTENTION
     if isinstance(module, nn.RNNBase) and not has_plain_units(module):
         return f"{name} projects its hidden units (proj_size), which is not followed"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
@@ -204,11 +254,19 @@ def _width(module: nn.Module, side: Side) -> int:
     return width
 
 
-def layers_of(model: nn.Module, labels: Labels) -> Iterator[Layer | WholeLayer]:
+AnyLayer = Layer | AttentionLayer | WholeLayer
+
+
+def layers_of(model: nn.Module, labels: Labels) -> Iterator[AnyLayer]:
     """The layers of a model whose sides are known, or which stay whole, each once."""
     known: Callable[[nn.Module], str] = _kind
+    inside = {part.out_proj for part in model.modules() if has_plain_heads(part)}
     for name, module in model.named_modules():
-        if known(module) and (type(module).__module__.startswith("torch.nn") or not _own(module)):
+        if module in inside:
+            continue
+        if has_plain_heads(module):
+            yield AttentionLayer(name, module, labels)
+        elif known(module) and (type(module).__module__.startswith("torch.nn") or not _own(module)):
             yield Layer(name, module, labels)
         elif known(module) and isinstance(module, nn.LayerNorm):
             yield OwnNorm(name, module, labels)

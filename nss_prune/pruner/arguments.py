@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from nss_prune.core.models import Forward, evaluation, uncompiled
 from nss_prune.core.processes import refuse_sharded
 from nss_prune.errors import ArgumentError
+from nss_prune.graph.axes import side_width
 from nss_prune.graph.tracing import refuse_reparametrised, resolve_layers
 from nss_prune.profiling.selection import STRATEGIES, check_theta
 from nss_prune.pruner.cost import CallLatency, Cost, CostSpec, MACs, Parameters, cost_named
@@ -47,6 +48,11 @@ NEEDS_RATIO = {  # of torch-pruning's arguments: what has no effect without a ra
     "head_pruning_ratio_dict": "it goes with a ratio; give pruning_ratio= as well",
     "isomorphic": "it says which layers share a ratio; give pruning_ratio= as well",
 }
+
+PROFILE_DEFAULTS = {
+    "metric": "taylor", "categories": "labels", "features": "pixel", "ranking": "magnitude",
+}  # fmt: skip
+"""What NSSPruner's arguments of the profile are, where they are not given."""
 
 DEPRECATED = {
     "ch_sparsity": "pruning_ratio",
@@ -174,6 +180,7 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
         own[name] = dict(own.get(name) or {})
     if set(own["num_heads"]) - set(model.modules()):
         raise ArgumentError("num_heads has layers that are not in the model; give its own")
+    _check_numbers(model, own)
     own["ignored_layers"] = resolve_layers(model, own.get("ignored_layers"))
     unwrapped = own.get("unwrapped_parameters") or ()
     pairs = unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped
@@ -182,6 +189,49 @@ def own_arguments(model: nn.Module, arguments: Mapping[str, Any], aim: Aim) -> d
         own["pruning_ratio"] = aim.ratio
     own["round_to"] = check_round_to(own.get("round_to", AUTO if aim.budgets else None))
     return own
+
+
+def _check_numbers(model: nn.Module, own: Mapping[str, Any]) -> None:
+    """Raise on numbers that torch-pruning would fail on later, or take for others."""
+    for name, module in model.named_modules():
+        heads = own["num_heads"].get(module, 1)
+        width = side_width(module, "out", None) or heads
+        if not isinstance(heads, int) or heads < 1 or width % heads:
+            raise ArgumentError(
+                f"num_heads of {name} is {heads!r}, which its {width} channels are not a multiple "
+                "of; give its number of heads"
+            )
+    steps = own.get("iterative_steps", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"iterative_steps is {steps!r}; give a whole number from 1")
+    most = own.get("max_pruning_ratio", 1.0)
+    if not 0 < most <= 1:
+        raise ArgumentError(
+            f"max_pruning_ratio is {most!r}; it is the share that a layer may lose, in (0, 1]"
+        )
+
+
+def refuse_without_profile(strategy: Any, importance: Any, given: Sequence[Any]) -> None:
+    """Raise on arguments of the semantic profile where something else ranks the neurons.
+
+    Args:
+        given: The values of :data:`PROFILE_DEFAULTS`, in their order.
+    """
+    if importance is not None and not callable(importance):
+        raise ArgumentError(
+            f"importance is {importance!r}; give an importance of torch_pruning, such as "
+            "tp.importance.GroupMagnitudeImportance()"
+        )
+    if importance is None and strategy != "divergence":
+        return
+    ranks = "strategy='divergence'" if importance is None else "importance="
+    for (name, default), value in zip(PROFILE_DEFAULTS.items(), given, strict=True):
+        if value != default:
+            raise ArgumentError(
+                f"{name}={value!r} has no effect with {ranks}, which ranks the neurons by "
+                "something else than a semantic profile; leave it out"
+                + (", or give strategy='semantic'" if importance is None else "")
+            )
 
 
 def is_uniform(arguments: Mapping[str, Any]) -> bool:

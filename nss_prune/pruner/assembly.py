@@ -8,7 +8,7 @@ from typing import Any
 
 from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.core.undo import left_as_found
-from nss_prune.pruner.arguments import Aim, check_strategy
+from nss_prune.pruner.arguments import Aim, check_strategy, refuse_without_profile
 from nss_prune.pruner.classes import Classes, ClassHead, ClassScores, find_classes, of_classes
 from nss_prune.pruner.eliminating import Eliminating
 from nss_prune.pruner.observation import Profiling
@@ -29,12 +29,19 @@ from nss_prune.pruner.strategy import Evidence, Importance, Observer, Strategy
 from nss_prune.pruner.subject import Subject
 
 
-def chosen_strategy(strategy: Any, aim: Aim, importance: Importance | None, plain: bool) -> Any:
+def chosen_strategy(
+    strategy: Any,
+    aim: Aim,
+    importance: Importance | None,
+    plain: bool,
+    of_profile: Sequence[Any],
+) -> Any:
     """The name of a strategy, or an object.
 
     Args:
         strategy: None for the default.
         plain: Whether something is given that only a profile can be made with, or of.
+        of_profile: Metric, categories, features and ranking.
 
     Raises:
         ArgumentError: It does not suit what is asked for.
@@ -44,6 +51,7 @@ def chosen_strategy(strategy: Any, aim: Aim, importance: Importance | None, plai
         best = predicts and not plain and importance is None
         strategy = "divergence" if best else "semantic"
     check_strategy(strategy, aim, importance, predicts)
+    refuse_without_profile(strategy, importance, of_profile)
     return strategy
 
 

@@ -68,7 +68,7 @@ class Fold:
         found = consumer_statistics(
             subject.model,
             data,
-            subject.groups,
+            subject.readable().groups,  # with the axis of the samples of each consumer
             progress=self.upkeep.progress,
             memory_limit=self.upkeep.memory_limit,
             **subject.calling,

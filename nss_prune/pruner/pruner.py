@@ -197,12 +197,12 @@ class NSSPruner(Steps, WithoutRegularizer):
         kept = (params_budget, macs_budget, latency_budget)
         wanted = (max_divergence, score, min_score, max_drop)
         aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance, wanted)
-        self.strategy = chosen_strategy(strategy, aim, importance, bool(profile or loss))
         subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
         data, outputs = subset.data, subset.outputs
         upkeep = self._upkeep = Upkeep.of(progress, memory_limit, checkpoint, forward_dtype)
         self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, upkeep, aim)
         own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
+        self.strategy = chosen_strategy(strategy, aim, importance, bool(profile or loss), named)
         self._profiling = profiling_for(data, bool(fold), *named, own, upkeep)
         model, self.wrapper = unwrapped(model)
         settings = own_arguments(model, given, aim)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nss_prune.errors import ArgumentError
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.pruner.followed import of_followed
 from nss_prune.pruner.member_groups import group_of_members
 from nss_prune.pruner.strategy import Importance
 from nss_prune.pruner.subject import Subject
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 class Asked:
@@ -30,8 +37,29 @@ class Asked:
         root, channels = group[0].dep, tuple(group[0].idxs)
         key = (root.target.module, root.handler, channels)
         if key not in self._answers:
-            self._answers[key] = self._importance(group)
+            self._answers[key] = self._checked(group)
         return self._answers[key]
+
+    def _checked(self, group: Any) -> Any:
+        """The importance of a group, where it is a number for each channel, or None."""
+        found = self._importance(group)
+        if found is None:
+            return None
+        name, width = type(self._importance).__name__, len(group[0].idxs)
+        neurons = max(group[0].root_idxs, default=0) + 1  # of several channels each, perhaps
+        least, most = min(width, neurons), max(width, neurons)
+        is_vector = isinstance(found, Tensor) and found.dim() == 1
+        if not is_vector or not least <= len(found) <= most:
+            raise ArgumentError(
+                f"importance={name} gives {_told(found)} for a group of {width} channels; it must "
+                "give a tensor with a number for each channel, or None"
+            )
+        if bool(found.isnan().any()):
+            raise ArgumentError(
+                f"importance={name} gives NaN for {int(found.isnan().sum())} of {width} channels, "
+                "which cannot be ranked; look for NaN in the weights and their gradients"
+            )
+        return found
 
 
 def importance_of(subject: Subject, group: NeuronGroup, importance: Importance) -> Tensor | None:
@@ -59,6 +87,21 @@ def importance_of(subject: Subject, group: NeuronGroup, importance: Importance) 
     return total / torch.bincount(root.neurons, minlength=group.size)
 
 
+def _is_ranked(subject: Subject, group: NeuronGroup) -> bool:
+    """Whether torch-pruning ranks what we take for neurons.
+
+    Of the halves of a gated unit it ranks each channel, and takes its partner along.
+    """
+    if not group.has_channels or group.followed:
+        return False
+    layers = dict(subject.model.named_modules())
+    return group.ties == 1 or any(
+        getattr(layers.get(member.name), name, 1) > 1
+        for member in group.members
+        for name in ("groups", "num_groups")
+    )
+
+
 class Ranking:
     """torch-pruning's own ranking for the next step, read off without pruning anything.
 
@@ -81,9 +124,7 @@ class Ranking:
             scores: Layer -> importance of its neurons, ``[neurons]``.
         """
         kept = {group.name: torch.ones(group.size, dtype=torch.bool) for group in subject.groups}
-        ranked = {
-            group.name for group in subject.groups if group.has_channels and not group.followed
-        }
+        ranked = {group.name for group in subject.groups if _is_ranked(subject, group)}
         with self._next_step(subject, importance):
             for group in self._pruner._prune():
                 name = subject.graph._module2name[group[0].dep.target.module]
@@ -94,7 +135,9 @@ class Ranking:
                 left = max(1, int(self._first_sizes[name] * (1 - self._ratio(subject, name))))
                 best = scores(name).argsort(descending=True, stable=True)[:left]
                 kept[name] = torch.zeros_like(kept[name]).index_fill(0, best, True)
-            kept.update(self._followed(subject, {name: kept[name] for name in ranked}, scores))
+            by_scores = {g.name for g in subject.groups if g.followed or g.has_channels} - ranked
+            share = {name: kept[name] for name in ranked}
+            kept.update(self._followed(subject, by_scores, share, scores))
             if self._pruner.prune_num_heads:
                 kept.update(self._heads(subject, scores))
         return Slice(kept, subject.groups)
@@ -110,7 +153,8 @@ class Ranking:
         own = vars(self._pruner)
         apart = [group for group in subject.groups if not group.has_channels]
         makers = [member.name for group in apart for member in group.makers]
-        followed = [group.name for group in subject.groups if group.followed]
+        followed = [g.name for g in subject.groups if g.has_channels and not _is_ranked(subject, g)]
+        followed += [group.name for group in subject.groups if group.followed]
         names = {*subject.neurons.left_alone, *makers, *followed}
         left_alone = [subject.model.get_submodule(name) for name in names]
         changed = {
@@ -132,14 +176,18 @@ class Ranking:
             own.update(before)
 
     def _followed(
-        self, subject: Subject, kept: Mapping[str, Tensor], scores: Callable[[str], Tensor]
+        self,
+        subject: Subject,
+        names: Collection[str],
+        kept: Mapping[str, Tensor],
+        scores: Callable[[str], Tensor],
     ) -> dict[str, Tensor]:
-        """Neurons that torch-pruning does not describe, by its ratios.
+        """Neurons that torch-pruning does not describe, or not as blocks, by its ratios.
 
         With ``global_pruning`` what scores no more than the best that goes elsewhere goes as well;
         where nothing goes elsewhere, they are ranked among themselves.
         """
-        found = {group.name: scores(group.name) for group in subject.groups if group.followed}
+        found = {group.name: scores(group.name) for group in subject.groups if group.name in names}
         if not found:
             return {}
         gone = [scores(name)[~mask].max() for name, mask in kept.items() if not mask.all()]

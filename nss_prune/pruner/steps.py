@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from nss_prune.core.models import device_of
 from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.errors import GraphError
-from nss_prune.pruner.interactive import count_heads, history, is_apart, pruning_groups
+from nss_prune.pruner.interactive import count_heads, history, not_replayed, pruning_groups
 from nss_prune.pruner.journal import Journal, Report
 from nss_prune.pruner.plan import Plan
 from nss_prune.pruner.stages import Stages
@@ -87,9 +87,10 @@ class Steps(Stages):
                 return self._groups(self._verified(inside_heads=False))
             with self._showing():
                 plan = self._next()
+                unsaid = not_replayed(plan.subject, plan.slice)
                 with self._journal.stage("removing"):
                     plan, repaired = self._pruned(plan)
-            self._finish(plan)
+            self._finish(plan, unsaid)
         self.folded = repaired.changed
         self.report = self._journal.end(plan, repaired.notes)
         return None
@@ -104,22 +105,19 @@ class Steps(Stages):
         self._given = self._profiled = self._evidence = self._plan = None
         self._stale = False
 
-    def _finish(self, plan: Plan) -> None:
-        """Keep what was done, and let what is around the model follow."""
+    def _finish(self, plan: Plan, unsaid: Sequence[str]) -> None:
+        """Keep what was done, and let what is around the model follow.
+
+        Args:
+            unsaid: Groups whose loss torch-pruning's history cannot say.
+        """
         self._plan, self._subject, self._whole = plan, plan.subject, plan.whole
         self._stale = True
-        self._record(plan)
+        self._unrecorded += [name for name in unsaid if name in plan.slice.removed]
+        self._history += map(list, history(plan.slice))
         if self._upkeep.checkpoint and self.current_step == self.iterative_steps:
             self._upkeep.checkpoint.clear()
         count_heads(self.num_heads, self.model, plan.slice)
-
-    def _record(self, plan: Plan, *, all_of_it: bool = True) -> None:
-        """Write a plan to the history; of an interactive step only what it cannot say."""
-        lost = [group for group in plan.slice.groups if group.name in plan.slice.removed]
-        if plan.subject.graph is not None:
-            self._unrecorded += [group.name for group in lost if is_apart(plan.subject, group)]
-        if all_of_it:
-            self._history += map(list, history(plan.slice))
 
     def _groups(self, plan: Plan) -> Iterator[Any]:
         """torch-pruning's groups of a plan, one by one."""
@@ -127,9 +125,10 @@ class Steps(Stages):
 
         def groups() -> Iterator[Any]:
             self._stale = True
-            self._record(plan, all_of_it=False)
+            unsaid = not_replayed(plan.subject, plan.slice)
+            self._unrecorded += unsaid
             with self._journal.stage("removing"):
-                yield from pruning_groups(plan.subject, plan.slice, self.num_heads)
+                yield from pruning_groups(plan.subject, plan.slice, self.num_heads, unsaid)
             self.report = self._journal.end(plan, planned=False)
 
         return groups()

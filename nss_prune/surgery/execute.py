@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from nss_prune.core.models import submodule
 from nss_prune.errors import RemovalError
 from nss_prune.graph.recurrent import RecurrentPruner
-from nss_prune.graph.slices import Slice
 from nss_prune.graph.ties import shared_parameters
-from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.buffers import Producers
-from nss_prune.surgery.metadata import apply_changes, planned_changes
 from nss_prune.surgery.plan import Step
 
 Pruners = Mapping[Any, Any]
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Axes of a tensor -> how its values lie in memory when channels come last."""
 
 
 class LayerNormPruner(tp.pruner.function.LayernormPruner):  # type: ignore[misc]
@@ -62,6 +61,7 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
         RemovalError: Two layers share a parameter, and would not any more.
     """
     shared = shared_parameters(model)
+    channels_last = _channels_last(model)
     # Chosen before anything shrinks: a grouped convolution may come to look like a depthwise one.
     functions = {
         step.member.name: _pruning_function(submodule(model, step.member.name), customized)
@@ -86,29 +86,26 @@ def execute(model: nn.Module, steps: tuple[Step, ...], customized: Pruners) -> N
             value.requires_grad_(flags[key])
     for names in shared:
         _tie_again(model, names)
+    _as_before(model, channels_last)
 
 
-def shrink(
-    model: nn.Module,
-    critical: Slice,
-    steps: tuple[Step, ...],
-    customized: Pruners,
-    adapters: Sequence[Adapter],
-    *,
-    widths: bool,
-    producers: Producers,
-) -> None:
-    """Carry the plan of a slice out, and let attributes and buffers follow.
+def _channels_last(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those whose values lie channels_last in memory."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() in FORMATS
+        and not parameter.is_contiguous()
+        and parameter.is_contiguous(memory_format=FORMATS[parameter.dim()])
+    }
 
-    Args:
-        widths, producers: As :func:`nss_prune.surgery.metadata.planned_changes` takes them.
 
-    Raises:
-        RemovalError: As :func:`execute`; the model is left half done.
-    """
-    changes = planned_changes(model, critical, adapters, widths=widths, producers=producers)
-    execute(model, steps, customized)
-    apply_changes(changes)
+def _as_before(model: nn.Module, channels_last: Mapping[str, nn.Parameter]) -> None:
+    """Let new parameters lie channels_last in memory where the old ones did."""
+    for name, old in channels_last.items():
+        new = model.get_parameter(name)
+        if new is not old:
+            new.data = new.data.contiguous(memory_format=FORMATS[new.dim()])
 
 
 def _tie_again(model: nn.Module, names: Sequence[str]) -> None:

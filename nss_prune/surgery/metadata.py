@@ -10,8 +10,9 @@ from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.dimensions import HEAD_DIMENSIONS
 from nss_prune.structures.known import ADAPTERS
+from nss_prune.structures.multihead import narrowed
 from nss_prune.structures.protocol import Adapter, Change
-from nss_prune.surgery.buffers import Producers, buffer_changes
+from nss_prune.surgery.buffers import OwnBuffers
 from nss_prune.surgery.widths import width_changes
 
 
@@ -21,7 +22,7 @@ def planned_changes(
     adapters: Sequence[Adapter] = ADAPTERS,
     *,
     widths: bool = True,
-    producers: Producers | None = None,
+    buffers: OwnBuffers | None = None,
 ) -> tuple[Change, ...]:
     """What must change besides the channels when a slice is cut out of a model.
 
@@ -29,7 +30,7 @@ def planned_changes(
 
     Args:
         widths: Whether attributes that say how wide a module is change too.
-        producers: See :mod:`nss_prune.surgery.buffers`.
+        buffers: Those that hold something for each channel.
     """
     removed = critical.removed
     going = {group.name: group for group in critical.groups if group.name in removed}
@@ -45,11 +46,13 @@ def planned_changes(
         if group.name in going and _same(group, going[group.name])
         for change in adapter.changes(module, group, critical.kept[group.name])
     ]
+    of_adapters += narrowed(model, critical)
     done = {(change.module, change.name) for change in of_adapters}
+    producers = None if buffers is None else buffers.producers
     of_widths = width_changes(model, critical, producers) if widths else ()
     others = [change for change in of_widths if (change.module, change.name) not in done]
-    buffers = buffer_changes(model, critical, producers or {})
-    others += [change for change in buffers if (change.module, change.name) not in done]
+    followers = () if buffers is None else buffers.changes(model, critical)
+    others += [change for change in followers if (change.module, change.name) not in done]
     return (*of_adapters, *others)
 
 

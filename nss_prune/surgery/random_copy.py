@@ -20,6 +20,11 @@ POOL = 65537
 channels become alike where they come round again."""
 
 
+OBSERVES = "observer_enabled"
+"""Buffer of a quantizer that sets its range by all channels it is given, removed ones too. Copies
+keep the ranges that they have."""
+
+
 def random_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy whose weights are random and of ordinary size.
 
@@ -104,6 +109,8 @@ def _drawn(
 ) -> Tensor:
     """A tensor in the place of a parameter or buffer."""
     old = value.detach()
+    if name == OBSERVES:
+        return torch.zeros_like(old)
     if not old.is_floating_point():
         return old.clone()
     if not isinstance(value, nn.Parameter):

@@ -22,7 +22,7 @@ from nss_prune.errors import RemovalError
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.execute import Pruners, shrink
+from nss_prune.surgery.cut import Pruners, cut
 from nss_prune.surgery.pictures import smaller
 from nss_prune.surgery.plan import plan_removal
 from nss_prune.surgery.structure import StructureCheck
@@ -71,15 +71,7 @@ def remove(
     resting = {layer for layer in model.modules() if has_parameters(layer)} - used
     trains = bool(resting) and trains_any(model, resting, example_inputs, forward)
     with undone_on_error(model):
-        shrink(
-            model,
-            critical,
-            steps,
-            customized_pruners or {},
-            adapters,
-            widths=widths,
-            producers=structure.producers,
-        )
+        cut(model, critical, steps, adapters, structure.buffers, customized_pruners, widths=widths)
         with evaluation(model), torch.no_grad():
             _run(model, inputs, forward)
         if trains:

@@ -20,12 +20,12 @@ from nss_prune.errors import NSSPruneError, RemovalError
 from nss_prune.graph.slices import Slice
 from nss_prune.structures.known import ADAPTERS
 from nss_prune.structures.protocol import Adapter
-from nss_prune.surgery.buffers import Producers, producers_of_buffers
-from nss_prune.surgery.execute import Pruners, shrink
+from nss_prune.surgery.buffers import OwnBuffers, Producers
+from nss_prune.surgery.cut import Pruners, cut
 from nss_prune.surgery.plan import Step, plan_removal
 from nss_prune.surgery.recorded import RecordedOutputs, compare, recorded
 from nss_prune.surgery.trial_copies import Copy, copies_to_try, working_copy
-from nss_prune.surgery.usage import layers_used
+from nss_prune.surgery.usage import layers_used, train_once, trains_others
 from nss_prune.surgery.widths import width_changes
 
 
@@ -47,18 +47,16 @@ class StructureCheck:
         self._forward = forward
         self._subjects = copies_to_try(model, example_inputs)
         self._subject: Copy | None = None
-        self._producers: Producers | None = None
+        self._buffers: OwnBuffers | None = None
+        self._training_matters: bool | None = None
         self.used: set[nn.Module] = set()
 
     @property
-    def producers(self) -> Producers:
-        """The layers that made what modules with buffers are given."""
-        if self._producers is None:
-            if self._subject is None:
-                return {}
-            model = working_copy(self._subject.model)
-            self._producers = producers_of_buffers(model, self._subject.inputs, self._forward)
-        return self._producers
+    def buffers(self) -> OwnBuffers | None:
+        """Buffers that hold something for each channel; None before a copy was looked at."""
+        if self._buffers is None and self._subject is not None:
+            self._buffers = OwnBuffers(self._subject.model, self._subject.inputs, self._forward)
+        return self._buffers
 
     @property
     def inputs(self) -> Any:
@@ -113,7 +111,7 @@ class StructureCheck:
         return True
 
     def _widths_differ(self, critical: Slice) -> bool:
-        return next(width_changes(self._model, critical, self.producers), None) is not None
+        return next(width_changes(self._model, critical, self._producers), None) is not None
 
     def _smaller(
         self,
@@ -128,15 +126,7 @@ class StructureCheck:
         model = working_copy(self._subject.model)
         customized = _of_copy(customized_pruners, self._model, model)
         try:
-            shrink(
-                model,
-                critical,
-                steps,
-                customized,
-                adapters,
-                widths=widths,
-                producers=self.producers,
-            )
+            cut(model, critical, steps, adapters, self.buffers, customized, widths=widths)
         except NSSPruneError:
             raise
         except Exception as error:
@@ -146,11 +136,27 @@ class StructureCheck:
     def _run_smaller(self, model: nn.Module, names: Sequence[str]) -> RecordedOutputs:
         assert self._subject is not None
         try:
-            return recorded(model, self._subject.inputs, names, {}, self._forward)
+            outputs = recorded(model, self._subject.inputs, names, {}, self._forward)
         except Exception as error:
             raise RemovalError(
                 f"the smaller model does not run: {error}; name the layer in ignored_layers"
             ) from error
+        if self._trains_others:
+            train_once(model, self._subject.inputs, self._forward)
+        return outputs
+
+    @property
+    def _producers(self) -> Producers:
+        return {} if self.buffers is None else self.buffers.producers
+
+    @property
+    def _trains_others(self) -> bool:
+        """Whether training uses layers, or buffers of a user's own, that evaluation may not."""
+        if self._training_matters is None:
+            assert self._subject is not None
+            model, inputs = working_copy(self._subject.model), self._subject.inputs
+            self._training_matters = trains_others(model, inputs, self._forward)
+        return self._training_matters
 
     def _masked(
         self, critical: Slice, names: Sequence[str], kept: Mapping[str, Tensor]

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nss_prune.core.models import Forward, training
+from nss_prune.core.arguments import fresh
+from nss_prune.core.models import Forward, evaluation, training
+from nss_prune.errors import RemovalError
 
 
 @contextlib.contextmanager
@@ -38,3 +40,42 @@ def trains_any(
         except Exception:
             return False
     return not used.isdisjoint(layers)
+
+
+def trains_others(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
+    """Whether a call in training mode works, and may use what one in evaluation mode does not.
+
+    That is layers with parameters, and buffers of a user's own. The model may change.
+    """
+    with layers_used(model) as used, evaluation(model), torch.no_grad(), torch.random.fork_rng():
+        forward(model, fresh(example_inputs))
+    resting = {layer for layer in model.modules() if has_parameters(layer)} - used
+    own = any(
+        buffer is not None and buffer.numel() > 1
+        for module in model.modules()
+        if not isinstance(module, nn.modules.batchnorm._NormBase)
+        for buffer in module._buffers.values()
+    )
+    if not own:
+        return bool(resting) and trains_any(model, resting, example_inputs, forward)
+    try:
+        train_once(model, example_inputs, forward)
+    except RemovalError:
+        return False
+    return True
+
+
+def train_once(model: nn.Module, inputs: Any, forward: Forward) -> None:
+    """Call a smaller model in training mode.
+
+    Raises:
+        RemovalError: It does not run.
+    """
+    try:
+        with training(model), torch.no_grad():
+            forward(model, fresh(inputs))
+    except Exception as error:
+        raise RemovalError(
+            f"the smaller model does not run in training mode: {error}; name the layer in "
+            "ignored_layers"
+        ) from error

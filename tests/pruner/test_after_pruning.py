@@ -160,3 +160,38 @@ def test_compiled_models_enter_everywhere(tmp_path: Path) -> None:
     )
     assert load_pruned(tmp_path / "small.safetensors", fresh) is fresh
     assert torch.equal(fresh(inputs), model(inputs))
+
+
+class Sequence(nn.Module):
+    """Recurrent units or attention over tokens."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.recurrent = getattr(nn, kind)(16, 16, 2, batch_first=True) if kind != "MHA" else None
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True) if kind == "MHA" else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.stem(tokens)
+        if self.attention is not None:
+            return self.head((stream + self.attention(stream, stream, stream)[0]).mean(1))
+        return self.head(self.recurrent(stream)[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned:UserWarning")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "MHA"])
+def test_recurrent_layers_and_attention_export(kind: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Sequence(kind).eval(), torch.randn(2, 5, 6)
+    data = [(torch.randn(40, 5, 6), torch.arange(40) % 3)]
+    pruner = NSSPruner(model, inputs, params_budget=0.6, data=data, progress=False)
+    pruner.step()
+    assert pruner.report.after.parameters < 0.65 * pruner.report.before.parameters
+    exported = torch.export.export(model, (inputs,)).module()
+    torch.testing.assert_close(exported(inputs), model(inputs))
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = torch.onnx.export(model, (inputs,), dynamo=True)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(inputs).detach())

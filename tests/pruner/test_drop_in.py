@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -62,6 +65,11 @@ def test_an_argument_by_position_and_by_name() -> None:
         ({"prune_head_dims": True}, "within a budget"),
         ({"head_pruning_ratio": 0.5}, "prune_num_heads=True"),
         ({"num_heads": {nn.Linear(3, 3): 2}}, "not in the model"),
+        ({"iterative_steps": 0}, "whole number from 1"),
+        ({"max_pruning_ratio": 1.5}, "max_pruning_ratio is 1.5"),
+        ({"importance": 5}, "tp.importance"),
+        ({"metric": "var"}, "no effect with importance="),
+        ({"features": "channel"}, "no effect with importance="),
         ({"ch_sparsity": 0.5}, "pruning_ratio="),
         ({"channel_groups": {nn.Linear(3, 3): 2}}, "out_channel_groups="),
     ],
@@ -72,9 +80,43 @@ def test_what_has_no_effect_is_refused(arguments, words: str) -> None:
         NSSPruner(
             model,
             torch.randn(1, 3, 32, 32),
-            IMPORTANCE,
-            **{"pruning_ratio": 0.5, "num_heads": heads_of(model), **arguments},
+            **{
+                "importance": IMPORTANCE,
+                "pruning_ratio": 0.5,
+                "num_heads": heads_of(model),
+                **arguments,
+            },
         )
+
+
+def test_a_number_of_heads_that_does_not_divide_the_channels_is_refused() -> None:
+    model = mlp()
+    with pytest.raises(ArgumentError, match="num_heads of 0 is 3"):
+        NSSPruner(model, INPUTS, IMPORTANCE, pruning_ratio=0.5, num_heads={model[0]: 3})
+
+
+def test_a_metric_has_no_effect_on_the_divergence() -> None:
+    with pytest.raises(ArgumentError, match="strategy='semantic'"):
+        NSSPruner(mlp(), INPUTS, params_budget=0.5, metric="var")
+    NSSPruner(mlp(), INPUTS, params_budget=0.5, metric="var", strategy="semantic")
+
+
+@pytest.mark.parametrize("answer", [torch.nan, torch.zeros(3), "high", None])
+def test_what_an_importance_may_give(answer: Any) -> None:
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+
+    def importance(group: Any) -> Any:
+        is_nan = isinstance(answer, float)
+        return torch.full((len(group[0].idxs),), answer) if is_nan else answer
+
+    pruner = NSSPruner(model, INPUTS, importance, pruning_ratio=0.5, fold=False)
+    if answer is None:
+        pruner.step()
+    else:
+        with pytest.raises(ArgumentError, match="importance="):
+            pruner.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_regularizers_are_refused() -> None:

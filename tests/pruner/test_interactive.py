@@ -55,11 +55,102 @@ class Encoder(nn.Module):
         return made
 
 
+class CrossStage(nn.Module):
+    """Two halves and what becomes of one of them lie side by side, as in C2f."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.third = nn.Conv2d(8, 10, 3, padding=1)
+        self.last, self.head = nn.Conv2d(34, 12, 1), nn.Linear(12, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        parts = list(self.norm(self.first(inputs)).relu().chunk(2, 1))
+        parts += [self.second(parts[-1]).relu()]
+        parts += [self.third(parts[-1]).relu()]
+        made: Tensor = self.head(self.last(torch.cat(parts, 1)).mean((2, 3)))
+        return made
+
+
+class Swapped(nn.Module):
+    """Halves that change places on their way, of which torch-pruning follows neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        maps = self.first(inputs).relu().mean((2, 3))
+        made: Tensor = self.head(torch.cat([maps[:, 8:], maps[:, :8]], 1))
+        return made
+
+
+class Flipped(nn.Module):
+    """torch-pruning takes other channels of the head, and as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        made: Tensor = self.head(self.first(inputs).relu().flip(-1))
+        return made
+
+
+class TiedLanguage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden = nn.Embedding(11, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.embed(tokens.long())
+        made: Tensor = self.head(stream + self.hidden(stream).relu())
+        return made
+
+
 MODELS: dict[type[nn.Module], tuple[int, ...]] = {
     Recurrent: (2, 5, 6),
     Halves: (2, 3, 8, 8),
     Encoder: (2, 5, 6),
 }
+
+
+MAGNITUDE = tp.importance.GroupMagnitudeImportance(p=2)
+MAPPED: dict[type[nn.Module], tuple[tuple[int, ...], bool]] = {
+    CrossStage: ((2, 3, 8, 8), False),
+    Swapped: ((2, 3, 8, 8), False),
+    Flipped: ((2, 6), True),
+    TiedLanguage: ((2, 5), True),
+}
+"""Model -> shape of its inputs, and whether torch-pruning's history can say what it lost."""
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize("kind", MAPPED, ids=lambda kind: kind.__name__)
+def test_groups_that_torch_pruning_maps_otherwise(kind: type[nn.Module], interactive: bool) -> None:
+    torch.manual_seed(0)
+    shape, is_said = MAPPED[kind]
+    model, inputs = kind().eval(), torch.rand(shape)
+    whole = copy.deepcopy(model)
+    pruner = NSSPruner(model, inputs, MAGNITUDE, pruning_ratio=0.5, fold=False)
+    for group in pruner.step(interactive=interactive) or ():
+        group.prune()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count < 0.6 * sum(parameter.numel() for parameter in whole.parameters())
+    with pruner.slice.masked(whole):
+        torch.testing.assert_close(model(inputs), whole(inputs))
+    if kind is TiedLanguage:
+        assert model.head.weight is model.embed.weight
+    if not is_said:
+        with pytest.raises(GraphError, match="save_pruned"):
+            pruner.pruning_history()
+        return
+    fresh = replayed(copy.deepcopy(whole), inputs, pruner.pruning_history())
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(inputs), model(inputs))
 
 
 def pruned(model: nn.Module, inputs: Tensor, *, interactive: bool) -> NSSPruner:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from networks import assert_unchanged, fingerprint
@@ -176,7 +177,7 @@ class Residual(nn.Module):
 def test_what_is_planned_is_what_is_removed(
     make: Callable[[], nn.Module], arguments: dict[str, float]
 ) -> None:
-    """Nothing is ignored: the width that attention shares is left alone by name, not tried."""
+    """Nothing is ignored: a width that attention alone consumes is left alone by name."""
     torch.manual_seed(0)
     model = make().double().eval()
     batches = [(torch.randn(30, 5, 6).double(), torch.arange(30) % 4) for _ in range(2)]
@@ -221,3 +222,94 @@ def test_a_failed_removal_leaves_the_class() -> None:
     assert type(model.attention) is nn.MultiheadAttention
     assert model.attention.num_heads == 4
     model(example)
+
+
+def by_definition(attention: nn.MultiheadAttention, tokens: Tensor) -> Tensor:
+    """Self-attention of ``[samples, tokens, width]``, token by token and head by head."""
+    queries, keys, values = attention.in_proj_weight.chunk(3)
+    biases = attention.in_proj_bias.chunk(3)
+    outputs = torch.zeros(*tokens.shape[:2], attention.out_proj.in_features, dtype=tokens.dtype)
+    size = attention.head_dim
+    for sample, rows in enumerate(tokens):
+        q, k, v = (
+            rows @ weight.T + bias
+            for weight, bias in zip((queries, keys, values), biases, strict=True)
+        )
+        for first in range(0, attention.num_heads * size, size):
+            part = slice(first, first + size)
+            for position in range(len(rows)):
+                scores = torch.stack([q[position, part] @ row[part] for row in k]) / size**0.5
+                outputs[sample, position, part] = scores.softmax(0) @ v[:, part]
+    return outputs @ attention.out_proj.weight.T + attention.out_proj.bias
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_the_width_goes_apart_from_the_heads(heads: bool) -> None:
+    """Columns of in_proj and rows of out_proj go; what is left is attention by its definition."""
+    torch.manual_seed(0)
+    model = Residual().double().eval()
+    whole, inputs = copy.deepcopy(model), torch.randn(3, 5, 6).double()
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    pruner = NSSPruner(
+        model, inputs, importance, pruning_ratio=0.5, fold=False, progress=False,
+        prune_num_heads=heads, head_pruning_ratio=0.5 * heads,
+    )  # fmt: skip
+    pruner.step()
+    attention = model.attention
+    rows = 3 * 3 * (2 if heads else 4)
+    assert attention.in_proj_weight.shape == (rows, WIDTH // 2)
+    assert attention.out_proj.weight.shape == (WIDTH // 2, rows // 3)
+    assert attention.embed_dim == attention.kdim == attention.vdim == WIDTH // 2
+    kept = pruner.slice.kept["stem"]
+    assert torch.equal(model.stem.weight, whole.stem.weight[kept])
+    with torch.no_grad():
+        stream = model.stem(inputs)
+        wanted = model.head((stream + by_definition(attention, stream)).mean(1))
+        torch.testing.assert_close(model(inputs), wanted, rtol=1e-12, atol=1e-12)
+        with pruner.slice.masked(whole):
+            masked = whole(inputs)
+    torch.testing.assert_close(model(inputs), masked, rtol=1e-12, atol=1e-12)
+    exported = torch.export.export(model, (inputs,)).module()(inputs)
+    torch.testing.assert_close(exported, masked, rtol=1e-12, atol=1e-12)
+
+
+class Whole(nn.Module):
+    """nn.Transformer asserts that what it is given is as wide as ``d_model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Linear(6, WIDTH), nn.Linear(6, WIDTH)
+        self.both = nn.Transformer(WIDTH, 4, 1, 1, 20, 0.0, batch_first=True)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.both(self.source(tokens), self.target(tokens)).mean(1))
+
+
+@pytest.mark.parametrize("make", [Whole, lambda: Encoded(False), lambda: Encoded(norm_first=True)])
+def test_a_ratio_reaches_the_trunk(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make().double().eval()
+    whole, inputs = copy.deepcopy(model), torch.randn(8, 5, 6).double()
+    data = [(inputs, torch.arange(8) % 4)]
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    pruner = NSSPruner(
+        model, inputs[:2], importance, pruning_ratio=0.5, data=data, prune_num_heads=True,
+        head_pruning_ratio=0.5, progress=False,
+    )  # fmt: skip
+    pruner.step()
+    sizes = [sum(parameter.numel() for parameter in m.parameters()) for m in (model, whole)]
+    assert sizes[0] < 0.3 * sizes[1]
+    assert not any("pruning_ratio asks" in note for note in pruner.report.notes)
+    assert model(inputs).shape == (8, 4)
+
+
+def test_a_width_of_other_attention_is_left_alone_by_name() -> None:
+    model = Residual().eval()
+    model.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True, add_bias_kv=True)
+    neurons = NSSPruner(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), model),
+        torch.randn(2, 5, 6), params_budget=0.9,
+    ).neurons  # fmt: skip
+    assert "add_bias_kv" in neurons.left_alone["3.stem"]
+    assert [group.name for group in neurons.groups] == ["0", "2"]

@@ -23,6 +23,7 @@ from networks import (
 )
 from nss_prune import NSSPruner, Slice, profile, remove
 from nss_prune.core.undo import undone_on_error
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, ModelMismatchError, NothingToPruneError, RemovalError
 from nss_prune.surgery.execute import LayerNormPruner
 
@@ -315,3 +316,20 @@ def test_the_check_is_in_full_precision_and_settings_come_back() -> None:
     assert len(seen) >= 2
     assert set(seen) == {("highest", False)}
     assert after == ("high", before[1])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 6, 6, 6)])
+def test_channels_last_stays(shape: tuple[int, ...]) -> None:
+    convolution = nn.Conv2d if len(shape) == 3 else nn.Conv3d
+    pool = nn.AdaptiveAvgPool2d(1) if len(shape) == 3 else nn.AdaptiveAvgPool3d(1)
+    layers = [convolution(3, 8, 3), nn.ReLU(), convolution(8, 6, 3), pool, nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(6, 2))
+    memory = torch.channels_last if len(shape) == 3 else torch.channels_last_3d
+    model.to(memory_format=memory)
+    inputs = torch.randn(2, *shape)
+    neurons = discover(model, inputs)
+    kept = {group.name: torch.arange(group.size) % 2 == 0 for group in neurons.groups}
+    remove(model, Slice(kept, neurons.groups), inputs)
+    for layer, width in ((model[0], 4), (model[2], 3)):
+        assert layer.weight.shape[0] == width
+        assert layer.weight.is_contiguous(memory_format=memory)
