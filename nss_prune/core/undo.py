@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nss_prune.core.models import completed
+from nss_prune.core.afterwards import afterwards, completed
 from nss_prune.errors import NSSPruneError, RemovalError
 
 
@@ -116,20 +116,16 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 if not buffer.is_meta and not torch.equal(buffer, content):
                     buffer.data.copy_(content)
 
-    try:
+    with afterwards(restore):
         yield
-    finally:
-        completed(restore)
 
 
 @contextlib.contextmanager
 def values_restored(model: nn.Module) -> Iterator[None]:
     """Within the context parameters and buffers may be overwritten; then they are as before."""
     before = copied(model)
-    try:
+    with afterwards(lambda: put_back(model, before)):
         yield
-    finally:
-        completed(lambda: put_back(model, before))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
