@@ -38,15 +38,17 @@ from benchmarks.common.tables import Column, text_table
 RESULT = FOLDER / "reliability.json"
 SHOWN = 300  # trials that are listed of each outcome
 OUTCOMES = ("survived", "refused", "wrong", "foreign")
-HOSTILE = "hostile files"
+HOSTILE, POINTS = "hostile files", "faults at every point"
 SHARES = {  # of the time
-    "kills": 6, "interrupts": 5, "memory limits": 4, "full disks": 2, "loader workers": 3,
+    POINTS: 8, "kills": 6, "interrupts": 5, "memory limits": 4, "full disks": 2,
+    "loaders": 3, "loader workers": 3,
     "modes of the caller": 2, "failing processes": 3, "cycles": 8, HOSTILE: 9,
     "files with another value": 3, "cut and flipped files": 7, "random networks": 50,
 }  # fmt: skip
 MOST = {  # trials of all runs; what time is left goes to the others
-    "kills": 300, "interrupts": 300, "memory limits": 200, "full disks": 300,
-    "loader workers": 200, "modes of the caller": 200, "failing processes": 200, "cycles": 1000,
+    POINTS: 6000, "kills": 300, "interrupts": 300, "memory limits": 200, "full disks": 300,
+    "loaders": 200, "loader workers": 200, "modes of the caller": 200,
+    "failing processes": 200, "cycles": 1000,
     HOSTILE: 2000, "files with another value": 200, "cut and flipped files": 12_000,
     "random networks": 2000,
 }  # fmt: skip
@@ -169,11 +171,15 @@ def _read_damaged(path: Path, name: str, whole: bytes, number: int) -> tuple[str
 def kinds_of_trials(folder: Path) -> dict[str, Callable[[int], Trials]]:
     """All that is tried, in this order; each from a first number on."""
     from faults import faults
+    from loaders import of_a_loader
+    from points import at_a_point
 
     folders = [folder / each for each in ("crafted", "free", "damaged")]
     for each in folders:
         each.mkdir()
     return {
+        POINTS: faults_of([at_a_point]),
+        "loaders": faults_of([of_a_loader]),
         **{kind: faults_of(trials) for kind, trials in faults().items()},
         HOSTILE: crafted_files(folders[0], True),
         "files with another value": crafted_files(folders[1], False),

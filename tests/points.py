@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -284,15 +285,13 @@ def lasting(found: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def unbroken(name: str) -> tuple[dict[str, Any], Any, dict[bool, list[str]]]:
     """What an operation comes to, what it gives, and its points, also with those of all threads."""
-    operation, found = OPERATIONS[name], {}
-    for everywhere in (False, True, False, True):  # the second time nothing is imported any more
-        points = Points(everywhere=everywhere)
+    operation, points = OPERATIONS[name], Points()
+    for watched in (contextlib.nullcontext, points.watched):  # first whatever it imports
         with tempfile.TemporaryDirectory() as folder:
             work = operation.prepare(Path(folder))
-            with points.watched():
+            with watched():
                 value = operation.act(work)
-        found[everywhere] = points.seen
-    return seen(work), value, found
+    return seen(work), value, {True: points.seen, False: points.own}
 
 
 @functools.cache

@@ -25,6 +25,9 @@ from typing import Any
 import nss_prune
 
 PACKAGE = str(Path(nss_prune.__file__).parent)
+DEADLINE = str(
+    Path(PACKAGE, "graph", "deadline.py")
+)  # whose thread expects its own exception alone
 
 
 class Points:
@@ -37,6 +40,7 @@ class Points:
 
     Attributes:
         seen: Where the points were, in order.
+        own: Those of this thread.
         place: Where it was raised; None if it was not.
         dropped: Where Python dropped what was raised, as it does in a finaliser; None if it did
             not.
@@ -50,6 +54,8 @@ class Points:
     ) -> None:
         self.number, self.error, self.everywhere = number, error, everywhere
         self.seen: list[str] = []
+        self.own: list[str] = []
+        self._thread = threading.get_ident()
         self.place: str | None = None
         self.dropped: str | None = None
 
@@ -75,6 +81,8 @@ class Points:
     def _called(self, frame: FrameType, event: str, value: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE) or self.place is not None:
             return None
+        if frame.f_code.co_filename == DEADLINE and threading.get_ident() != self._thread:
+            return None
         self._come_to(frame, event)
         return self._traced
 
@@ -86,9 +94,12 @@ class Points:
     def _come_to(self, frame: FrameType, event: str) -> None:
         if self.place is not None:
             return
-        self.seen.append(_place(frame.f_code, frame.f_lineno, event))
+        place = _place(frame.f_code, frame.f_lineno, event)
+        self.seen.append(place)
+        if threading.get_ident() == self._thread:
+            self.own.append(place)
         if len(self.seen) - 1 == self.number and self.error is not None:
-            self.place = self.seen[-1]
+            self.place = place
             raise self.error
 
 
