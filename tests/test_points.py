@@ -25,7 +25,8 @@ def test_a_fault_at_any_point_changes_nothing_and_is_told(number: int, tmp_path:
 FOUND = [
     # Put back by half: flags, after an error that was no interrupt.
     ("readapt all", "line of put_back in core/models.py", Fault),
-    ("readapt", "line of put_back in core/models.py", KeyboardInterrupt),
+    # A consumer was left for a reason that was none.
+    ("refit and balance", "line of constant_map in compensation/constant.py", Fault),
     # A file that stayed open.
     ("save masks", "line of replacing in core/replacing.py", KeyboardInterrupt),
     # The reason was not told.
@@ -40,15 +41,17 @@ FOUND = [
 def test_where_a_fault_once_did_harm(
     name: str, place: str, error: type[BaseException], tmp_path: Path
 ) -> None:
-    """At the first point of each line of the function."""
+    """At the first point of each line of the function, and at one in the midst."""
     expected, value, points = unbroken(name)
-    seen = points[False]
-    lines = sorted({each for each in seen if each.startswith(place)})
+    found: dict[str, list[int]] = {}
+    for number, each in enumerate(points[False]):
+        found.setdefault(each, []).append(number)
+    lines = [numbers for each, numbers in found.items() if each.startswith(place)]
     assert lines
-    for line in lines:
-        folder = tmp_path / line.rpartition(":")[2]
+    for number in [number for each in lines for number in {each[0], each[len(each) // 2]}]:
+        folder = tmp_path / str(number)
         folder.mkdir()
-        at = Points(seen.index(line), error("a fault"), everywhere=False)
+        at = Points(number, error("a fault"), everywhere=False)
         outcome, why = raised(name, at, folder, expected, value)
         assert outcome in ("survived", "refused"), why
 
