@@ -171,17 +171,19 @@ def _readapting(work: Work, **options: Any) -> Any:
     return {"losses": result.losses, "tpr": result.tpr, "ra": result.ra, "raa": result.raa}
 
 
-def _incremental(work: Work) -> IncrementalTrainer:
-    return IncrementalTrainer(work.model, work.known, classes=(0, 1), progress=False)
+def _trainer(work: Work) -> IncrementalTrainer:
+    torch.manual_seed(0)
+    first = _slice(work)
+    return IncrementalTrainer(
+        work.model, first, classes=(0, 1, 2), theta=0.9, progress=False,
+        data=batches(24, (12,), 3),
+    )  # fmt: skip
 
 
 def _learning(work: Work) -> Any:
     torch.manual_seed(0)
-    trainer = IncrementalTrainer(
-        work.model, work.known, classes=(0, 1, 2), theta=0.9, progress=False
-    )
     data = [(inputs, labels + 3) for inputs, labels in batches(24, (12,), 2, seed=1)]
-    task = trainer.fit(data, epochs=1)
+    task = work.known.fit(data, epochs=1)
     return {**task.slice.kept, "classes": task.classes}
 
 
@@ -234,7 +236,7 @@ OPERATIONS: dict[str, Operation] = {
     "load": Operation(_with(_saved), _loading),
     "readapt": Operation(_with(_slice), _readapting),
     "readapt all": Operation(_perceptron, lambda work: _readapting(work, attack=None, train="all")),
-    "incremental": Operation(_with(_slice), _learning),
+    "incremental": Operation(_with(_trainer), _learning),
     "finetune": Operation(_with(_whole), _tuning),
     "sparsify": Operation(_perceptron, _sparsifying),
     "save masks": Operation(
@@ -263,7 +265,12 @@ def surroundings() -> dict[str, Any]:
 
 def seen(work: Work) -> dict[str, Any]:
     """What must be as before, or as it is when all is done."""
-    return fingerprint(work.model)
+    found, known = fingerprint(work.model), work.known
+    if isinstance(known, NSSPruner):
+        found["pruner"] = [known.current_step, known.report is None, known._stale]
+    if isinstance(known, IncrementalTrainer):
+        found["trainer"] = [len(known.tasks), len(known._data), *sorted(known._validations)]
+    return found
 
 
 def alike(first: Any, second: Any) -> bool:
@@ -346,6 +353,7 @@ def raised(
     elif not _told(caught, points.error):
         why = why or f"it became {caught!r}"
     del caught
+    torch.set_grad_enabled(around["gradients"])  # for the trials behind this one
     whole = same(lasting(seen(work)), lasting(expected)) and given is not None
     if not why and not whole and same(before, seen(work)):
         why = _again(operation, work, expected, value, files)

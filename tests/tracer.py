@@ -114,9 +114,9 @@ def _without_effect(code: CodeType) -> frozenset[int]:
     steps = list(dis.get_instructions(code))
     last = _first_lines_of_finally(code.co_filename)
     found = {s.offset for s in steps if s.opname == "NOP" or s.starts_line in last}
-    for three in zip(steps, steps[1:], steps[2:], strict=False):
+    for before, *three in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
         if all(step.opname == "LOAD_CONST" and step.argval is None for step in three):
-            found.add(three[0].offset)
+            found |= {three[0].offset, *([before.offset] if before.opname == "SWAP" else [])}
     return frozenset(found)
 
 

@@ -56,23 +56,57 @@ class Snapshot:
             self.optimizer.zero_grad()
 
 
+class _Attributes:
+    """The attributes of an object as they are now, with what lists, dicts and sets among them hold.
+
+    Args:
+        owner: Any object; None has no attributes.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._before = {} if owner is None else dict(vars(owner))
+        self._contents = [
+            (value, value.copy())
+            for value in self._before.values()
+            if isinstance(value, (dict, list, set))
+        ]
+
+    def restore(self) -> None:
+        if self._owner is None:
+            return
+        vars(self._owner).clear()
+        vars(self._owner).update(self._before)
+        for container, content in self._contents:
+            container.clear()
+            put = container.extend if isinstance(container, list) else container.update
+            put(content)
+
+
 @contextlib.contextmanager
 def restored_on_error(
-    model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None
+    model: nn.Module,
+    *,
+    values: bool = False,
+    optimizer: Optimizer | None = None,
+    owner: Any = None,
 ) -> Iterator[dict[str, Tensor]]:
     """If the body raises, the model is put back as it was, and the error goes on.
 
     Args:
         model, values, optimizer: As :class:`Snapshot` takes them.
+        owner: What works on the model, such as a trainer; it gets its attributes back too.
 
     Yields:
         The values on entry by name; empty without ``values``.
     """
     before = Snapshot(model, values=values, optimizer=optimizer)
+    attributes = _Attributes(owner)
     try:
         yield before.values
     except BaseException:
         before.restore()
+        completed(attributes.restore)
         raise
 
 
