@@ -193,7 +193,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         self._check_classes(classes, grows=self.grow)
         again = None if replay is None else replayed(replay, self._data, self.seed, batches.device)
         objective = objective_for(how.settings.loss, classes, self.tasks)
-        with restored_on_error(self.model, values=True):
+        with restored_on_error(self.model, values=True, owner=self):
             grow_classifier(self.model, self.head, classes[-1] + 1)
             history = how.run(
                 self.freezing(batches.first_inputs()),
@@ -205,7 +205,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
             )
             found = how.settings.loss if callable(how.settings.loss) else None
             task = self.add(data, name, found, validation=validation)
-        self.history = history
+            self.history = history
         return task
 
     def finetune_masked(
@@ -237,7 +237,7 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         given = self._data_of_last() if data is None else repeatable(data)
         batches = on_device_of(self.model, given)
         of_task = how.settings.loss or TaskLoss(task.classes)
-        with restored_on_error(self.model, values=True):
+        with restored_on_error(self.model, values=True, owner=self):
             freezing = self.masked_freezing(batches.first_inputs())
             with task.masked(self.model):
                 history = how.run(
@@ -247,18 +247,17 @@ class IncrementalTrainer(LearnedTasks, OldNames):
                     classes=task.classes,
                     purpose={"settled": len(self.tasks)},
                 )
-        self.tasks = (*self.tasks[:-1], replace(task, finetuned=True))
-        self.update_features(batches)
-        self.history = history
-        if validation is not None:
-            self._validations[task.name] = validation
-        self._add_accuracies()
+            self.tasks = (*self.tasks[:-1], replace(task, finetuned=True))
+            self.update_features(batches)
+            self.history = history
+            if validation is not None:
+                self._validations[task.name] = validation
+            self._add_accuracies()
 
     def _data_of_last(self) -> Data:
         if len(self._data) < len(self.tasks):
-            raise ArgumentError(
-                f"the data of {self.tasks[-1].name!r} is not known here; give data="
-            )
+            name = self.tasks[-1].name
+            raise ArgumentError(f"the data of {name!r} is not known here; give data=")
         return self._data[-1]
 
     def add(
@@ -287,10 +286,11 @@ class IncrementalTrainer(LearnedTasks, OldNames):
         classes = classes_in(repeatable(data))
         self._check_classes(classes, grows=False)
         task = self._found(name, data, classes, loss)
-        self.tasks = (*self.tasks, task)
-        self._data.append(data)
-        self._validations[task.name] = validation
-        self._add_accuracies()
+        with restored_on_error(self.model, owner=self):
+            self.tasks = (*self.tasks, task)
+            self._data.append(data)
+            self._validations[task.name] = validation
+            self._add_accuracies()
         return task
 
     def _finder(self) -> TaskFinder:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.adaptation.freezing import critical_channels, critical_entries
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.batches import pick_samples
 from nss_prune.core.models import evaluation, run, submodule
 from nss_prune.core.nested import map_tensors, tensors_in
@@ -110,10 +111,12 @@ def randomize(model: nn.Module) -> None:
 def _other_values(where: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Within the context, tensors have other values in some entries."""
     changed = {tensor: tensor.clone() for tensor, mask in where.items() if mask.any()}
-    for tensor in changed:
-        tensor.copy_(torch.where(where[tensor], 1 + 2 * tensor.abs(), tensor))
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for tensor, values in changed.items():
             tensor.copy_(values)
+
+    with afterwards(put_back):
+        for tensor in changed:
+            tensor.copy_(torch.where(where[tensor], 1 + 2 * tensor.abs(), tensor))
+        yield

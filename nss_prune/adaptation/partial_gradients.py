@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from nss_prune.adaptation.freezing import Freezing
 from nss_prune.adaptation.packing import SMALL, Packed, treats_entries_apart
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.hooks import attached
 
 LARGE = 2**20  # entries of a matrix
@@ -254,13 +255,15 @@ class BlockTraining:
         The backward pass belongs inside, as it may call layers again to save memory.
         """
         forwards = [forward for forward in self._layers if forward.block.suffices]
-        try:
+
+        def put_back() -> None:
+            for forward in forwards:
+                vars(forward.layer).pop("forward", None)
+
+        with afterwards(put_back):
             for forward in forwards:
                 vars(forward.layer)["forward"] = forward
             yield
-        finally:
-            for forward in forwards:
-                vars(forward.layer).pop("forward", None)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nss_prune.adaptation.restore import FrozenEntries
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.models import submodule
 from nss_prune.errors import ModelMismatchError
 from nss_prune.unstructured.allocation import Allocation
@@ -77,17 +78,19 @@ def zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
         ModelMismatchError: The model does not have such a parameter.
     """
     check_weights(model, kept)
-    hidden = []
-    try:
+    hidden: list[FrozenEntries] = []
+
+    def put_back() -> None:
+        for values in hidden:
+            values.restore()
+
+    with afterwards(put_back):
         for name, mask in kept.items():
             parameter = model.get_parameter(name)
             others = ~mask.to(parameter.device)
             hidden.append(FrozenEntries(parameter, others))
             parameter.data.masked_fill_(others, 0)
         yield
-    finally:
-        for values in hidden:
-            values.restore()
 
 
 def check_weights(model: nn.Module, kept: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from nss_prune.compensation.constant import as_weight, by_channel_group, constan
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import Forward, run
 from nss_prune.core.nested import tensors_in
+from nss_prune.core.text import first_line
 from nss_prune.statistics.moments import ConsumerStatistics
 
 
@@ -28,9 +29,7 @@ def reason_to_leave(
         return f"it is a {type(module).__name__}"
     if id(module.weight) in shared:
         return "its weight is used elsewhere too"
-    if not _mixes_channels(module, statistics.shape):
-        return f"its type {type(module).__name__} does more with its weight than mix channels"
-    return ""
+    return _more_than_mixing(module, statistics.shape)
 
 
 def shared_weights(model: nn.Module) -> set[int]:
@@ -96,8 +95,8 @@ class _Uses(TorchFunctionMode):
         return result
 
 
-def _mixes_channels(module: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether scaling the weight's input channels is the same as scaling the inputs.
+def _more_than_mixing(module: nn.Module, shape: Sequence[int]) -> str:
+    """Why scaling the weight's input channels is not the same as scaling the inputs, or "".
 
     It is not where a subclass standardizes its weight, for example.
     """
@@ -113,9 +112,11 @@ def _mixes_channels(module: nn.Module, shape: Sequence[int]) -> bool:
     try:
         inside = response(module, scaled, constant_map(module, small, torch.ones_like(inputs)))
         outside = response(module, original, constant_map(module, small, inputs))
-    except Exception:  # a forward of its own that needs more than this
-        return False
-    return torch.allclose(inside, outside, rtol=1e-9, atol=1e-9 * float(outside.abs().max()))
+    except Exception as error:  # a forward of its own that needs more than this
+        return f"its type {type(module).__name__} does not run alone: {first_line(error)}"
+    if torch.allclose(inside, outside, rtol=1e-9, atol=1e-9 * float(outside.abs().max())):
+        return ""
+    return f"its type {type(module).__name__} does more with its weight than mix channels"
 
 
 def _cropped(module: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:

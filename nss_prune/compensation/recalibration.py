@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.batches import counted_batches, shared_data
 from nss_prune.core.models import Forward, call_model, evaluation, run
 from nss_prune.core.processes import agreed, processes, summed
@@ -184,18 +185,20 @@ def _fresh_statistics(norms: Mapping[str, Any], *, keep: bool) -> Iterator[None]
         name: (norm.running_mean, norm.running_var, norm.num_batches_tracked)
         for name, norm in norms.items()
     }
-    for norm in norms.values():
-        norm.running_mean = torch.zeros_like(norm.running_mean)
-        norm.running_var = torch.ones_like(norm.running_var)
-        norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
     done = False
-    try:
-        yield
-        done = keep
-    finally:
+
+    def put_back() -> None:
         for name, norm in norms.items():
             if not (done and int(norm.num_batches_tracked)):
                 norm.running_mean, norm.running_var, norm.num_batches_tracked = before[name]
+
+    with afterwards(put_back):
+        for norm in norms.values():
+            norm.running_mean = torch.zeros_like(norm.running_mean)
+            norm.running_var = torch.ones_like(norm.running_var)
+            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
+        yield
+        done = keep
 
 
 @contextlib.contextmanager
@@ -218,18 +221,19 @@ def _counting(norms: Mapping[str, Any]) -> Iterator[dict[str, int]]:
 
         return hook
 
+    def put_back() -> None:
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+            vars(norm).pop("forward", None)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(afterwards(put_back))
         for name, norm in norms.items():
             stack.callback(norm.register_forward_pre_hook(weigh(name)).remove)
             norm.train()
             if isinstance(norm, nn.SyncBatchNorm):
                 vars(norm)["forward"] = types.MethodType(Norm.forward, norm)
-        try:
-            yield seen
-        finally:
-            for name, norm in norms.items():
-                norm.momentum = momenta[name]
-                vars(norm).pop("forward", None)
+        yield seen
 
 
 def _average_over_processes(norms: Mapping[str, Any], seen: Mapping[str, int]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nss_prune.compensation.folding import apply
 from nss_prune.compensation.solve import ConsumerFold
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.batches import counted_batches
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
@@ -124,12 +125,9 @@ def _errors(
 
 @contextlib.contextmanager
 def _folded(model: nn.Module, folds: Folds) -> Iterator[None]:
-    before = Snapshot(model)
-    try:
+    with afterwards(Snapshot(model).restore):
         apply(model, folds)
         yield
-    finally:
-        before.restore()
 
 
 def _outputs(

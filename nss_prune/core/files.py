@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nss_prune.core.replacing import replacing
 from nss_prune.core.schema import Check
+from nss_prune.core.text import first_line, shortened
 from nss_prune.errors import FileFormatError, NSSPruneError
 
 VERSION = 2
@@ -78,7 +79,7 @@ def read_file(path: str | os.PathLike[str], kind: str, check: Check | None = Non
         raise
     except (SafetensorError, *FOREIGN) as error:
         raise FileFormatError(
-            f"{os.fspath(path)!r} is no safetensors file, or {_DAMAGED}"
+            f"{os.fspath(path)!r} is no safetensors file, or {_DAMAGED} ({_named(error)})"
         ) from error
     if header.get("digest") != digest:
         raise FileFormatError(f"{os.fspath(path)!r} {_DAMAGED}")
@@ -99,10 +100,15 @@ def checked_contents(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (NSSPruneError, *FOREIGN) as error:
-        reason = str(error) if isinstance(error, NSSPruneError) else f"{type(error).__name__}"
+        reason = str(error) if isinstance(error, NSSPruneError) else _named(error)
         raise FileFormatError(
             f"{os.fspath(path)!r} holds what this library never writes: {reason}; write it again"
         ) from error
+
+
+def _named(error: Exception) -> str:
+    """What a foreign error is, in short: it may hold anything of a file."""
+    return f"{type(error).__name__}: {shortened(first_line(error), 120)}"
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

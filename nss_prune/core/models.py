@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.nested import tensors_in
 from nss_prune.errors import DataError, ModelMismatchError, NSSPruneError
 
@@ -130,19 +131,6 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
-def completed(put_back: Callable[[], None]) -> None:
-    """Put something back as a whole, also where Ctrl-C comes meanwhile, which then goes on.
-
-    Args:
-        put_back: May be called again where it broke off.
-    """
-    try:
-        put_back()
-    except KeyboardInterrupt:
-        put_back()
-        raise
-
-
 @contextlib.contextmanager
 def flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Put training modes and requires_grad flags back as they were, whatever the body does.
@@ -164,10 +152,8 @@ def flags_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
 
-    try:
+    with afterwards(put_back):
         yield [parameter for parameter, _ in gradients]
-    finally:
-        completed(put_back)
 
 
 @contextlib.contextmanager
@@ -216,14 +202,15 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 def training(model: nn.Module) -> Iterator[None]:
     """Training mode inside; statistics, modes and random numbers as they were outside."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with flags_kept(model), torch.random.fork_rng():
-            model.train()
-            yield
-    finally:
+
+    def put_back() -> None:
         with torch.no_grad():
             for buffer, content in buffers:
                 buffer.copy_(content)
+
+    with afterwards(put_back), flags_kept(model), torch.random.fork_rng():
+        model.train()
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

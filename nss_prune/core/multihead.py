@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nss_prune.core.afterwards import afterwards
+
 
 class HeadwiseAttention(nn.MultiheadAttention):
     """The same function, for any number of heads of any width.
@@ -117,17 +119,19 @@ def heads_called(model: nn.Module) -> Iterator[None]:
         if type(module) is nn.MultiheadAttention and has_plain_heads(module)
     ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
+
+    def put_back() -> None:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module in changed:
+            if _is_whole(module):
+                module.__class__ = nn.MultiheadAttention
+
+    with afterwards(put_back):
         for module in changed:
             module.__class__ = HeadwiseAttention
         if changed:  # a whole encoder layer may be one kernel, too
             torch.backends.mha.set_fastpath_enabled(False)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module in changed:
-            if _is_whole(module):
-                module.__class__ = nn.MultiheadAttention
 
 
 def _is_whole(module: nn.MultiheadAttention) -> bool:

@@ -34,11 +34,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     ending = target.suffix if len(os.fsencode(target.suffix)) <= LONGEST_ENDING else ""
     aside = target.with_name(f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}{ending}")
     try:
-        created = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        with open(created, "wb"):
-            mode = stat.S_IMODE(os.fstat(created).st_mode) if mode is None else mode
+        with open(aside, "xb") as created:
+            umasked = stat.S_IMODE(os.fstat(created.fileno()).st_mode)
         yield aside
-        os.chmod(aside, mode)
+        os.chmod(aside, umasked if mode is None else mode)
         _synchronise(aside)
         os.replace(aside, target)
         _synchronise(target.parent)

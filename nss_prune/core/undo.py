@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nss_prune.core.models import completed
+from nss_prune.core.afterwards import afterwards, completed
 from nss_prune.errors import NSSPruneError, RemovalError
 
 
@@ -56,23 +56,57 @@ class Snapshot:
             self.optimizer.zero_grad()
 
 
+class _Attributes:
+    """The attributes of an object as they are now, with what lists, dicts and sets among them hold.
+
+    Args:
+        owner: Any object; None has no attributes.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._before = {} if owner is None else dict(vars(owner))
+        self._contents = [
+            (value, value.copy())
+            for value in self._before.values()
+            if isinstance(value, (dict, list, set))
+        ]
+
+    def restore(self) -> None:
+        if self._owner is None:
+            return
+        vars(self._owner).clear()
+        vars(self._owner).update(self._before)
+        for container, content in self._contents:
+            container.clear()
+            put = container.extend if isinstance(container, list) else container.update
+            put(content)
+
+
 @contextlib.contextmanager
 def restored_on_error(
-    model: nn.Module, *, values: bool = False, optimizer: Optimizer | None = None
+    model: nn.Module,
+    *,
+    values: bool = False,
+    optimizer: Optimizer | None = None,
+    owner: Any = None,
 ) -> Iterator[dict[str, Tensor]]:
     """If the body raises, the model is put back as it was, and the error goes on.
 
     Args:
         model, values, optimizer: As :class:`Snapshot` takes them.
+        owner: What works on the model, such as a trainer; it gets its attributes back too.
 
     Yields:
         The values on entry by name; empty without ``values``.
     """
     before = Snapshot(model, values=values, optimizer=optimizer)
+    attributes = _Attributes(owner)
     try:
         yield before.values
     except BaseException:
         before.restore()
+        completed(attributes.restore)
         raise
 
 
@@ -116,20 +150,16 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 if not buffer.is_meta and not torch.equal(buffer, content):
                     buffer.data.copy_(content)
 
-    try:
+    with afterwards(restore):
         yield
-    finally:
-        completed(restore)
 
 
 @contextlib.contextmanager
 def values_restored(model: nn.Module) -> Iterator[None]:
     """Within the context parameters and buffers may be overwritten; then they are as before."""
     before = copied(model)
-    try:
+    with afterwards(lambda: put_back(model, before)):
         yield
-    finally:
-        completed(lambda: put_back(model, before))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

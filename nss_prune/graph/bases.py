@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.models import submodule
 from nss_prune.core.schema import array, check_finite, check_tensor, one_of, refuse, row, text
 
@@ -64,12 +65,14 @@ def in_basis(model: nn.Module, changes: Sequence[BasisChange]) -> Iterator[None]
     """Within the context a model has other coordinates; then it is as before."""
     layers = [submodule(model, change.name) for change in changes]
     before = [(layer, dict(layer._parameters)) for layer in layers]
-    try:
-        change_basis(model, changes)
-        yield
-    finally:
+
+    def put_back() -> None:
         for layer, parameters in before[::-1]:
             layer._parameters.update(parameters)
+
+    with afterwards(put_back):
+        change_basis(model, changes)
+        yield
 
 
 def encode_bases(changes: Sequence[BasisChange]) -> tuple[dict[str, Tensor], list[Any]]:

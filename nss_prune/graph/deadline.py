@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.thread_state import with_state_of_this_thread
 from nss_prune.errors import GraphError
 
@@ -48,11 +49,9 @@ def within(seconds: float, model: nn.Module, function: Callable[[], Made]) -> Ma
         Also whatever the function raises.
     """
     worker = _Worker(with_state_of_this_thread(function))
-    try:
+    with afterwards(worker.end):
         worker.start()
         worker.wait_for_work(seconds)
-    finally:
-        worker.end()
     if worker.returned:
         return worker.results[0]
     if worker.error is not None and not isinstance(worker.error, _Expired):

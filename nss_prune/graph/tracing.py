@@ -11,6 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from nss_prune.core.afterwards import afterwards
 from nss_prune.core.models import Forward, call_model, flags_kept
 from nss_prune.core.nested import tensors_in
 from nss_prune.core.undo import left_as_found
@@ -26,6 +27,12 @@ def traceable(model: nn.Module) -> Iterator[None]:
     circles where they are joined to an empty one.
     """
     hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
+
+    def detach() -> None:
+        for module, before in hooks:
+            for key in set(module._forward_hooks) - set(before):
+                del module._forward_hooks[key]
+
     with (
         left_as_found(model),
         flags_kept(model) as parameters,
@@ -38,14 +45,9 @@ def traceable(model: nn.Module) -> Iterator[None]:
         for parameter in parameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-                yield
-        finally:
-            for module, before in hooks:
-                for key in set(module._forward_hooks) - set(before):
-                    del module._forward_hooks[key]
+        with afterwards(detach), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+            yield
 
 
 @contextlib.contextmanager
@@ -53,13 +55,15 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
     """``use_cache`` off in the configurations of all modules, and as it was afterwards."""
     configurations = {id(own): own for own in (_config(module) for module in model.modules())}
     caching = [own for own in configurations.values() if getattr(own, "use_cache", None) is True]
-    for own in caching:
-        own.use_cache = False
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for own in caching:
             own.use_cache = True
+
+    with afterwards(put_back):
+        for own in caching:
+            own.use_cache = False
+        yield
 
 
 def _config(module: nn.Module) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from nss_prune.core import undo
 from nss_prune.core.processes import agreed
 
 TRACED = "to be traced"
@@ -14,25 +15,13 @@ TRACED = "to be traced"
 
 @contextlib.contextmanager
 def restored_on_error(owner: Any) -> Iterator[None]:
-    """If the body raises, an object gets back the attributes that it had, and their contents.
+    """If the body raises, a pruner, its model and what is around that are put back as they were.
 
     Of several processes, all raise what one of them does.
     """
-    before = dict(vars(owner))
-    contents = [
-        (value, value.copy()) for value in before.values() if isinstance(value, (dict, list, set))
-    ]
-    try:
-        with agreed():
-            yield
-    except BaseException:
-        vars(owner).clear()
-        vars(owner).update(before)
-        for container, content in contents:
-            container.clear()
-            put = container.extend if isinstance(container, list) else container.update
-            put(content)
-        raise
+    outermost = owner.model if owner.wrapper is None else owner.wrapper
+    with undo.restored_on_error(outermost, owner=owner), agreed():
+        yield
 
 
 def without_graph(pruner: Any) -> dict[str, Any]:

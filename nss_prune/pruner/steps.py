@@ -91,8 +91,8 @@ class Steps(Stages):
                 with self._journal.stage("removing"):
                     plan, repaired = self._pruned(plan)
             self._finish(plan, unsaid)
-        self.folded = repaired.changed
-        self.report = self._journal.end(plan, repaired.notes)
+            self.folded = repaired.changed
+            self.report = self._journal.end(plan, repaired.notes)
         return None
 
     def _renew(self) -> None:

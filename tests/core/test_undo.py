@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from networks import assert_unchanged, cnn, fingerprint
-from nss_prune.core.models import completed
 from nss_prune.core.undo import restored_on_error, undone_on_error, values_restored
 from nss_prune.errors import ArgumentError, RemovalError
 
@@ -130,17 +129,3 @@ def test_values_for_a_while(raises: bool) -> None:
     except AssertionError:
         assert raises
     assert_unchanged(model, before)
-
-
-def test_an_interrupt_while_something_is_put_back_goes_on_after_it() -> None:
-    done: list[int] = []
-
-    def put_back() -> None:
-        done.append(1)
-        if len(done) == 1:
-            raise KeyboardInterrupt
-        done.append(2)
-
-    with pytest.raises(KeyboardInterrupt):
-        completed(put_back)
-    assert done == [1, 1, 2]
