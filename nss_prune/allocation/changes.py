@@ -63,8 +63,8 @@ class ConsumerChange:
         most, samples = max(self.gone), len(inputs)
         order = self.order.to(inputs.device)
         values, slope = (
-            each.reshape(samples, len(order), -1).transpose(0, 1).flatten(1)[chosen]
-            for each, chosen in ((inputs, order), (gradient, order[:most]))
+            _by_unit(inputs, len(order), order),
+            _by_unit(gradient, len(order), order[:most]),
         )
         lost = nn.functional.pad(
             (values[:most] * slope).view(most, samples, -1).sum(2), (0, 0, 1, 0)
@@ -74,6 +74,14 @@ class ConsumerChange:
             by_place = self.explained.effects(values, slope, self.gone)
             effects += by_place.view(len(self.gone), samples, -1).sum(2)
         return effects
+
+
+def _by_unit(values: Tensor, units: int, chosen: Tensor) -> Tensor:
+    """Some units of ``[samples, channels, positions]``, as memory has them, ``[units, rows]``."""
+    by_sample = values.reshape(len(values), units, -1)
+    if by_sample.stride(1) == 1:
+        return by_sample.movedim(1, 2).flatten(0, 1).index_select(1, chosen).T
+    return by_sample.index_select(1, chosen).transpose(0, 1).flatten(1)
 
 
 def ordered(ranks: Tensor, counts: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
