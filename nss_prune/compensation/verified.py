@@ -128,6 +128,9 @@ def _errors(
 
 @contextlib.contextmanager
 def _folded(model: nn.Module, folds: Folds) -> Iterator[None]:
+    if not folds:
+        yield
+        return
     before = Snapshot(model)
     try:
         apply(model, folds)
