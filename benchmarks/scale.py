@@ -256,7 +256,7 @@ def line(points: Sequence[tuple[float, float]], at: float) -> float:
     """The line through some points, by least squares."""
     middle, height = (sum(axis) / len(points) for axis in zip(*points, strict=True))
     above = sum((x - middle) * (y - height) for x, y in points)
-    return height + above / sum((x - middle) ** 2 for x, _ in points) * (at - middle)
+    return float(height + above / sum((x - middle) ** 2 for x, _ in points) * (at - middle))
 
 
 def check_extrapolation(samples: Sequence[int], wanted: int | None) -> None:
