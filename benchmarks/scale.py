@@ -6,9 +6,16 @@ thread. One axis at a time; the others are at the first of their values. Seconds
 CPU, which others on the machine do not change, and of several processes those of the first. The
 slopes are those of a line through the logarithms: 1 where twice as much takes twice as long.
 
+A step takes seconds that do not grow with the samples, and the same for each further sample. With
+`--extrapolate`, those of more samples are on the line through the measured ones, and the table says
+so; memory, which does not grow, is as measured. All are of 100 samples or more, since with fewer
+the effects are not measured.
+
     python benchmarks/scale.py                                       # a minute or two
     python benchmarks/scale.py --models vit_base_patch16_224,vit_large_patch16_224 --depth 0 \\
         --size 224 --samples 128,512,4096 --categories 10,100,1000 --processes 1,2,4
+    python benchmarks/scale.py --models vit_large_patch16_224 --depth 0 --size 224 \\
+        --sides bare,ours --samples 112,144 --extrapolate 256 --categories 10 --processes 1
 """
 
 from __future__ import annotations
@@ -42,6 +49,7 @@ from benchmarks.common.tables import Cell, Column
 from benchmarks.common.timing import show, with_peak
 from benchmarks.rivals.ranking import GRADIENTS, set_gradients
 from nss_prune import NSSPruner
+from nss_prune.allocation.effects import LEAST_SAMPLES
 from nss_prune.errors import ArgumentError
 
 TITLE = "Scale: a budget beside bare passes"
@@ -55,12 +63,14 @@ COLUMNS = (
     Column("axis", "axis"), Column("model", "model"), Column("samples", "samples", 0),
     Column("categories", "categories", 0), Column("processes", "processes", 0),
     Column("side", "side"), Column("seconds", "seconds", 2), Column("megabytes", "memory, MB", 0),
-    Column("times", "x bare passes", 2),
+    Column("times", "x bare passes", 2), Column("kind", "kind"),
 )  # fmt: skip
 SLOPES = (
     Column("axis", "axis"), Column("side", "side"),
     Column("seconds", "slope of seconds"), Column("megabytes", "slope of memory"),
 )  # fmt: skip
+
+MEASURED, EXTRAPOLATED = "measured", "extrapolated"
 
 Batches = list[tuple[Tensor, Tensor]]
 Rows = list[dict[str, Cell]]
@@ -220,10 +230,42 @@ def rows_of(
             rows.append({
                 "axis": axis, **asdict(case), "side": side, "seconds": taken,
                 "megabytes": megabytes, "times": taken / alone if alone else None,
-                "parameters": parameters,
+                "parameters": parameters, "kind": MEASURED,
             })  # fmt: skip
             show({column.key: rows[-1][column.key] for column in COLUMNS})
         write(rows)
+
+
+def extrapolated(rows: Rows, samples: int) -> Rows:
+    """Seconds of more samples for each side, on the line through those measured."""
+    found: Rows = []
+    alone = 0.0
+    for side in dict.fromkeys(row["side"] for row in rows):
+        own = [row for row in rows if row["axis"] == "samples" and row["side"] == side]
+        points = [(float(row["samples"]), float(row["seconds"])) for row in own]  # type: ignore[arg-type]
+        taken = line(points, samples)
+        alone = taken if side == "bare" else alone
+        found.append({
+            **own[-1], "samples": samples, "seconds": taken, "megabytes": None,
+            "times": taken / alone if alone else None, "kind": EXTRAPOLATED,
+        })  # fmt: skip
+    return found
+
+
+def line(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The line through some points, by least squares."""
+    middle, height = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    above = sum((x - middle) * (y - height) for x, y in points)
+    return float(height + above / sum((x - middle) ** 2 for x, _ in points) * (at - middle))
+
+
+def check_extrapolation(samples: Sequence[int], wanted: int | None) -> None:
+    """Raise where there is no line, or where fewer samples take another path."""
+    if wanted is not None and (len(set(samples)) < 2 or min(samples) < LEAST_SAMPLES):
+        raise ArgumentError(
+            f"--extrapolate needs two or more --samples of {LEAST_SAMPLES} at least, not "
+            f"{','.join(map(str, samples))}: with fewer, the effects are not measured"
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -234,6 +276,8 @@ def parser() -> argparse.ArgumentParser:
     add("--models", default="vit_tiny_patch16_224,vit_small_patch16_224",
         help="comma list of timm's (default: %(default)s)")  # fmt: skip
     add("--samples", default="32,64,128", help="comma list (default: %(default)s)")
+    add("--extrapolate", type=int, metavar="N",
+        help="seconds of so many samples, too, by the line through the measured ones")  # fmt: skip
     add("--categories", default="10,100", help="comma list (default: %(default)s)")
     add("--processes", default="1,2", help="comma list (default: %(default)s)")
     add("--sides", default=",".join(SIDES), help="comma list (default: %(default)s)")
@@ -255,6 +299,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for axis in ("samples", "categories", "processes"):
         values[axis] = [int(number) for number in getattr(asked, axis).split(",")]
     values = {axis: values[axis] for axis in AXES}
+    check_extrapolation(values["samples"], asked.extrapolate)
     first = Case(**{axis: along[0] for axis, along in values.items()}, depth=asked.depth,
                  size=asked.size)  # fmt: skip
     path = asked.output / f"{asked.name}.json"
@@ -262,6 +307,9 @@ def main(words: Sequence[str] | None = None) -> None:
     def write(rows: Rows) -> None:
         found = slopes(rows) if any(len(along) > 1 for along in values.values()) else []
         details = {"depth": asked.depth, "size": asked.size, "slopes": found}
+        lengths = {row["samples"] for row in rows if row["axis"] == "samples"}
+        if asked.extrapolate and lengths == set(values["samples"]):
+            rows = [*rows, *extrapolated(rows, asked.extrapolate)]
         results.write(path, TITLE, COLUMNS, rows, seeds=[0], **details)
 
     rows_of(sides, first, values, write)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.scale import Case, cases, slope, slopes
+from benchmarks.scale import Case, cases, check_extrapolation, extrapolated, slope, slopes
+from nss_prune.errors import ArgumentError
 
 FIRST = Case("vit_tiny_patch16_224", 8, 2, 1, 1, 32)
 
@@ -43,3 +44,21 @@ def test_slopes_are_by_axis_and_side() -> None:
     assert [(row["side"], round(row["seconds"], 9)) for row in slopes(rows)] == [
         ("bare", 1.0), ("ours", 2.0),
     ]  # fmt: skip
+
+
+def test_more_samples_are_on_the_line_through_those_measured() -> None:
+    rows = [
+        {"axis": "samples", "side": side, "samples": n, "seconds": fixed + each * n, "megabytes": 5}
+        for side, fixed, each in (("bare", 0.0, 2.0), ("ours", 100.0, 8.0))
+        for n in (104, 128, 160)
+    ]
+    bare, ours = extrapolated(rows, 256)
+    assert bare["seconds"] == pytest.approx(512)
+    assert ours["seconds"] == pytest.approx(2148)
+    assert ours["times"] == pytest.approx(2148 / 512)
+    assert ours["kind"] == "extrapolated"
+    assert ours["megabytes"] is None
+    check_extrapolation([8], None)
+    for samples in ([128], [8, 128], [128, 128]):
+        with pytest.raises(ArgumentError, match="two or more"):
+            check_extrapolation(samples, 256)

@@ -5,9 +5,7 @@ of gradients g and changes Δ over the channels and positions of a sample. Here 
 levels of a group together, at two kinds of places:
 
 - At a consumer, Δ of a channel that goes is what the others explain of it less what it was:
-  Δ_P = B (x_S − μ_S) − (x_P − μ_P) with B = Σ_PS Σ_SS⁻¹. With Ω = Σ⁻¹ this is B = −Ω_PP⁻¹ Ω_PS, and
-  with the channels in the order in which they go, Ω_PP of every level is a leading block: one
-  Cholesky factor serves all levels.
+  Δ_P = B (x_S − μ_S) − (x_P − μ_P) with B = Σ_PS Σ_SS⁻¹, see :mod:`nss_prune.allocation.explained`.
 - At the output of a norm over the neurons, those that stay are normalised by the statistics of
   fewer channels. For torch's norms this is a closed form, from sums that all levels share; one of
   a user's own is called with the channels that stay.
@@ -22,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from nss_prune.allocation.explained import Explained
 from nss_prune.core.batches import as_computed
 from nss_prune.graph.masking import norm_over
 from nss_prune.graph.norms import norm_axis
@@ -40,18 +39,18 @@ class ConsumerChange:
             ``[units]``.
         gone: How many of them have gone at each level.
         mean: Of each channel, ``[channels]``; None where nothing is folded.
-        mixing: B of each level, ``[gone, units - gone]``; () where nothing is folded.
+        explained: What the units that stay explain of the others; None where nothing is folded.
     """
 
     order: Tensor
     gone: tuple[int, ...]
     mean: Tensor | None = None
-    mixing: tuple[Tensor, ...] = ()
+    explained: Explained | None = None
 
     @property
     def values(self) -> int:
-        """Values that B of all levels has."""
-        return sum(matrix.numel() for matrix in self.mixing)
+        """Values that are kept to fold with."""
+        return 0 if self.explained is None else self.explained.values
 
     def effects(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """e of each level and sample, ``[levels, samples]``.
@@ -63,33 +62,26 @@ class ConsumerChange:
             inputs = inputs - self.mean.to(inputs)[:, None]
         most, samples = max(self.gone), len(inputs)
         order = self.order.to(inputs.device)
-        values = inputs.reshape(samples, len(order), -1)[:, order]
-        slope = gradient.reshape(samples, len(order), -1)[:, order[:most]]
-        lost = nn.functional.pad((values[:, :most] * slope).sum(2).cumsum(1), (1, 0))
-        effects = -lost[:, list(self.gone)].T
-        if not self.mixing:
-            return effects
-        if self.values > 2 * most * len(order) and values.shape[2] > 1:
-            return effects + self._by_product(values, slope)
-        return effects + self._by_place(values, slope)
-
-    def _by_product(self, values: Tensor, slope: Tensor) -> Tensor:
-        """Explained by the others, from Σ_positions g xᵀ of each sample: few channels go."""
-        products = slope @ values.transpose(1, 2)
-        levels = zip(self.gone, self.mixing, strict=True)
-        return torch.stack(
-            [(products[:, :n, n:] * mixing.to(products)).sum((1, 2)) for n, mixing in levels]
+        values, slope = (
+            _by_unit(inputs, len(order), order),
+            _by_unit(gradient, len(order), order[:most]),
         )
+        lost = nn.functional.pad(
+            (values[:most] * slope).view(most, samples, -1).sum(2), (0, 0, 1, 0)
+        )
+        effects = -lost.cumsum(0)[list(self.gone)]
+        if self.explained is not None:
+            by_place = self.explained.effects(values, slope, self.gone)
+            effects += by_place.view(len(self.gone), samples, -1).sum(2)
+        return effects
 
-    def _by_place(self, values: Tensor, slope: Tensor) -> Tensor:
-        """The same, position by position."""
-        samples = len(values)
-        by_unit, slopes = (t.transpose(0, 1).flatten(1) for t in (values, slope))
-        levels = zip(self.gone, self.mixing, strict=True)
-        explained = [
-            ((mixing.to(by_unit) @ by_unit[n:]) * slopes[:n]).sum(0) for n, mixing in levels
-        ]
-        return torch.stack(explained).view(len(self.gone), samples, -1).sum(2)
+
+def _by_unit(values: Tensor, units: int, chosen: Tensor) -> Tensor:
+    """Some units of ``[samples, channels, positions]``, as memory has them, ``[units, rows]``."""
+    by_sample = values.reshape(len(values), units, -1)
+    if by_sample.stride(1) == 1:
+        return by_sample.movedim(1, 2).flatten(0, 1).index_select(1, chosen).T
+    return by_sample.index_select(1, chosen).transpose(0, 1).flatten(1)
 
 
 def ordered(ranks: Tensor, counts: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
@@ -103,24 +95,6 @@ def ordered(ranks: Tensor, counts: Sequence[int]) -> tuple[Tensor, tuple[int, ..
     order = ranks.where(ranks >= 0, never).argsort(stable=True)
     gone = tuple(int(((ranks >= 0) & (ranks < count)).sum()) for count in counts)
     return order, gone
-
-
-def mixings(precision: Tensor, order: Tensor, gone: Sequence[int]) -> tuple[Tensor, ...]:
-    """B of each level, float32 ``[gone, units - gone]``.
-
-    Args:
-        precision: Ω, positive definite float64 ``[units, units]``.
-        order: As of :class:`ConsumerChange`.
-    """
-    most = max(gone)
-    leading = precision[order[:most]][:, order]
-    factor = torch.linalg.cholesky(leading[:, :most])
-    rest = torch.linalg.solve_triangular(factor, leading[:, most:], upper=False)
-    upper = torch.cat([factor.T, rest], 1)
-    return tuple(
-        -torch.linalg.solve_triangular(upper[:n, :n], upper[:n, n:], upper=True).float()
-        for n in gone
-    )
 
 
 class NormChange(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,29 +13,6 @@ from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.graph.slices import Slice
 
 ALLOCATIONS = 4
-
-
-def slopes(divergence: Tensor) -> Tensor:
-    """What each neuron of an elimination adds on the lower convex hull of D, ``[neurons]``.
-
-    A budget can only be met at the corners of the hull; between them all neurons count alike.
-    """
-    values = [0.0, *divergence.tolist()]
-    corners: list[int] = []
-    for here in range(len(values)):
-        while len(corners) > 1 and _is_above(values, corners[-2], corners[-1], here):
-            corners.pop()
-        corners.append(here)
-    steps = torch.empty_like(divergence)
-    for left, right in itertools.pairwise(corners):
-        steps[left:right] = (values[right] - values[left]) / (right - left)
-    return steps
-
-
-def _is_above(values: Sequence[float], left: int, middle: int, right: int) -> bool:
-    """Whether the middle one of three points is on or above the line through the others."""
-    rise = (values[right] - values[left]) * (middle - left)
-    return (values[middle] - values[left]) * (right - left) >= rise
 
 
 def allocate(
@@ -105,7 +81,7 @@ def scores(
     least = torch.finfo(torch.float64).tiny
     result = {group.name: torch.full((group.size,), torch.inf).double() for group in groups}
     for name, elimination in found.items():
-        by_rank = slopes(elimination.divergence).cpu() / max(costs[name], least)
+        by_rank = elimination.slopes.cpu() / max(costs[name], least)
         ranks = torch.arange(len(by_rank))
         distinct = by_rank * (1 + 1e-9 * ranks) + least * ranks
         result[name][elimination.order.cpu()] = distinct

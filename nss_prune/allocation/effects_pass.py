@@ -74,7 +74,7 @@ class EffectsPass:
         if group.queries is not None:
             self.sample_axes[group.queries.name] = group.queries.sample_axis
         self.layers.append(group.name)
-        if not group.has_channels and any(change.mixing for change in consumers.values()):
+        if not group.has_channels and any(change.explained for change in consumers.values()):
             self.by_channel.add(group.name)
         self.levels = where.stop
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,6 +38,34 @@ class Elimination:
     order: Tensor
     divergence: Tensor
     growth: Tensor | None = None
+
+    @cached_property
+    def slopes(self) -> Tensor:
+        """:func:`slopes` of the divergence, ``[neurons]``."""
+        return slopes(self.divergence)
+
+
+def slopes(divergence: Tensor) -> Tensor:
+    """What each neuron of an elimination adds on the lower convex hull of D, ``[neurons]``.
+
+    A budget can only be met at the corners of the hull; between them all neurons count alike.
+    """
+    values = [0.0, *divergence.tolist()]
+    corners: list[int] = []
+    for here in range(len(values)):
+        while len(corners) > 1 and _is_above(values, corners[-2], corners[-1], here):
+            corners.pop()
+        corners.append(here)
+    steps = torch.empty_like(divergence)
+    for left, right in itertools.pairwise(corners):
+        steps[left:right] = (values[right] - values[left]) / (right - left)
+    return steps
+
+
+def _is_above(values: Sequence[float], left: int, middle: int, right: int) -> bool:
+    """Whether the middle one of three points is on or above the line through the others."""
+    rise = (values[right] - values[left]) * (middle - left)
+    return (values[middle] - values[left]) * (right - left) >= rise
 
 
 def eliminations(
@@ -123,18 +153,27 @@ def _effects_alone(sums: Sensitivity, statistics: ConsumerStatistics) -> Tensor:
 
 
 def shrunk(covariance: Tensor, observations: float) -> Tensor:
-    """A covariance that can be inverted: oracle approximating shrinkage.
+    """A covariance that can be inverted, see :func:`shrinkage`."""
+    share, variance = shrinkage(covariance, observations)
+    smoothed = (1 - share) * covariance
+    smoothed.diagonal().add_(variance)
+    return smoothed
+
+
+def shrinkage(covariance: Tensor, observations: float) -> tuple[float, float]:
+    """Oracle approximating shrinkage: what is taken off a covariance, and added to its diagonal.
 
     Chen, Wiesel, Eldar, Hero (2010), IEEE Transactions on Signal Processing 58(10), eq. 23.
+
+    Returns:
+        Share of the covariance, in (0, 1], and variance.
     """
     size = len(covariance)
     trace, square = float(covariance.trace()), float(covariance.square().sum())
     numerator = (1 - 2 / size) * square + trace**2
     denominator = (observations + 1 - 2 / size) * (square - trace**2 / size)
     share = 1.0 if denominator <= 0 else min(1.0, max(LEAST_SHRINKAGE, numerator / denominator))
-    smoothed = (1 - share) * covariance
-    smoothed.diagonal().add_(share * trace / size + torch.finfo(torch.float64).tiny)
-    return smoothed
+    return share, share * trace / size + torch.finfo(torch.float64).tiny
 
 
 def eliminate(covariance: Tensor, information: Tensor) -> Elimination:
@@ -145,23 +184,24 @@ def eliminate(covariance: Tensor, information: Tensor) -> Elimination:
         information: Γ of one sample, ``[neurons, neurons]``.
     """
     precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-    root = _root(information)
+    root = _root(information).T.contiguous()
     alive = torch.arange(len(covariance), device=covariance.device)
     order, added = [], []
     while len(alive):
-        costs = root.square().sum(0) / precision.diagonal()
+        ranks = (root.square().sum(1) / precision.diagonal()).argsort(stable=True)
         count = max(1, len(alive) // ROUNDS)
-        out = costs.argsort(stable=True)[:count]
+        out, stay = ranks[:count], ranks[count:].sort().values
+        rows = precision.index_select(0, out)
         # Within a round one by one as well: the Cholesky factor eliminates in the order given.
-        factor = torch.linalg.cholesky(precision[out][:, out])
-        scaled = torch.linalg.solve_triangular(factor, root[:, out].T, upper=False)
+        factor = torch.linalg.cholesky(rows[:, out])
+        scaled = torch.linalg.solve_triangular(factor, root[out], upper=False)
         added.append(scaled.square().sum(1) / 2)
         order.append(alive[out])
-        stay = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
-        stay[out] = False
-        reach = torch.linalg.solve_triangular(factor, precision[out][:, stay], upper=False)
-        root = root[:, stay] - scaled.T @ reach
-        precision = precision[stay][:, stay] - reach.T @ reach
+        reach = torch.linalg.solve_triangular(factor, rows.index_select(1, stay), upper=False)
+        root = root.index_select(0, stay).addmm_(reach.T, scaled, alpha=-1)
+        precision = (
+            precision.index_select(0, stay).index_select(1, stay).addmm_(reach.T, reach, alpha=-1)
+        )
         alive = alive[stay]
     return Elimination(torch.cat(order), torch.cat(added).cumsum(0))
 

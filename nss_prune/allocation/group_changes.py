@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from nss_prune.allocation.changes import (
     ConsumerChange,
     NormChange,
-    mixings,
     norm_change,
     ordered,
 )
 from nss_prune.allocation.elimination import shrunk
+from nss_prune.allocation.explained import Explained, by_covariance, by_precision
 from nss_prune.compensation.eligible import reason_to_leave, shared_weights
 from nss_prune.core.models import submodule
 from nss_prune.graph.axes import map_positions, sides_by_consumer
@@ -91,25 +91,32 @@ class GroupChanges:
             found = found.by_neuron(repeats)
         units = len(found.covariance)
         order, gone = ordered(ranks.view(units, -1)[:, 0], counts)
-        precision = self._precision(member.name, module, found)
-        mixing = mixings(precision, order.to(precision.device), gone) if max(gone) else ()
-        return ConsumerChange(order, gone, found.mean, mixing)
+        explained = self._explained(member.name, module, found, order, gone) if max(gone) else None
+        return ConsumerChange(order, gone, found.mean, explained)
 
-    def _precision(self, name: str, module: nn.Module, found: ConsumerStatistics) -> Tensor:
-        """Inverse of the shrunk covariance of an input, without that between channel groups."""
+    def _explained(
+        self,
+        name: str,
+        module: nn.Module,
+        found: ConsumerStatistics,
+        order: Tensor,
+        gone: Sequence[int],
+    ) -> Explained:
+        """By the covariance of an input, without that between channel groups."""
+        home = found.covariance.device
+        order = order.to(home)
         if name in self._precisions:
-            return self._precisions[name]
-        covariance = found.covariance
-        groups = getattr(module, "groups", 1)
+            return by_precision(self._precisions[name], order, gone)
+        covariance, groups = found.covariance, getattr(module, "groups", 1)
         if groups > 1:
-            block = torch.arange(len(covariance), device=covariance.device) * groups
-            block = block // len(covariance)
+            block = torch.arange(len(covariance), device=home) * groups // len(covariance)
             covariance = covariance * (block[:, None] == block)
+        if len(self._sides[name]) == 1:
+            rows = found.rows * groups
+            return by_covariance(covariance, found.observations, rows, order, gone)
         factor = torch.linalg.cholesky(shrunk(covariance, found.observations))
-        precision = torch.cholesky_inverse(factor)
-        if len(self._sides[name]) > 1:
-            self._keep(name, precision)
-        return precision
+        self._keep(name, precision := torch.cholesky_inverse(factor))
+        return by_precision(precision, order, gone)
 
     def _keep(self, name: str, precision: Tensor) -> None:
         """Keep one for the next group of its consumer, the latest ones where there are many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from nss_prune.core.outputs import Outputs, outputs_of
 from nss_prune.core.processes import agreed, summed, total_by_key
 from nss_prune.core.views import views_of
 from nss_prune.graph.neurons import NeuronGroup
-from nss_prune.profiling.accumulation import alone
 from nss_prune.statistics.capture import Reading, Watcher
 from nss_prune.statistics.consumers import ConsumerSums
+from nss_prune.statistics.covariance import add_products
 from nss_prune.statistics.moments import Moments, add_moments_over_processes
 from nss_prune.statistics.positions import by_size
 
@@ -70,7 +71,7 @@ def sensitivities(
     home = device_of(model)
     found = {group.name: _nothing(group.size, views, home) for group in groups}
     added = {} if reads is None else {g.name: name for g in groups if (name := sole_consumer(g))}
-    beside = alone if reads is None else reads.watching
+    beside = contextlib.nullcontext if reads is None else reads.watching
     with evaluation(model), torch.enable_grad():
         for number, inputs, samples in counted_batches(model, data, progress, "sensitivity"):
             draws = Draws(inputs, seed)
@@ -170,7 +171,7 @@ class _Batch:
         effect, total = torch.stack(self.reached[name]).sum(0)
         into.effects += torch.stack([effect**2, effect * total, total**2]).sum(1)
         for rows in self._rows.pop(name):
-            into.information += rows @ rows.T
+            add_products(into.information, rows)
         for source in self._inputs.pop(name):
             reading = self._activations.pop(source)
             if add_read:

@@ -53,6 +53,7 @@ def response(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
     others = {
         name: None if value is None else value.detach().double()
         for name, value in module._parameters.items()
+        if name not in ("weight", "bias")
     }
     parameters: dict[str, Any] = {**others, "weight": weight, "bias": None}
     clone._parameters = parameters

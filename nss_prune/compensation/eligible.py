@@ -18,6 +18,12 @@ from nss_prune.core.nested import tensors_in
 from nss_prune.core.text import first_line
 from nss_prune.statistics.moments import ConsumerStatistics
 
+PLAIN = frozenset({
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+})  # fmt: skip
+"""Types that mix channels, without a subclass's forward or a parametrization."""
+
 
 def reason_to_leave(
     module: nn.Module, statistics: ConsumerStatistics | None, shared: Collection[int]
@@ -100,6 +106,8 @@ def _more_than_mixing(module: nn.Module, shape: Sequence[int]) -> str:
 
     It is not where a subclass standardizes its weight, for example.
     """
+    if type(module) in PLAIN and not {"forward", "_conv_forward"} & vars(module).keys():
+        return True
     weight = by_channel_group(module, 1)
     generator = torch.Generator().manual_seed(0)
     groups, _, channels, _ = weight.shape

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nss_prune.compensation.constant import as_weight, by_channel_group, constant_output
 from nss_prune.compensation.problem import Problem
 from nss_prune.compensation.ridge import ridge
+from nss_prune.statistics.covariance import add_products
 from nss_prune.statistics.moments import ConsumerStatistics
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -44,7 +45,7 @@ def solved(name: str, module: nn.Module, problem: Problem) -> ConsumerFold:
     shape = problem.source.shape
     weight = by_channel_group(module, problem.whole_mean.shape[1])
     parts = problem.split(len(weight))
-    grams = torch.einsum("gouk,govk->guv", weight, weight)
+    grams = [_gram(part) for part in weight]
     pairs = list(zip(parts, grams, strict=True))
     power = sum(_weighted(part.whole, gram) for part, gram in pairs)
     power += constant_output(module, shape, problem.whole_mean).power
@@ -144,5 +145,12 @@ def _weighted(covariance: Tensor, gram: Tensor, units: Tensor | None = None) -> 
     """tr(gram · covariance) over some units: the variance that a consumer makes of it."""
     product = gram * covariance
     if units is not None:
-        product = product * units[:, None] * units
+        return max(0.0, float(units.to(product) @ product @ units.to(product)))
     return max(0.0, float(product.sum()))
+
+
+def _gram(weight: Tensor) -> Tensor:
+    """Σ w wᵀ over the outputs and the kernel of ``[outputs, units, kernel positions]``."""
+    gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+    add_products(gram, weight.transpose(0, 1).flatten(1))
+    return gram

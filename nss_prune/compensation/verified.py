@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nss_prune.compensation.folding import apply
 from nss_prune.compensation.solve import ConsumerFold
 from nss_prune.core.afterwards import afterwards
-from nss_prune.core.batches import counted_batches
+from nss_prune.core.batches import as_computed, counted_batches
 from nss_prune.core.hooks import attached
 from nss_prune.core.models import Forward, call_model, evaluation, run, submodule
 from nss_prune.core.nested import tensors_in
@@ -114,17 +114,24 @@ def _errors(
     with evaluation(model), torch.no_grad():
         for number, inputs, _ in counted_batches(model, data, progress, "verification"):
             whole = _outputs(model, names, inputs, number, forward)
+            rounding = {
+                name: [_rounding(each) for each in values] for name, values in whole.items()
+            }
             for total, used in ((plain, {}), (folded, folds)):
                 with _folded(model, used), critical.masked(model):
                     sliced = _outputs(model, names, inputs, number, forward)
                 for name, values in whole.items():
-                    for first, second in zip(values, sliced.get(name, ()), strict=False):
-                        total[name] += _distance(first, second, used.get(name))
+                    pairs = zip(values, rounding[name], sliced.get(name, ()), strict=False)
+                    for first, noise, second in pairs:
+                        total[name] += max(0.0, _distance(first, second, used.get(name)) - noise)
     return total_by_key(plain), total_by_key(folded)
 
 
 @contextlib.contextmanager
 def _folded(model: nn.Module, folds: Folds) -> Iterator[None]:
+    if not folds:
+        yield
+        return
     with afterwards(Snapshot(model).restore):
         apply(model, folds)
         yield
@@ -151,10 +158,15 @@ def _outputs(
 def _distance(whole: Tensor, sliced: Tensor, fold: ConsumerFold | None) -> float:
     if whole.shape != sliced.shape or not whole.is_floating_point():
         return 0.0
-    difference = sliced.double() - whole.double()
+    difference = as_computed(sliced) - as_computed(whole)
     if fold is not None and fold.norm is not None and fold.constant is not None:
         # The norm behind adds the constant.
-        difference = difference + fold.constant.view(-1, *(1,) * (whole.dim() - 2))
-    # What rounding alone can be is no error.
-    rounding = torch.finfo(whole.dtype).eps ** 2 * float(whole.double().square().sum())
-    return max(0.0, float(difference.square().sum()) - rounding)
+        difference += fold.constant.to(difference).view(-1, *(1,) * (whole.dim() - 2))
+    return float(difference.square_().sum())
+
+
+def _rounding(whole: Tensor) -> float:
+    """What the squared distance can be by rounding alone."""
+    if not whole.is_floating_point():
+        return 0.0
+    return torch.finfo(whole.dtype).eps ** 2 * float(as_computed(whole).square().sum())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nss_prune.core.nested import tensors_in
 
+AT_ONCE = 2**16  # values that a CPU mixes at a time: more of them leave its caches
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed integer
 _MIX = (-4658895280553007687, -7723592293110705685)  # Steele, Lea, Flood (2014), SplitMix64
 
@@ -76,4 +77,6 @@ def _digest(tensor: Tensor) -> Tensor:
         exact = flat if flat.dtype == torch.float64 else flat.float()
         flat = exact.view(torch.int64 if exact.dtype == torch.float64 else torch.int32)
     places = torch.arange(1, flat.shape[1] + 1, device=flat.device) * _GOLDEN
-    return (_mixed(flat.long() + places)).sum(1)
+    size = max(1, (AT_ONCE if flat.device.type == "cpu" else flat.numel()) // len(flat))
+    parts = zip(flat.split(size, 1), places.split(size), strict=True)
+    return torch.stack([_mixed(part.long() + place).sum(1) for part, place in parts]).sum(0)

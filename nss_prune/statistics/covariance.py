@@ -10,6 +10,21 @@ from torch import Tensor
 from nss_prune.core.processes import summed
 
 FEW = 256  # rows whose products are summed in the precision of the values
+PARTS = 8  # of a symmetric product, of which those above the diagonal are not multiplied
+
+
+def add_products(sums: Tensor, rows: Tensor) -> None:
+    """Add Σ x xᵀ to symmetric sums ``[channels, channels]``, in place; in the precision of rows.
+
+    Args:
+        rows: ``[channels, rows]``.
+    """
+    size = max(FEW, -(-len(rows) // PARTS))
+    for first in range(0, len(rows), size):
+        own = slice(first, first + size)
+        product = rows[own] @ rows[: own.stop].T
+        sums[own, : own.stop] += product
+        sums[:first, own] += product[:, :first].T
 
 
 class Covariance:
@@ -122,7 +137,7 @@ class Covariance:
         left = shifted.sum(1, dtype=torch.float64)
         self._merge(rows, shift[:, 0].double() + left / rows, left @ left.T / -rows)
         for part in shifted.flatten(1).split(max(FEW, len(left)), dim=1):
-            self._scatter += part @ part.T
+            add_products(self._scatter, part)
 
     def _merge(self, rows: int, mean: Tensor, scatter: Tensor) -> None:
         if rows == 0:

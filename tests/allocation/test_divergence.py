@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from networks import assert_unchanged, cnn, fingerprint, mlp
 from nss_prune import NSSPruner
 from nss_prune.allocation.budget import Limits
-from nss_prune.allocation.divergence import allocate, predicted, slopes
+from nss_prune.allocation.divergence import allocate, predicted
 from nss_prune.allocation.elimination import (
     Elimination,
     eliminate,
     eliminations,
     sensitivities,
     shrunk,
+    slopes,
 )
 from nss_prune.compensation.folding import fold
 from nss_prune.core.draws import Draws
