@@ -107,7 +107,7 @@ def _more_than_mixing(module: nn.Module, shape: Sequence[int]) -> str:
     It is not where a subclass standardizes its weight, for example.
     """
     if type(module) in PLAIN and not {"forward", "_conv_forward"} & vars(module).keys():
-        return True
+        return ""
     weight = by_channel_group(module, 1)
     generator = torch.Generator().manual_seed(0)
     groups, _, channels, _ = weight.shape
