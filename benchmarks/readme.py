@@ -54,7 +54,7 @@ HEADLINES = {
     "tf_efficientnet_lite0": ("efficientnet-imagenet-whole", LIGHT_AND_DEEP),
     "tf_efficientnet_lite0, hidden": ("efficientnet-imagenet-mirrored", LIGHT_AND_DEEP),
     "ResNet-20": ("resnet20-cifar10-models", LIGHT_AND_DEEP),
-    "VGG16, a quarter wide": ("vgg16-quarter-cifar10-models", LIGHT_AND_DEEP),
+    "VGG16, a quarter wide": ("vgg16-quarter-cifar10-models-anew", LIGHT_AND_DEEP),
     "AlexNet, a quarter wide": ("alexnet-quarter-cifar10-models", LIGHT_AND_DEEP),
     "small ViT": ("vit-small-cifar10-heads", LIGHT_AND_DEEP),
     "MLP-MNIST": ("mlp-mnist-models", (*LIGHT_AND_DEEP, "parameters 0.1", "parameters 0.05")),
