@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.core.models import call_model, submodule
-from nss_prune.graph.costs import ParameterCount, macs_by_module
+from nss_prune.graph.costs import ParameterCount, macs_by_module, projections
 from nss_prune.graph.neurons import Member, NeuronGroup
 from nss_prune.graph.slices import Slice
 
@@ -122,6 +122,11 @@ def mac_share(
         if names
     ]
     products = _products(groups, model, by_module)
+    for name, multiplied in projections(model, example_inputs, forward).items():
+        counted += [(macs, [weight], sizes[weight]) for weight, macs in multiplied.items()]
+        if name in products:
+            macs, heads = products[name]
+            products[name] = macs - sum(multiplied.values()), heads
 
     def share(critical: Slice) -> float:
         left = count.left(critical.kept)

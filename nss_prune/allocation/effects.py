@@ -143,7 +143,7 @@ def _scaled(found: Elimination, counts: Tensor, measured: Tensor, by_channel: bo
 def effect_passes(
     groups: Sequence[NeuronGroup], consumers: Mapping[str, int], memory_limit: float = math.inf
 ) -> tuple[int, int]:
-    """How many passes :func:`measured` takes, and the bytes that the folds of one mix with.
+    """How many passes :func:`measured` takes, and the bytes of factors that one keeps at most.
 
     Args:
         consumers: Consumer -> values of the covariance of its input; empty where nothing is folded.
@@ -153,11 +153,8 @@ def effect_passes(
     for group in groups:
         if parts[-1] >= most:
             parts.append(0)
-        shares = _counts(group.size).double() / group.size
-        mixed = float((shares * (1 - shares)).sum())
         names = {member.name for member in group.consumers}
-        pairs = sum(consumers.get(name, 0) for name in names)
-        parts[-1] += int(mixed * pairs)
+        parts[-1] += sum(consumers.get(name, 0) for name in names)
     return len(parts), 4 * max(parts)
 
 

@@ -108,6 +108,54 @@ def macs_without_values(
         return None
 
 
+def projections(
+    model: nn.Module, example_inputs: Any, forward: Forward = call_model
+) -> dict[str, dict[str, int]]:
+    """Module -> full name of a weight -> multiply-accumulates with it in one call.
+
+    Of torch's attention, which multiplies by weights of its own and by those of a layer inside,
+    ``out_proj``, without calling it.
+    """
+    if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return {}
+    try:
+        without = map_tensors(without_values, example_inputs)
+        return _projections(meta_copy(model), without, forward)
+    except Exception:  # it branches on values
+        return _projections(model, example_inputs, forward)
+
+
+def _projections(
+    model: nn.Module, example_inputs: Any, forward: Forward
+) -> dict[str, dict[str, int]]:
+    found: dict[str, Counter[str]] = {}
+    hooks = [
+        (
+            functools.partial(module.register_forward_pre_hook, with_kwargs=True),
+            functools.partial(_count_projections, found.setdefault(name, Counter()), name),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    ]
+    with attached(*hooks), evaluation(model), torch.no_grad(), _plain_attention():
+        forward(model, example_inputs)
+    return {name: dict(counts) for name, counts in found.items()}
+
+
+def _count_projections(
+    counts: Counter[str], name: str, module: nn.MultiheadAttention, arguments: Any, keywords: Any
+) -> None:
+    """Before a call of torch's attention."""
+    given = dict(zip(("query", "key", "value"), arguments, strict=False)) | keywords
+    fused = module.in_proj_weight
+    for part in ("query", "key", "value"):
+        key = "in_proj_weight" if fused is not None else f"{part[0]}_proj_weight"
+        rows = fused.shape[0] // 3 if fused is not None else module.get_parameter(key).shape[0]
+        counts[f"{name}.{key}"] += given[part].numel() * rows
+    if type(module) is nn.MultiheadAttention:
+        counts[f"{name}.out_proj.weight"] += given["query"].numel() * module.out_proj.out_features
+
+
 def _counted(model: nn.Module, example_inputs: Any, forward: Forward) -> dict[str, int]:
     counter = _Counter()
     hooks = [

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from networks import assert_unchanged, fingerprint
 from nss_prune import NSSPruner, load_pruned, save_pruned
+from nss_prune.allocation.budget import mac_share
 from nss_prune.core.multihead import HeadwiseAttention, heads_called
 from nss_prune.discovery.whole import discover
+from nss_prune.graph.costs import measure
 from nss_prune.graph.slices import Slice
 from nss_prune.surgery.removal import remove
 from nss_prune.surgery.trial import verified
@@ -204,6 +206,20 @@ def test_what_is_planned_is_what_is_removed(
             assert layer.in_features == WIDTH // 4 * int(kept.sum())
     with torch.no_grad():
         torch.testing.assert_close(model(inputs), masked, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Residual, *MODELS.values()], ids=["residual", *MODELS])
+def test_macs_of_a_slice_are_those_of_the_smaller_model(make: Callable[[], nn.Module]) -> None:
+    """Of its width and of its heads, together."""
+    torch.manual_seed(0)
+    model, inputs = make().eval(), torch.randn(3, 5, 6)
+    neurons = NSSPruner(model, inputs, params_budget=0.9, progress=False).neurons
+    share = mac_share(neurons.groups, model, 1, inputs)
+    kept = {group.name: torch.arange(group.size) % 2 == 0 for group in neurons.groups}
+    critical = Slice(kept, neurons.groups)
+    predicted = share(critical)
+    remove(model, critical, inputs)
+    assert predicted == pytest.approx(measure(model, inputs).macs, rel=1e-9)
 
 
 def test_a_failed_removal_leaves_the_class() -> None:
