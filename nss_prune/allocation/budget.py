@@ -114,8 +114,9 @@ def mac_share(
     """
     by_module = macs_by_module(model, example_inputs, forward)
     count = ParameterCount(groups, model)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    weights = {name: _weights(name, submodule(model, name), sizes) for name in by_module}
+    sizes = {name: math.prod(shape) for name, shape in count.shapes.items()}
+    first = count.first_names
+    weights = {name: _weights(name, submodule(model, name), first) for name in by_module}
     counted = [
         (by_module[name], names, sum(sizes[each] for each in names))
         for name, names in weights.items()
@@ -123,7 +124,8 @@ def mac_share(
     ]
     products = _products(groups, model, by_module)
     for name, multiplied in projections(model, example_inputs, forward).items():
-        counted += [(macs, [weight], sizes[weight]) for weight, macs in multiplied.items()]
+        for weight, macs in multiplied.items():
+            counted.append((macs, [first[weight]], sizes[first[weight]]))
         if name in products:
             macs, heads = products[name]
             products[name] = macs - sum(multiplied.values()), heads
@@ -140,11 +142,15 @@ def mac_share(
     return share
 
 
-def _weights(name: str, module: nn.Module, sizes: Mapping[str, int]) -> list[str]:
-    """What a layer multiplies its inputs by: a weight, in a recurrent one those of all gates."""
+def _weights(name: str, module: nn.Module, first_names: Mapping[str, str]) -> list[str]:
+    """What a layer multiplies its inputs by: a weight, in a recurrent one those of all gates.
+
+    A weight that several layers share has the name that it has in the first one.
+    """
     keys = [key for key in module._parameters if key.startswith("weight_")]
     wanted = keys if isinstance(module, nn.RNNBase) else ["weight"]
-    return [full for key in wanted if (full := f"{name}.{key}".lstrip(".")) in sizes]
+    names = [f"{name}.{key}".lstrip(".") for key in wanted]
+    return [first_names[full] for full in names if full in first_names]
 
 
 def _products(

@@ -251,6 +251,7 @@ class ParameterCount:
 
     Attributes:
         shapes: Parameter -> its shape.
+        first_names: Every name of a parameter -> the first one, by which it is known here.
     """
 
     def __init__(self, groups: Sequence[NeuronGroup], model: nn.Module) -> None:
@@ -259,12 +260,12 @@ class ParameterCount:
         self._shrinking: dict[str, set[int]] = {}
         self._members: dict[tuple[str, int], list[tuple[str, Member, int | None]]] = {}
         self._inside = {group.name for group in groups if group.is_inside_heads}
-        first_names = _first_names(model)
+        self.first_names = _first_names(model)
         for group in groups:
             for member in group.members:
                 entry = (group.name, member, _repeats(member, group.size))
                 for name, axis in axes_of(member, model):
-                    parameter = first_names[name]
+                    parameter = self.first_names[name]
                     axis %= len(self.shapes[parameter])
                     self._shrinking.setdefault(parameter, set()).add(axis)
                     known = self._members.setdefault((parameter, axis), [])

@@ -71,6 +71,19 @@ def test_costs_foreseen_are_those_measured(model, data) -> None:
     assert macs * whole.macs == pytest.approx(after.macs, rel=1e-9)
 
 
+def test_macs_of_layers_with_one_weight_are_foreseen() -> None:
+    model = nn.Sequential(
+        nn.Linear(5, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2)
+    )
+    model[3].weight = model[1].weight
+    inputs = torch.randn(3, 5)
+    neurons = NSSPruner(model, inputs, params_budget=0.9, progress=False).neurons
+    kept = {group.name: torch.arange(group.size) < 3 for group in neurons.groups}
+    critical = Slice(kept, neurons.groups)
+    macs = mac_share(neurons.groups, model, 1, inputs)(critical)
+    assert macs == measure(remove(model, critical, inputs), inputs).macs == 3 * (15 + 9 + 9 + 6)
+
+
 def test_macs_of_a_transformer_are_foreseen() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=3).eval()
