@@ -171,16 +171,18 @@ def not_replayed(subject: Subject, chosen: Slice) -> list[str]:
         return []
     groups = {group.name: group for group in chosen.groups}
     buffers = OwnBuffers(subject.model, subject.example_inputs, subject.forward)
+    unflattens = any(isinstance(module, nn.Unflatten) for module in subject.model.modules())
     found = []
     for name in chosen.removed:
         part = Slice({name: chosen.kept[name]}, (groups[name],))
         (entry,) = history(part)
         changes = list(buffers.changes(subject.model, part))
-        changes += (
-            change
-            for change in planned_changes(subject.model, part, subject.adapters)
-            if isinstance(change.module, nn.Unflatten)
-        )
+        if unflattens:
+            changes += (
+                change
+                for change in planned_changes(subject.model, part, subject.adapters)
+                if isinstance(change.module, nn.Unflatten)
+            )
         if changes or not is_described(subject, groups[name], entry, len):
             found.append(name)
     return found

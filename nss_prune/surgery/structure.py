@@ -25,7 +25,7 @@ from nss_prune.surgery.cut import Pruners, cut
 from nss_prune.surgery.plan import Step, plan_removal
 from nss_prune.surgery.recorded import RecordedOutputs, compare, recorded
 from nss_prune.surgery.trial_copies import Copy, copies_to_try, working_copy
-from nss_prune.surgery.usage import layers_used, train_once, trains_others
+from nss_prune.surgery.usage import layers_used, may_train_others, train_once, trains_others
 from nss_prune.surgery.widths import width_changes
 
 
@@ -154,8 +154,9 @@ class StructureCheck:
         """Whether training uses layers, or buffers of a user's own, that evaluation may not."""
         if self._training_matters is None:
             assert self._subject is not None
-            model, inputs = working_copy(self._subject.model), self._subject.inputs
-            self._training_matters = trains_others(model, inputs, self._forward)
+            self._training_matters = may_train_others(self._model, self.used) and trains_others(
+                working_copy(self._subject.model), self._subject.inputs, self._forward
+            )
         return self._training_matters
 
     def _masked(

@@ -42,21 +42,36 @@ def trains_any(
     return not used.isdisjoint(layers)
 
 
-def trains_others(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
-    """Whether a call in training mode works, and may use what one in evaluation mode does not.
+def may_train_others(model: nn.Module, used: set[nn.Module]) -> bool:
+    """Whether training may use what evaluation does not: layers, or buffers of a user's own.
 
-    That is layers with parameters, and buffers of a user's own. The model may change.
+    Args:
+        used: The layers with parameters that a call in evaluation mode uses.
     """
-    with layers_used(model) as used, evaluation(model), torch.no_grad(), torch.random.fork_rng():
-        forward(model, fresh(example_inputs))
-    resting = {layer for layer in model.modules() if has_parameters(layer)} - used
-    own = any(
+    return has_own_buffers(model) or any(
+        has_parameters(layer) and layer not in used for layer in model.modules()
+    )
+
+
+def has_own_buffers(model: nn.Module) -> bool:
+    """Whether a module that is no norm has a buffer of more than one value."""
+    return any(
         buffer is not None and buffer.numel() > 1
         for module in model.modules()
         if not isinstance(module, nn.modules.batchnorm._NormBase)
         for buffer in module._buffers.values()
     )
-    if not own:
+
+
+def trains_others(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
+    """Whether a call in training mode works, and may use what one in evaluation mode does not.
+
+    The model may change.
+    """
+    with layers_used(model) as used, evaluation(model), torch.no_grad(), torch.random.fork_rng():
+        forward(model, fresh(example_inputs))
+    resting = {layer for layer in model.modules() if has_parameters(layer)} - used
+    if not has_own_buffers(model):
         return bool(resting) and trains_any(model, resting, example_inputs, forward)
     try:
         train_once(model, example_inputs, forward)
