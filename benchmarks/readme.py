@@ -53,7 +53,7 @@ LIGHT_AND_DEEP = ("MACs 0.8", "MACs 0.6")
 HEADLINES = {
     "tf_efficientnet_lite0": ("efficientnet-imagenet-whole", LIGHT_AND_DEEP),
     "tf_efficientnet_lite0, hidden": ("efficientnet-imagenet-mirrored", LIGHT_AND_DEEP),
-    "ResNet-20": ("resnet20-cifar10-models", LIGHT_AND_DEEP),
+    "ResNet-20": ("resnet20-cifar10-models-anew", LIGHT_AND_DEEP),
     "VGG16, a quarter wide": ("vgg16-quarter-cifar10-models-anew", LIGHT_AND_DEEP),
     "AlexNet, a quarter wide": ("alexnet-quarter-cifar10-models", LIGHT_AND_DEEP),
     "small ViT": ("vit-small-cifar10-heads", LIGHT_AND_DEEP),

@@ -145,7 +145,7 @@ def _options(draw: random.Random) -> dict[str, Any]:
     )
     if draw.random() < 0.15:
         chosen["round_to"] = 2
-    return {**chosen, "outputs": "classes", "fold": False, "progress": False, "timeout": 5.0}
+    return {**chosen, "outputs": "classes", "fold": False, "progress": False, "timeout": 20.0}
 
 
 def _randomise(model: nn.Module) -> None:
