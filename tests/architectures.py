@@ -113,12 +113,19 @@ def architecture(seed: int, without: Collection[int] = ()) -> Architecture:
     drawn = [part for number, part in enumerate(draws) if number not in without]
     names: list[str] = []
     body, shape, width = family(draw, drawn, names)
-    model = parts.Outputs(body, width, heads, gates, named).to(dtype)
-    _randomise(model)
+    model = parts.Outputs(body, width, heads, gates, named)
+    if dtype == torch.bfloat16 and any(map(_lacks_bfloat16, model.modules())):
+        dtype = torch.float32
+    _randomise(model.to(dtype))
     names.append(f"{heads} {'named ' if named else ''}out")
     return Architecture(
         seed, model.eval(), shape, inputs, chosen, names, dtype, values, sorted(without)
     )
+
+
+def _lacks_bfloat16(module: nn.Module) -> bool:
+    """Whether torch has no kernel for it on a CPU, so that the network would not run."""
+    return isinstance(module, nn.LocalResponseNorm)
 
 
 def shrunk(seed: int, fails: Callable[[Architecture], bool]) -> Architecture:
