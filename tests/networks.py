@@ -128,3 +128,18 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert after == before
+
+
+class TiedLanguage(nn.Module):
+    """Tokens to scores of the next ones; the embedding and the head are one tensor."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.hidden = nn.Embedding(11, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.embed(tokens.long())
+        made: Tensor = self.head(stream + self.hidden(stream).relu())
+        return made

@@ -62,10 +62,8 @@ class ConsumerChange:
             inputs = inputs - self.mean.to(inputs)[:, None]
         most, samples = max(self.gone), len(inputs)
         order = self.order.to(inputs.device)
-        values, slope = (
-            _by_unit(inputs, len(order), order),
-            _by_unit(gradient, len(order), order[:most]),
-        )
+        values = _by_unit(inputs, len(order), order)
+        slope = _by_unit(gradient, len(order), order[:most])
         lost = nn.functional.pad(
             (values[:most] * slope).view(most, samples, -1).sum(2), (0, 0, 1, 0)
         )

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nss_prune.core.afterwards import afterwards
+
+INPUTS = ("query", "key", "value")
+"""The first arguments of a call of torch's attention."""
 
 
 class HeadwiseAttention(nn.MultiheadAttention):
@@ -99,6 +103,11 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
+
+
+def named_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Query, key, value and what else a call of torch's attention names, by their names."""
+    return dict(zip(INPUTS, arguments, strict=False)) | dict(keywords)
 
 
 def has_plain_heads(module: nn.Module) -> bool:

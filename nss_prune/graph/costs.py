@@ -26,6 +26,7 @@ from nss_prune.core.models import (
     meta_copy,
     without_values,
 )
+from nss_prune.core.multihead import INPUTS, named_inputs
 from nss_prune.core.nested import map_tensors
 from nss_prune.graph.axes import axes_of, check_fits
 from nss_prune.graph.neurons import Member, NeuronGroup
@@ -146,9 +147,9 @@ def _count_projections(
     counts: Counter[str], name: str, module: nn.MultiheadAttention, arguments: Any, keywords: Any
 ) -> None:
     """Before a call of torch's attention."""
-    given = dict(zip(("query", "key", "value"), arguments, strict=False)) | keywords
+    given = named_inputs(arguments, keywords)
     fused = module.in_proj_weight
-    for part in ("query", "key", "value"):
+    for part in INPUTS:
         key = "in_proj_weight" if fused is not None else f"{part[0]}_proj_weight"
         rows = fused.shape[0] // 3 if fused is not None else module.get_parameter(key).shape[0]
         counts[f"{name}.{key}"] += given[part].numel() * rows

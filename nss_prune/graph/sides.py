@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nss_prune.core.arguments import input_of
-from nss_prune.core.multihead import has_plain_heads
+from nss_prune.core.multihead import INPUTS, has_plain_heads, named_inputs
 from nss_prune.core.nested import tensors_in
 from nss_prune.errors import ArgumentError
 from nss_prune.graph.axes import input_axis, is_depthwise, side_width
@@ -167,8 +167,8 @@ class AttentionLayer:
 
     def _before(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
         self.labels.resting += 1
-        named = dict(zip(("query", "key", "value"), arguments, strict=False)) | keywords
-        read = {name: named.pop(name) for name in ("query", "key", "value") if name in named}
+        named = named_inputs(arguments, keywords)
+        read = {name: named.pop(name) for name in INPUTS if name in named}
         for tensor, columns in zip(read.values(), self._read, strict=True):
             seen = self.labels.of(tensor)
             if seen is not None:

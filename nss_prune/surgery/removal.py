@@ -26,7 +26,7 @@ from nss_prune.surgery.cut import Pruners, cut
 from nss_prune.surgery.pictures import smaller
 from nss_prune.surgery.plan import plan_removal
 from nss_prune.surgery.structure import StructureCheck
-from nss_prune.surgery.usage import has_parameters, layers_used, trains_any
+from nss_prune.surgery.usage import layers_used, resting, trains_any
 
 
 @full_precision()
@@ -68,8 +68,8 @@ def remove(
     if inputs is None:  # no layer consumes what goes
         with layers_used(model) as used:
             inputs = _runnable(model, example_inputs, forward)
-    resting = {layer for layer in model.modules() if has_parameters(layer)} - used
-    trains = bool(resting) and trains_any(model, resting, example_inputs, forward)
+    layers = resting(model, used)
+    trains = bool(layers) and trains_any(model, layers, example_inputs, forward)
     with undone_on_error(model):
         cut(model, critical, steps, adapters, structure.buffers, customized_pruners, widths=widths)
         with evaluation(model), torch.no_grad():

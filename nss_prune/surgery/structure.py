@@ -25,7 +25,13 @@ from nss_prune.surgery.cut import Pruners, cut
 from nss_prune.surgery.plan import Step, plan_removal
 from nss_prune.surgery.recorded import RecordedOutputs, compare, recorded
 from nss_prune.surgery.trial_copies import Copy, copies_to_try, working_copy
-from nss_prune.surgery.usage import layers_used, may_train_others, train_once, trains_others
+from nss_prune.surgery.usage import (
+    has_own_buffers,
+    layers_used,
+    resting,
+    train_once,
+    trains_others,
+)
 from nss_prune.surgery.widths import width_changes
 
 
@@ -153,11 +159,18 @@ class StructureCheck:
     def _trains_others(self) -> bool:
         """Whether training uses layers, or buffers of a user's own, that evaluation may not."""
         if self._training_matters is None:
-            assert self._subject is not None
-            self._training_matters = may_train_others(self._model, self.used) and trains_others(
-                working_copy(self._subject.model), self._subject.inputs, self._forward
-            )
+            layers = resting(self._model, self.used)
+            may = bool(layers) or has_own_buffers(self._model)
+            self._training_matters = may and self._trains(layers)
         return self._training_matters
+
+    def _trains(self, layers: set[nn.Module]) -> bool:
+        """Whether a copy trains, with some of these layers of the model or with own buffers."""
+        assert self._subject is not None
+        copy = working_copy(self._subject.model)
+        pairs = zip(self._model.modules(), copy.modules(), strict=True)
+        copied = {its for own, its in pairs if own in layers}
+        return trains_others(copy, copied, self._subject.inputs, self._forward)
 
     def _masked(
         self, critical: Slice, names: Sequence[str], kept: Mapping[str, Tensor]

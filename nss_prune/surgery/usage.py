@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nss_prune.core.arguments import fresh
-from nss_prune.core.models import Forward, evaluation, training
+from nss_prune.core.models import Forward, training
 from nss_prune.errors import RemovalError
 
 
@@ -42,15 +42,9 @@ def trains_any(
     return not used.isdisjoint(layers)
 
 
-def may_train_others(model: nn.Module, used: set[nn.Module]) -> bool:
-    """Whether training may use what evaluation does not: layers, or buffers of a user's own.
-
-    Args:
-        used: The layers with parameters that a call in evaluation mode uses.
-    """
-    return has_own_buffers(model) or any(
-        has_parameters(layer) and layer not in used for layer in model.modules()
-    )
+def resting(model: nn.Module, used: set[nn.Module]) -> set[nn.Module]:
+    """The layers with parameters that are not among those that a call uses."""
+    return {layer for layer in model.modules() if has_parameters(layer)} - used
 
 
 def has_own_buffers(model: nn.Module) -> bool:
@@ -63,16 +57,18 @@ def has_own_buffers(model: nn.Module) -> bool:
     )
 
 
-def trains_others(model: nn.Module, example_inputs: Any, forward: Forward) -> bool:
+def trains_others(
+    model: nn.Module, layers: set[nn.Module], example_inputs: Any, forward: Forward
+) -> bool:
     """Whether a call in training mode works, and may use what one in evaluation mode does not.
 
-    The model may change.
+    That is some layers, or buffers of a user's own. The model may change.
+
+    Args:
+        layers: Those that rest in evaluation mode.
     """
-    with layers_used(model) as used, evaluation(model), torch.no_grad(), torch.random.fork_rng():
-        forward(model, fresh(example_inputs))
-    resting = {layer for layer in model.modules() if has_parameters(layer)} - used
     if not has_own_buffers(model):
-        return bool(resting) and trains_any(model, resting, example_inputs, forward)
+        return trains_any(model, layers, example_inputs, forward)
     try:
         train_once(model, example_inputs, forward)
     except RemovalError:

@@ -10,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from networks import TiedLanguage
 from nss_prune import NSSPruner
 from nss_prune.errors import GraphError
 
@@ -95,19 +96,6 @@ class Flipped(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         made: Tensor = self.head(self.first(inputs).relu().flip(-1))
-        return made
-
-
-class TiedLanguage(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.hidden = nn.Embedding(11, 16), nn.Linear(16, 16)
-        self.head = nn.Linear(16, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        stream = self.embed(tokens.long())
-        made: Tensor = self.head(stream + self.hidden(stream).relu())
         return made
 
 

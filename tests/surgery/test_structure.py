@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
-from networks import assert_unchanged, cnn, fingerprint
+from networks import TiedLanguage, assert_unchanged, cnn, fingerprint
 from nss_prune.core.arguments import fresh
 from nss_prune.core.models import clone
 from nss_prune.discovery.samples import readable
@@ -379,18 +379,7 @@ def test_layers_that_share_a_weight_lose_the_same_channels() -> None:
 
 
 def test_an_embedding_and_its_head_stay_one_tensor() -> None:
-    class Language(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.hidden = nn.Embedding(11, 8), nn.Linear(8, 8)
-            self.head = nn.Linear(8, 11, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            stream = self.embed(tokens)
-            return self.head(stream + self.hidden(stream).relu())
-
-    model, tokens = Language(), torch.arange(10).view(2, 5)
+    model, tokens = TiedLanguage(8), torch.arange(10).view(2, 5)
     neurons = verified(model, discover(model, tokens), tokens)
     critical = halves(neurons)
     remove(model, critical, tokens)
