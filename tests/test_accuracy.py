@@ -84,6 +84,7 @@ class TestModels:
             ("vgg16-quarter-cifar10", 924_186),
             ("vit-cifar10", 2_693_578),
             ("vit-small-cifar10", 208_074),
+            ("vit-stem-cifar10", 2_276_042),
         ],
     )
     def test_those_beyond_the_paper(self, name, expected):

@@ -213,6 +213,34 @@ class TestTraining:
         runs = [train(recipe) for recipe in (quick.recipe, quick.recipe, longer)]
         assert runs == [False, True, False]
 
+    @pytest.mark.parametrize("optimiser", ["adam", "sgd"])
+    def test_one_that_broke_off_goes_on_as_if_it_had_not(
+        self, optimiser, digits, quick, tmp_path, monkeypatch
+    ):
+        recipe = replace(quick.recipe, optimiser=optimiser, epochs=3)
+
+        def build():
+            return torch.nn.Sequential(*quick.build(), torch.nn.Dropout(0.1))
+
+        whole = training.trained("m", build, digits, recipe, 0, tmp_path / "whole").model
+        epochs = []
+        save = training.save_tensors
+
+        def saved(content, path):
+            save(content, path)
+            epochs.append(content.get("epochs"))
+            if epochs == [1, 2]:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "save_tensors", saved)
+        with pytest.raises(KeyboardInterrupt):
+            training.trained("m", build, digits, recipe, 0, tmp_path)
+        resumed = training.trained("m", build, digits, recipe, 0, tmp_path).model
+        assert epochs == [1, 2, 3, None]
+        assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".pt"]
+        for key, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[key], value)
+
     @pytest.mark.filterwarnings("ignore:.*is damaged and is made again")
     @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "text"])
     def test_a_damaged_checkpoint_is_made_again(self, damage, digits, quick, tmp_path):
