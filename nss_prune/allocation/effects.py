@@ -5,10 +5,12 @@ neighbouring positions are alike, and that large gradients meet large errors. He
 every input of a consumer is multiplied by its gradient and summed over a sample, e = Σ g Δ, and
 ½ E[e²] is the divergence of the outputs in the same second order. All groups are measured together
 in a forward and a backward pass at :data:`LEVELS` numbers of neurons each; between these, what is
-more than predicted is interpolated. Where less is measured than predicted, D is as predicted: what
-cancels over the positions of a map, or in the samples at hand, need not cancel when other layers
-change too. Not so for heads: the prediction folds them as wholes, the removal their channels one by
-one, which makes up for far more, and D is as measured.
+more than predicted is interpolated, and so is the share of the prediction where it is less.
+
+D is as measured, or as predicted where that is more by no more than chance explains: in few samples
+the largest of the squares, which most of their average comes from, are likely to be missing. For
+heads it is as measured: the prediction folds them as wholes, the removal their channels one by one,
+which makes up for far more.
 
 Dimensions inside heads leave the products of queries and keys as well, which adds to their e.
 
@@ -41,6 +43,7 @@ from nss_prune.statistics.moments import ConsumerStatistics
 LEVELS = 8  # numbers of neurons of a layer that are measured, evenly spaced
 LEAST_SAMPLES = 100  # an average of fewer squares is mostly noise
 MOST_SAMPLES = 2000  # more of them cost time and change little
+CHANCE = 2.0  # standard errors by which the average of the squares may be too small
 MOST_VALUES = 2**28  # of folds that are kept at once, 1 GiB
 
 
@@ -59,7 +62,7 @@ def measured(
     interactions: Interactions | None = None,
     memory_limit: float = math.inf,
 ) -> dict[str, Elimination]:
-    """Eliminations with at least the divergence measured, on at most :data:`MOST_SAMPLES` samples.
+    """Eliminations with the divergence measured, on at most :data:`MOST_SAMPLES` samples.
 
     It takes a forward and a backward pass, and another one for every :data:`MOST_VALUES` values
     that the folds mix with, or fewer by ``memory_limit``. The model is left as found.
@@ -98,12 +101,12 @@ def measured(
         order, levels = found[group.name].order.cpu(), counts[group.name].tolist()
         part.add(group, *changes.of(group, order, levels))
         if part.values >= most:
-            products = part.products_of_effects(data, seed, outputs, forward, progress)
-            known.update(_measured(part, found, counts, products, watched))
+            effects = part.products_of_effects(data, seed, outputs, forward, progress)
+            known.update(_measured(part, found, counts, *effects, watched))
             part = EffectsPass(model, MOST_SAMPLES)
     if part.layers:
-        products = part.products_of_effects(data, seed, outputs, forward, progress)
-        known.update(_measured(part, found, counts, products, watched))
+        effects = part.products_of_effects(data, seed, outputs, forward, progress)
+        known.update(_measured(part, found, counts, *effects, watched))
     return known
 
 
@@ -112,32 +115,38 @@ def _measured(
     found: Mapping[str, Elimination],
     counts: Mapping[str, Tensor],
     products: Tensor,
+    errors: Tensor,
     interactions: Interactions,
 ) -> dict[str, Elimination]:
     """Layer -> its elimination, of all layers of a part; their products join the interactions."""
     interactions.add({name: counts[name] for name in part.layers}, products)
-    by_layer = (products.diagonal() / 2).split([len(counts[name]) for name in part.layers])
+    levels = [len(counts[name]) for name in part.layers]
+    by_layer = zip((products.diagonal() / 2).split(levels), (errors / 2).split(levels), strict=True)
     return {
-        name: _scaled(found[name], counts[name], divergence, name in part.by_channel)
-        for name, divergence in zip(part.layers, by_layer, strict=True)
+        name: _corrected(
+            found[name], counts[name], least, 0 * error if name in part.by_channel else error
+        )
+        for name, (least, error) in zip(part.layers, by_layer, strict=True)
     }
 
 
-def _scaled(found: Elimination, counts: Tensor, measured: Tensor, by_channel: bool) -> Elimination:
-    """An elimination whose D is at least what was measured after some numbers of neurons.
+def _corrected(found: Elimination, counts: Tensor, measured: Tensor, errors: Tensor) -> Elimination:
+    """An elimination whose D is measured after some numbers of neurons.
 
     Args:
         counts: Those numbers, ascending, ``[levels]``.
         measured: D on the samples that the consumers were folded with, ``[levels]``.
-        by_channel: Whether D is as measured also where that is less.
+        errors: Standard errors of what was measured, ``[levels]``.
     """
     predicted = found.divergence.cpu()
     growth = torch.ones_like(predicted) if found.growth is None else found.growth.cpu()
-    excess = measured * growth[counts - 1] ** 2 - predicted[counts - 1]
-    excess = excess if by_channel else excess.clamp(min=0)
-    more = np.interp(np.arange(1, len(predicted) + 1), [0, *counts.tolist()], [0, *excess.tolist()])
-    curve = (predicted + torch.from_numpy(more)).cummax(0).values
-    return replace(found, divergence=curve.to(found.divergence))
+    growth, foreseen = growth[counts - 1] ** 2, predicted[counts - 1]
+    known = foreseen.clamp(measured * growth, (measured + CHANCE * errors) * growth)
+    numbers, knots = np.arange(1, len(predicted) + 1), counts.numpy()
+    more = np.interp(numbers, [0, *knots], [0, *(known - foreseen).clamp(min=0)])
+    share = np.interp(numbers, knots, (known / foreseen).nan_to_num(1).clamp(max=1))
+    curve = predicted * torch.from_numpy(share) + torch.from_numpy(more)
+    return replace(found, divergence=curve.cummax(0).values.to(found.divergence))
 
 
 def effect_passes(

@@ -85,9 +85,13 @@ class EffectsPass:
         outputs: Outputs,
         forward: Forward,
         progress: bool | None,
-    ) -> Tensor:
-        """Mean of e eᵀ over the samples, float64 ``[levels, levels]``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Mean of e eᵀ over the samples, and the standard errors of the means of e².
+
+        Both are float64, ``[levels, levels]`` and ``[levels]``.
+        """
         total = torch.zeros(self.levels, self.levels, dtype=torch.float64)
+        fourth = torch.zeros(self.levels, dtype=torch.float64)
         seen = 0
         with evaluation(self.model), torch.enable_grad():
             for number, inputs, samples in counted_batches(self.model, data, progress, "effects"):
@@ -96,13 +100,17 @@ class EffectsPass:
                     given = run(self.model, inputs, number, forward)
                     outputs.drawn_loss(given, Draws(inputs, seed)).backward()
                 total += effects @ effects.T
+                fourth += effects.pow(4).sum(1)
                 seen += samples
                 if seen >= self.samples / processes():
                     break
         counts = torch.tensor([float(seen)], dtype=torch.float64)
-        sums = [total.to(device_of(self.model)), counts.to(device_of(self.model))]
+        sums = [part.to(device_of(self.model)) for part in (total, fourth, counts)]
         summed(sums)
-        return (sums[0] / sums[1]).cpu()
+        products, fourth, counts = (part.cpu() for part in sums)
+        products = products / counts
+        variances = fourth / counts - products.diagonal().square()
+        return products, (variances.clamp(min=0) / counts).sqrt()
 
     @contextlib.contextmanager
     def _watched(self, effects: Tensor) -> Iterator[None]:
