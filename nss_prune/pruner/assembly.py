@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nss_prune.core.thread_state import outside_inference_mode
 from nss_prune.core.undo import left_as_found
 from nss_prune.pruner.arguments import Aim, check_strategy, refuse_without_profile
-from nss_prune.pruner.classes import Classes, ClassHead, ClassScores, find_classes, of_classes
 from nss_prune.pruner.eliminating import Eliminating
+from nss_prune.pruner.given import Given as Given
 from nss_prune.pruner.observation import Profiling
 from nss_prune.pruner.profile_evidence import ProfileEvidence
 from nss_prune.pruner.ranking import Ranking
@@ -53,45 +53,6 @@ def chosen_strategy(
     check_strategy(strategy, aim, importance, predicts)
     refuse_without_profile(strategy, importance, of_profile)
     return strategy
-
-
-@dataclass(frozen=True)
-class Given:
-    """The data of a pruner, and what the model's outputs mean: of all classes or of some.
-
-    Attributes:
-        data: Batches of (inputs, labels); None for the example inputs.
-        outputs: See :data:`nss_prune.core.outputs.OutputsSpec`.
-        classes: None for all of them.
-    """
-
-    data: Iterable[Any] | None
-    outputs: Any
-    classes: Classes | None = None
-
-    @staticmethod
-    def of(
-        classes: Sequence[int] | None,
-        keep_head: bool,
-        data: Iterable[Any] | None,
-        outputs: Any,
-        categories: Any,
-        **others: Any,
-    ) -> Given:
-        """By NSSPruner's arguments.
-
-        Raises:
-            ArgumentError: They contradict each other.
-        """
-        own = None if categories == "labels" else categories
-        found = find_classes(classes, keep_head, data, outputs=outputs, categories=own, **others)
-        if found is None or data is None:
-            return Given(data, outputs)
-        return Given(of_classes(data, found.kept), ClassScores(found.kept), found)
-
-    def head(self, subject: Subject) -> ClassHead | None:
-        """Where the scores of some classes are made; None for all of them."""
-        return None if self.classes is None else self.classes.head(subject)
 
 
 def strategy_for(

@@ -1,9 +1,9 @@
-"""A model for some of its classes: their samples, their outputs, and a head with their rows."""
+"""A model for some of its classes: their outputs, and a head with their rows."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nss_prune.compensation.eligible import shared_weights
-from nss_prune.core.batches import pick_samples, split_batch
 from nss_prune.core.classifier import find_classifier_by_shift, outputs_of
 from nss_prune.core.models import evaluation, submodule
 from nss_prune.core.outputs import class_scores
 from nss_prune.core.undo import Snapshot
-from nss_prune.core.views import Views
-from nss_prune.errors import ArgumentError, DataError
+from nss_prune.errors import ArgumentError
 from nss_prune.graph.slices import Slice
+from nss_prune.pruner.class_samples import remark
 from nss_prune.pruner.repair import Repaired
 from nss_prune.pruner.strategy import Evidence
 from nss_prune.pruner.subject import Subject
@@ -41,65 +40,6 @@ class ClassScores:
         if scores.shape[1] == len(self.classes):
             return scores
         return scores[:, list(self.classes)]
-
-
-class OfClasses:
-    """Batches of the samples of some classes, labelled by their positions among these.
-
-    Args:
-        data: Batches of (inputs, labels); labels are ``[samples]`` classes, or a row of zeros and
-            ones for each sample, of which those with one of the classes stay.
-
-    Raises:
-        DataError: When iterated: labels are missing or of another form, or no sample is left.
-    """
-
-    def __init__(self, data: Iterable[Any], classes: Sequence[int]) -> None:
-        self._data = data
-        self._classes = torch.tensor(classes)
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        empty = True
-        for batch in self._data:
-            inputs, labels = split_batch(batch)
-            indices, remapped = self._selected(labels)
-            if len(indices):
-                empty = False
-                yield pick_samples(inputs, indices), remapped
-        if empty:
-            raise DataError(
-                f"no sample of the data is of the classes {self._classes.tolist()}; give data "
-                "with labels among them"
-            )
-
-    def _selected(self, labels: Any) -> tuple[Tensor, Tensor]:
-        """Samples that stay, and their labels."""
-        if not isinstance(labels, Tensor):
-            raise DataError(
-                f"the labels of a batch are {type(labels).__name__}; classes= picks samples by "
-                "labels, a tensor for each batch"
-            )
-        classes = self._classes.to(labels.device)
-        if labels.dim() == 2 and labels.shape[1] > 1:
-            rows = labels[:, classes]
-            indices = (rows != 0).any(1).nonzero().flatten()
-            return indices, rows[indices]
-        if (labels.dim() != 1 and labels.shape[1:] != (1,)) or labels.is_floating_point():
-            raise DataError(
-                f"the labels are {labels.dtype} of shape {tuple(labels.shape)}; classes= needs one "
-                "class for each sample, or a row of zeros and ones"
-            )
-        same = labels.flatten()[:, None] == classes
-        indices = same.any(1).nonzero().flatten()
-        return indices, same[indices].long().argmax(1)
-
-
-def of_classes(data: Iterable[Any], classes: Sequence[int]) -> Iterable[Any]:
-    """The data of some classes; what can be iterated again still can, and views stay views."""
-    if isinstance(data, Views):
-        return Views(OfClasses(data.data, classes), *data.transforms)
-    selected = OfClasses(data, classes)
-    return iter(selected) if isinstance(data, Iterator) else selected
 
 
 @dataclass(frozen=True)
@@ -182,12 +122,14 @@ class ClassHead:
         name: Of the layer; "" where all its rows stay.
         kept: The classes, in the order of the outputs.
         classes: How many the model had.
+        data: That calibrates.
     """
 
     before_removal: ClassVar = True
     name: str
     kept: tuple[int, ...]
     classes: int
+    data: Any = None
 
     @property
     def outputs(self) -> dict[int, int]:
@@ -200,7 +142,7 @@ class ClassHead:
         places = ", ".join(f"{kept} -> {place}" for kept, place in self.outputs.items())
         others = self.classes - len(self.kept)
         what = f"rows of {self.name} are dropped" if self.name else "mean nothing any more"
-        return f"class -> output: {places}; the {others} others {what}"
+        return f"class -> output: {places}; the {others} others {what}{remark(self.data)}"
 
     def observe(self, subject: Subject, evidence: Evidence) -> None:
         """Nothing: the rows are known."""

@@ -23,11 +23,7 @@ from nss_prune.pruner.arguments import (
     set_without_graph,
     unwrapped,
 )
-from nss_prune.pruner.assembly import (
-    Given,
-    chosen_strategy,
-    strategy_for,
-)
+from nss_prune.pruner.assembly import Given, chosen_strategy, strategy_for
 from nss_prune.pruner.observation import profiling_for
 from nss_prune.pruner.planning import Planner
 from nss_prune.pruner.profile_evidence import evidence_of
@@ -98,7 +94,8 @@ class NSSPruner(Steps, WithoutRegularizer):
             at most ``max_drop`` less than the whole model's: about seven models are measured.
         classes: Prune for these classes alone, two at least: by the samples with their labels,
             and for their outputs, in this order. The head loses its other rows, unless
-            ``keep_head``; with ``interactive`` steps it never does.
+            ``keep_head``; with ``interactive`` steps it never does. Where fewer than a hundred
+            samples are of these classes, "divergence" is calibrated by all samples.
         metric: Contribution metric, by name or as an object.
         strategy: "semantic", the paper's rule: one θ for all layers. With ``pruning_ratio`` also
             "category" or "global": the best of each category and their union, or the best over all
@@ -197,18 +194,19 @@ class NSSPruner(Steps, WithoutRegularizer):
         kept = (params_budget, macs_budget, latency_budget)
         wanted = (max_divergence, score, min_score, max_drop)
         aim = find_aim(theta, pruning_ratio, kept, budget, cost, importance, wanted)
-        subset = Given.of(classes, keep_head, data, outputs, categories, loss=loss, profile=profile)
-        data, outputs = subset.data, subset.outputs
+        named = (metric, categories, features, ranking)
+        self.strategy = chosen_strategy(strategy, aim, importance, bool(profile or loss), named)
+        some = Given.of(self.strategy, classes, keep_head, data, outputs, categories, loss, profile)
+        data, outputs = some.data, some.outputs
         upkeep = self._upkeep = Upkeep.of(progress, memory_limit, checkpoint, forward_dtype)
         self.repairs = repairs_for(data, fold, recalibrate, balance, repairs, outputs, upkeep, aim)
-        own, named = {"loss": loss, "outputs": outputs}, (metric, categories, features, ranking)
-        self.strategy = chosen_strategy(strategy, aim, importance, bool(profile or loss), named)
+        own = {"loss": loss, "outputs": outputs}
         self._profiling = profiling_for(data, bool(fold), *named, own, upkeep)
         model, self.wrapper = unwrapped(model)
         settings = own_arguments(model, given, aim)
         tracing = (example_inputs, settings, adapters, check_timeout(timeout))
         self._subject = self._first_subject(model, importance, aim, *tracing)
-        self._arrange(aim, importance, subset, settings, outputs)
+        self._arrange(aim, importance, some, settings, outputs)
         check_steps(self.iterative_steps, importance, data, profile, aim)
         self._given = self._profiled = evidence_of(profile, self._subject) if profile else None
 

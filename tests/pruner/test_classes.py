@@ -12,7 +12,7 @@ from networks import assert_unchanged, fingerprint, mlp
 from nss_prune import NSSPruner, Views, load_pruned, profile, save_pruned
 from nss_prune.core.views import views_of
 from nss_prune.errors import ArgumentError, DataError
-from nss_prune.pruner.classes import of_classes
+from nss_prune.pruner.class_samples import of_classes
 
 CLASSES = [4, 1, 5]
 LEFT = {"theta": 0.7}
@@ -40,11 +40,11 @@ def whole_numbers(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def made(kind: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+def made(kind: str, samples: int = 210) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     model = whole_numbers(mlp(12, (16, 11), 7) if kind == "mlp" else Convolutional())
     shape = (12,) if kind == "mlp" else (2, 5, 5)
-    inputs = torch.randint(-4, 5, (210, *shape)).double()
-    labels = torch.arange(210) % 7
+    inputs = torch.randint(-4, 5, (samples, *shape)).double()
+    labels = torch.arange(samples) % 7
     return model, list(zip(inputs.split(70), labels.split(70), strict=True))
 
 
@@ -93,8 +93,10 @@ def test_the_slice_is_the_union_of_these_categories_alone() -> None:
     assert all(torch.equal(mine.kept[name], expected[name]) for name in expected)
 
 
-def test_the_divergence_is_over_these_outputs_and_samples() -> None:
-    model, data = made("mlp")
+@pytest.mark.parametrize("samples", [420, 210])
+def test_the_divergence_is_over_these_outputs_and_samples(samples: int) -> None:
+    """Over all samples where fewer than a hundred are of the classes."""
+    model, data = made("mlp", samples)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.1)
@@ -102,15 +104,31 @@ def test_the_divergence_is_over_these_outputs_and_samples() -> None:
     narrow = copy.deepcopy(model)
     narrow[5].weight = nn.Parameter(model[5].weight.detach()[[4, 1]])
     narrow[5].bias = nn.Parameter(model[5].bias.detach()[[4, 1]])
-    own = [(x[(y == 4) | (y == 1)], (y == 1)[(y == 4) | (y == 1)].long()) for x, y in data]
-    other = NSSPruner(narrow, data[0][0][:2], data=own, macs_budget=0.6)
+    own = [(x[(y == 4) | (y == 1)], None) for x, y in data]
+    seen = own if samples == 420 else [(x, None) for x, _ in data]
+    other = NSSPruner(narrow, data[0][0][:2], data=seen, macs_budget=0.6, outputs="classes")
     for name, found in other.evidence.eliminations.items():
         mine = pruner.evidence.eliminations[name]
         assert torch.equal(mine.order, found.order)
         torch.testing.assert_close(mine.divergence, found.divergence)
     pruner.step()
+    few = any("all samples calibrate, since fewer than 100" in note for note in pruner.report.notes)
+    assert few == (samples == 210)
     assert pruner.report.after.macs <= 0.6 * pruner.report.before.macs
     assert pruner.report.after.macs > 0.5 * pruner.report.before.macs  # the head's rows count
+
+
+@pytest.mark.parametrize("how", ["views", "once", "labels"])
+def test_all_samples_join_where_they_can(how: str) -> None:
+    model, data = made("mlp")
+    given = {"views": Views(data, lambda x: -x), "once": iter(data), "labels": data}[how]
+    rule = {"strategy": "semantic"} if how == "labels" else {}
+    pruner = NSSPruner(
+        model, data[0][0][:2], data=given, classes=[4, 1], macs_budget=0.6, fold=False, **rule
+    )
+    pruner.step()
+    joined = any("all samples calibrate" in note for note in pruner.report.notes)
+    assert joined == (how == "views")
 
 
 @pytest.mark.parametrize("extra", [
