@@ -15,7 +15,7 @@ the effects are not measured.
     python benchmarks/scale.py --models vit_base_patch16_224,vit_large_patch16_224 --depth 0 \\
         --size 224 --samples 128,512,4096 --categories 10,100,1000 --processes 1,2,4
     python benchmarks/scale.py --models vit_large_patch16_224 --depth 0 --size 224 \\
-        --sides bare,ours --samples 112,144 --extrapolate 256 --categories 10 --processes 1
+        --sides bare,ours --samples 128 --batch 8 --categories 10 --processes 1
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Case:
     Attributes:
         depth: Blocks that are left of the model, or of each of its stages; 0 for all.
         size: Of the pictures, in pixels.
+        batch: Pictures at a time.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Case:
     processes: int
     depth: int
     size: int
+    batch: int = 16
 
     def made(self) -> nn.Module:
         """The model, not trained: neither time nor memory depend on its weights."""
@@ -111,7 +113,7 @@ class Case:
         torch.manual_seed(1)
         inputs = torch.randn(self.samples, 3, self.size, self.size)
         labels = torch.arange(self.samples) % self.categories
-        batches = list(zip(inputs.split(16), labels.split(16), strict=True))
+        batches = list(zip(inputs.split(self.batch), labels.split(self.batch), strict=True))
         return batches[rank :: self.processes]
 
 
@@ -283,6 +285,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sides", default=",".join(SIDES), help="comma list (default: %(default)s)")
     add("--depth", type=int, default=2, help="blocks, 0 for all (default: %(default)s)")
     add("--size", type=int, default=64, help="pixels of the pictures (default: %(default)s)")
+    add("--batch", type=int, default=16, help="pictures at a time (default: %(default)s)")
     add("--output", type=Path, default=results.OUTPUT, metavar="DIR",
         help="folder of the result files (default: %(default)s)")  # fmt: skip
     add("--name", default="scale", help="of the result files (default: %(default)s)")
@@ -301,12 +304,14 @@ def main(words: Sequence[str] | None = None) -> None:
     values = {axis: values[axis] for axis in AXES}
     check_extrapolation(values["samples"], asked.extrapolate)
     first = Case(**{axis: along[0] for axis, along in values.items()}, depth=asked.depth,
-                 size=asked.size)  # fmt: skip
+                 size=asked.size, batch=asked.batch)  # fmt: skip
     path = asked.output / f"{asked.name}.json"
 
     def write(rows: Rows) -> None:
         found = slopes(rows) if any(len(along) > 1 for along in values.values()) else []
-        details = {"depth": asked.depth, "size": asked.size, "slopes": found}
+        details = {
+            "depth": asked.depth, "size": asked.size, "batch": asked.batch, "slopes": found,
+        }  # fmt: skip
         lengths = {row["samples"] for row in rows if row["axis"] == "samples"}
         if asked.extrapolate and lengths == set(values["samples"]):
             rows = [*rows, *extrapolated(rows, asked.extrapolate)]
