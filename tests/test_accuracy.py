@@ -283,6 +283,16 @@ class TestPrune:
         assert hidden.embed_dim == 192
         assert hidden.blocks[0].mlp.fc1.out_features < 768
 
+    @pytest.mark.parametrize("criterion", ["divergence", "divergence-whole-heads"])
+    def test_heads_stay_whole_where_that_is_asked_for(self, criterion):
+        torch.manual_seed(0)
+        small = models.vit_cifar(width=64, depth=2, heads=4).eval()
+        batches = random_batches(small, (3, 32, 32), 10, samples=128)
+        calibration = replace(calibration_of(small, (3, 32, 32), 10), batches=batches)
+        found = calibration.prune(Variant(criterion, "ours"), Level("MACs", 0.3), "folded").model
+        inside = any(block.attn.head_dim < 16 for block in found.blocks)
+        assert inside == (criterion == "divergence")
+
 
 def rows_of(split):
     return {tuple(row.tolist()) for row in split.pixels.flatten(1)}

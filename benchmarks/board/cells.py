@@ -9,12 +9,16 @@ from benchmarks.rivals.ranking import CRITERIA as TORCH_PRUNING
 
 SEMANTIC, VBP, CORP, DIVERGENCE = "semantic", "vbp", "corp", "divergence"
 CRITERIA = (*TORCH_PRUNING, SEMANTIC, VBP, CORP, DIVERGENCE)
+WHOLE_HEADS = "divergence-whole-heads"
+"""As `divergence`, without going inside heads; only where it is asked for by name."""
+ALL_CRITERIA = (*CRITERIA, WHOLE_HEADS)
+BY_DIVERGENCE = (DIVERGENCE, WHOLE_HEADS)
 COMPENSATED = (VBP, CORP)
 """Criteria that bring a compensation of their own, the kind "own"."""
 
 ALLOCATIONS = ("local", "global")
 OURS = "ours"
-"""That of `divergence`. Older result files also have other criteria in its numbers, and "cost"."""
+"""That of both of these. Older result files also have other criteria in its numbers, and "cost"."""
 
 ORDER = (*ALLOCATIONS, "cost", OURS)
 
@@ -34,7 +38,7 @@ class Variant:
     allocation: str
 
     def __str__(self) -> str:
-        if self.criterion == DIVERGENCE:
+        if self.criterion in BY_DIVERGENCE:
             return self.criterion
         return f"{self.criterion}, {self.allocation}"
 
@@ -46,8 +50,8 @@ class Variant:
 def chosen_variants(criteria: Sequence[str], allocations: Sequence[str]) -> Iterator[Variant]:
     """Every criterion with every allocation; `divergence` has its own alone."""
     for criterion in criteria:
-        if criterion == DIVERGENCE:
-            yield Variant(DIVERGENCE, OURS)
+        if criterion in BY_DIVERGENCE:
+            yield Variant(criterion, OURS)
         else:
             yield from (Variant(criterion, allocation) for allocation in allocations)
 

@@ -16,8 +16,10 @@ seed: pictures that one model happens to get right after a light cut say little 
     semantic    the paper's: 1 - the entry threshold of each neuron, `strategy="semantic"`
     vbp, corp   variance and energy of activations, see benchmarks/rivals
     divergence  NSSPruner's default for a budget with data: the order, and how many go of each layer
+    divergence-whole-heads
+                the same with `prune_head_dims=False`, for transformers; "all" leaves it out
 
-All but the last rank neurons, and how many go of each layer is a question of its own:
+All but the last two rank neurons, and how many go of each layer is a question of its own:
 
     local       the same share of each layer
     global      one threshold for all layers; with `semantic` this is one theta, the paper's rule
@@ -57,6 +59,7 @@ from dataclasses import asdict, replace
 
 from benchmarks.board.boards import BOARDS, Board, levels
 from benchmarks.board.cells import (
+    ALL_CRITERIA,
     ALLOCATIONS,
     CRITERIA,
     KINDS,
@@ -93,7 +96,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, metavar="N",
         help="draws of the pictures that calibrate (default: %(default)s)")  # fmt: skip
     add("--criteria", default="all",
-        help=f"comma list of {', '.join(CRITERIA)}, or all (default: %(default)s)")  # fmt: skip
+        help=f"comma list of {', '.join(ALL_CRITERIA)}; all: those before the last "
+        "(default: %(default)s)")  # fmt: skip
     add("--allocations", default="all",
         help=f"comma list of {', '.join(ALLOCATIONS)}, or all (default: %(default)s)")  # fmt: skip
     add("--kinds", default="plain,recalibrated,folded,folded-recalibrated,own",
@@ -189,7 +193,8 @@ def main(words: Sequence[str] | None = None) -> None:
     asked = parser().parse_args(words)
     seeds, device = checked_seeds(asked.seeds), usable_device(asked.device)
     kinds = in_order(asked.kinds, KINDS, "kind")
-    criteria = in_order(asked.criteria, CRITERIA, "criterion")
+    wanted = ",".join(CRITERIA) if asked.criteria == "all" else asked.criteria
+    criteria = in_order(wanted, ALL_CRITERIA, "criterion")
     variants = list(
         chosen_variants(criteria, in_order(asked.allocations, ALLOCATIONS, "allocation"))
     )

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.board.cells import CRITERIA, DIVERGENCE, KINDS, ORDER, Measured
+from benchmarks.board.cells import ALL_CRITERIA, DIVERGENCE, KINDS, ORDER, Measured
 from benchmarks.board.tables import level_names, over_seeds, rows_shown
 from benchmarks.common.figures import pyplot, save_figure
 
@@ -32,7 +32,7 @@ def plot(title: str, cells: Sequence[Measured], path: Path) -> None:
                     for name in here
                     if (values := found.get((variant, kind, name)))
                 ]
-                colour = f"C{CRITERIA.index(variant.criterion)}"
+                colour = f"C{ALL_CRITERIA.index(variant.criterion)}"
                 is_ours = variant.criterion == DIVERGENCE
                 style = "-" if is_ours else styles[variant.allocation]
                 x, y = zip(*points, strict=True) if points else ((), ())

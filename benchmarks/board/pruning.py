@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.board.boards import Board, Level
-from benchmarks.board.cells import CORP, DIVERGENCE, SEMANTIC, VBP, Variant
+from benchmarks.board.cells import BY_DIVERGENCE, CORP, DIVERGENCE, SEMANTIC, VBP, Variant
 from benchmarks.common.data import Split
 from benchmarks.common.training import Recipe, train
 from benchmarks.rivals import ranking
@@ -155,7 +155,7 @@ class Calibration:
     def _criterion(self, variant: Variant, folds: bool) -> dict[str, Any]:
         """NSSPruner's arguments that say what ranks the neurons."""
         together = variant.allocation == "global"
-        if variant.criterion == DIVERGENCE or variant.criterion in OWN:
+        if variant.criterion in BY_DIVERGENCE or variant.criterion in OWN:
             return {"strategy": self._observed_once(variant, folds)}
         if variant.criterion == SEMANTIC and together:
             return {"strategy": "semantic", "profile": self.profile}
@@ -183,10 +183,12 @@ class Calibration:
 
         folds: whether what is removed will be folded, which `divergence` counts on.
         """
-        key = (variant, folds and variant.criterion == DIVERGENCE)
+        key = (variant, folds and variant.criterion in BY_DIVERGENCE)
         if key not in self._strategies:
-            if variant.criterion == DIVERGENCE:
-                eliminating = Eliminating(self.batches, folds, upkeep=Upkeep(progress=False))
+            if variant.criterion in BY_DIVERGENCE:
+                inside = variant.criterion == DIVERGENCE
+                upkeep = Upkeep(progress=False)
+                eliminating = Eliminating(self.batches, folds, None, upkeep, inside)
                 strategy: Strategy[Any] = DivergenceStrategy(eliminating)
             else:
                 ranked, _ = OWN[variant.criterion]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from benchmarks.board.cells import (
-    CRITERIA,
+    ALL_CRITERIA,
     DIVERGENCE,
     KINDS,
     ORDER,
@@ -96,7 +96,7 @@ def rows_shown(cells: Sequence[Measured]) -> list[tuple[Variant, str]]:
     def place(row: tuple[Variant, str]) -> tuple[int, int, int]:
         variant, kind = row
         allocation = ORDER.index(variant.allocation)
-        return CRITERIA.index(variant.criterion), allocation, KINDS.index(kind)
+        return ALL_CRITERIA.index(variant.criterion), allocation, KINDS.index(kind)
 
     rows = {(cell.variant, cell.kind) for cell in cells}
     return sorted(rows, key=place)
