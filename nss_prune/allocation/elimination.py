@@ -98,7 +98,7 @@ def eliminations(
         model, data, groups, seed=seed, reads=reads, outputs=outputs, forward=forward,
         progress=progress,
     )  # fmt: skip
-    return {name: eliminated(name, sums) for name, sums in found.items()}
+    return {name: eliminated(name, found.pop(name)) for name in list(found)}  # its sums go
 
 
 def eliminated(name: str, sums: Sensitivity) -> Elimination:

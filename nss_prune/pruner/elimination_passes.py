@@ -16,7 +16,7 @@ from nss_prune.core.views import views_of
 from nss_prune.graph.neurons import NeuronGroup
 from nss_prune.pruner.subject import Subject
 from nss_prune.pruner.upkeep import BACKWARD, Records, Stage, Upkeep
-from nss_prune.statistics.consumers import ConsumerSums, in_files
+from nss_prune.statistics.consumers import ConsumerSums
 from nss_prune.statistics.memory import BYTES, check_passes
 from nss_prune.statistics.moments import ConsumerStatistics
 
@@ -58,11 +58,10 @@ class Passes:
         statistics: dict[str, ConsumerStatistics] = {}
         for part in parts:
             of_part = (*asked, part.consumers)
-            make = partial(self._eliminated, subject, part, settings)
+            make = partial(self._eliminated, subject, part, settings, len(parts) > 1)
             some = upkeep.recalled("sensitivities", model, data, of_part, KINDS, make)
             found.update(some["eliminations"])
-            seen = some["statistics"]
-            statistics.update(in_files(seen) if len(parts) > 1 else seen)
+            statistics.update(some["statistics"])
         found |= {
             group.name: last_first(group) for group in subject.groups if group.is_inside_heads
         }
@@ -96,14 +95,17 @@ class Passes:
         return parts_of(_channels(subject), consumers, self.upkeep.memory_limit)
 
     def _eliminated(
-        self, subject: Subject, part: GroupPart, settings: Mapping[str, Any]
+        self, subject: Subject, part: GroupPart, settings: Mapping[str, Any], in_files: bool
     ) -> Records:
-        """The eliminations of one pass, and what the consumers read."""
+        """The eliminations of one pass, and what the consumers read, in files or in memory."""
         model, data = subject.model, self._given
         views = views_of(data)
         sums = ConsumerSums(model, subject.groups, views, part.consumers) if self.folds else None
         found = eliminations(model, data, part.groups, reads=sums, **settings)
-        seen = {} if sums is None else sums.surveyed(subject.example_inputs, **subject.calling)
+        if sums is None:
+            return {"eliminations": found, "statistics": {}}
+        calling = {**subject.calling, "in_files": in_files}
+        seen = sums.surveyed(subject.example_inputs, **calling)
         return {"eliminations": found, "statistics": seen}
 
     def _measured(

@@ -65,17 +65,8 @@ def consumer_statistics(
     found: dict[str, ConsumerStatistics] = {}
     for names in parts:
         sums = ConsumerSums(model, groups, names=names)
-        part = _one_pass(model, data, sums, forward, progress)
-        found.update(in_files(part) if len(parts) > 1 else part)
+        found.update(_one_pass(model, data, sums, forward, progress, len(parts) > 1))
     return found
-
-
-def in_files(found: Mapping[str, ConsumerStatistics]) -> dict[str, ConsumerStatistics]:
-    """The same with covariances in files that are mapped into memory."""
-    return {
-        name: replace(one, covariance=mapped(one.covariance), mean=one.mean.cpu())
-        for name, one in found.items()
-    }
 
 
 def _one_pass(
@@ -84,6 +75,7 @@ def _one_pass(
     sums: ConsumerSums,
     forward: Forward,
     progress: bool | None,
+    in_files: bool,
 ) -> dict[str, ConsumerStatistics]:
     norms: dict[str, str] = {}
     with evaluation(model), torch.no_grad():
@@ -93,7 +85,7 @@ def _one_pass(
                     norms = survey(model, sums.consumers, inputs, forward).norms
                 else:
                     run(model, inputs, number, forward)
-    return sums.statistics(next((found for found in gathered(norms) if found), {}))
+    return sums.statistics(next((found for found in gathered(norms) if found), {}), in_files)
 
 
 class ConsumerSums:
@@ -175,29 +167,37 @@ class ConsumerSums:
         return self._moments[consumer]
 
     def surveyed(
-        self, example_inputs: Any, forward: Forward = call_model
+        self, example_inputs: Any, forward: Forward = call_model, in_files: bool = False
     ) -> dict[str, ConsumerStatistics]:
         """:meth:`statistics`, with the norms that one more call of the model shows."""
         if not any(isinstance(module, _BatchNorm) for module in self._model.modules()):
-            return self.statistics({})
+            return self.statistics({}, in_files)
         with evaluation(self._model), torch.no_grad():
             found = survey(self._model, self.consumers, example_inputs, forward)
-            return self.statistics(found.norms)
+            return self.statistics(found.norms, in_files)
 
-    def statistics(self, norms: Mapping[str, str]) -> dict[str, ConsumerStatistics]:
-        """Consumer -> its statistics; one that was never called is missing.
+    def statistics(
+        self, norms: Mapping[str, str], in_files: bool = False
+    ) -> dict[str, ConsumerStatistics]:
+        """Consumer -> its statistics; one that was never called is missing. Once: the sums go.
 
         Args:
             norms: See :class:`Survey`.
+            in_files: Whether covariances are in files that are mapped into memory.
 
         Raises:
             NumericalError: A consumer read NaN or infinite values.
         """
         self.add_over_processes()
-        return {
-            name: moments.statistics(name, self._shapes[name], norms.get(name))
-            for name, moments in self._moments.items()
-        }
+        found: dict[str, ConsumerStatistics] = {}
+        for name in list(self._moments):  # one by one, so that sums and what is found never add up
+            one = self._moments.pop(name).statistics(name, self._shapes[name], norms.get(name))
+            found[name] = _in_file(one) if in_files else one
+        return found
+
+
+def _in_file(found: ConsumerStatistics) -> ConsumerStatistics:
+    return replace(found, covariance=mapped(found.covariance), mean=found.mean.cpu())
 
 
 def summed_positions(module: nn.Module, members: Sequence[Member]) -> int:
