@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from networks import Residual, assert_unchanged, batches, cnn, fingerprint, mlp, settled
 from nss_prune import NSSPruner
+from nss_prune.discovery.whole import discover
 from nss_prune.errors import ArgumentError, DataError, FileFormatError, RemovalError
+from nss_prune.statistics.consumers import ConsumerSums, consumer_statistics
 from nss_prune.statistics.memory import mapped, parts_within
+from nss_prune.statistics.moments import Moments
 
 SAMPLES = 128
 
@@ -94,6 +98,30 @@ def test_mapped_values_are_the_same_and_need_no_file_name(tmp_path, monkeypatch)
     values = torch.randn(40, 30, dtype=torch.float64)
     assert torch.equal(mapped(values), values)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_sums_go_as_they_are_finished(in_files: bool, monkeypatch) -> None:
+    model, data = made(cnn)
+    sums = ConsumerSums(model, discover(model, data[0][0]).groups)
+    with torch.no_grad():
+        for inputs, _ in data:
+            with sums.watching(len(inputs)):
+                model(inputs)
+    left = []
+    finished = Moments.statistics
+
+    def counted(self: Moments, *arguments: Any) -> Any:
+        left.append(sum(one() is not None for one in living))
+        return finished(self, *arguments)
+
+    living = [weakref.ref(sums.moments(name)) for name in sums.consumers]
+    monkeypatch.setattr(Moments, "statistics", counted)
+    found = sums.statistics({}, in_files)
+    assert left == list(range(len(living), 0, -1))
+    expected = consumer_statistics(model, data, discover(model, data[0][0]).groups)
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name].covariance, one.covariance)
 
 
 SETTINGS = {"params_budget": 0.6, "recalibrate": True, "balance": True}
