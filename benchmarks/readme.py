@@ -56,6 +56,7 @@ HEADLINES = {
     "ResNet-20": ("resnet20-cifar10-models-anew", LIGHT_AND_DEEP),
     "VGG16, a quarter wide": ("vgg16-quarter-cifar10-models-anew", LIGHT_AND_DEEP),
     "AlexNet, a quarter wide": ("alexnet-quarter-cifar10-models", LIGHT_AND_DEEP),
+    "ViT behind a stem": ("vit-stem-cifar10-models", LIGHT_AND_DEEP),
     "small ViT": ("vit-small-cifar10-heads", LIGHT_AND_DEEP),
     "MLP-MNIST": ("mlp-mnist-models", (*LIGHT_AND_DEEP, "parameters 0.1", "parameters 0.05")),
 }
