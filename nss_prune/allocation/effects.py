@@ -121,27 +121,27 @@ def _measured(
     """Layer -> its elimination, of all layers of a part; their products join the interactions."""
     interactions.add({name: counts[name] for name in part.layers}, products)
     levels = [len(counts[name]) for name in part.layers]
-    by_layer = zip((products.diagonal() / 2).split(levels), (errors / 2).split(levels), strict=True)
+    least = products.diagonal() / 2
+    most = least + CHANCE * errors / 2
+    by_layer = zip(part.layers, least.split(levels), most.split(levels), strict=True)
     return {
-        name: _corrected(
-            found[name], counts[name], least, 0 * error if name in part.by_channel else error
-        )
-        for name, (least, error) in zip(part.layers, by_layer, strict=True)
+        name: _corrected(found[name], counts[name], low, low if name in part.by_channel else high)
+        for name, low, high in by_layer
     }
 
 
-def _corrected(found: Elimination, counts: Tensor, measured: Tensor, errors: Tensor) -> Elimination:
-    """An elimination whose D is measured after some numbers of neurons.
+def _corrected(found: Elimination, counts: Tensor, least: Tensor, most: Tensor) -> Elimination:
+    """An elimination whose D is known within bounds after some numbers of neurons.
 
     Args:
         counts: Those numbers, ascending, ``[levels]``.
-        measured: D on the samples that the consumers were folded with, ``[levels]``.
-        errors: Standard errors of what was measured, ``[levels]``.
+        least: D as measured on the samples that the consumers were folded with, ``[levels]``.
+        most: What chance explains, ``[levels]``.
     """
     predicted = found.divergence.cpu()
     growth = torch.ones_like(predicted) if found.growth is None else found.growth.cpu()
     growth, foreseen = growth[counts - 1] ** 2, predicted[counts - 1]
-    known = foreseen.clamp(measured * growth, (measured + CHANCE * errors) * growth)
+    known = foreseen.clamp(least * growth, most * growth)
     numbers, knots = np.arange(1, len(predicted) + 1), counts.numpy()
     more = np.interp(numbers, [0, *knots], [0, *(known - foreseen).clamp(min=0)])
     share = np.interp(numbers, knots, (known / foreseen).nan_to_num(1).clamp(max=1))
